@@ -1,0 +1,1 @@
+"""The `zeropipe` command and the composition of `deepspeed` launches."""

@@ -1,0 +1,1 @@
+"""Parameter tables, and models built from them on any layout."""
