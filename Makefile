@@ -1,0 +1,46 @@
+# make demo | test: from nothing. Everything lives in .venv and in the folders that `make clean` removes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# a rank of a test is one thread: two ranks on two cores must not fight for them
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup system demo test check verify bench clean distclean
+
+setup: system $(INSTALLED)
+
+system:  # Debian packages for the launch and MPI parts: installed for root, otherwise named
+	@scripts/system_packages.sh
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "zeropipe needs Python 3.11 or newer: make setup PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q --durations=0 tests/unit/test_layers.py
+
+verify: setup
+	$(BIN)/python scripts/verify.py docs/verification.md
+
+bench: setup
+	@for bench in benchmarks/[a-z]*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+clean:
+	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info
