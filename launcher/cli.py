@@ -20,8 +20,6 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 DESCRIPTION = "Text in, model out, on any hostfile: one recipe, one DeepSpeed JSON, the same loss on every layout."
-    "Text in, model out, on any hostfile. One recipe, one plain DeepSpeed JSON, the same loss on every layout."
-)
 EPILOG = """\
 a first run, start to end:
   zeropipe prepare --builtin stdlib --train-tokenizer 2048 --output data/stdlib
