@@ -1,0 +1,146 @@
+"""The `deepspeed …` command line and the environment of its ranks, for one machine and for a hostfile."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data_prep.errors import UserError
+from .hostfile import Host
+
+DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # taken by DeepSpeed, unasked, wherever it exists
+# DeepSpeed itself sends only PYTHON*, MLFLOW*, MV2*, UCX* and NCCL* to other hosts
+FORWARDED = re.compile(r"(OMP|GLOO|NCCL|DS|HF|TORCH|TRANSFORMERS|TOKENIZERS|ZEROPIPE|CUDA_LAUNCH)_\w+|LD_LIBRARY_PATH")
+SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")  # a command line is visible to everyone on a host
+NOT_FORWARDED = {"DS_ENV_FILE", "HF_HOME"}  # of this host only
+QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what every rank is told, and where the ranks are."""
+
+    arguments: tuple[str, ...]  # of `zeropipe.trainer`, as each rank shall see them
+    devices: int  # ranks in all
+    hostfile: Path | None = None  # None: this machine
+    hosts: tuple[Host, ...] = ()
+    device_ids: tuple[int, ...] | None = None  # of this machine, where only some may be used
+    ssh_port: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    bind_cores: bool = False
+    verbose: bool = False
+
+    @property
+    def remote(self) -> bool:
+        return self.hostfile is not None
+
+
+def deepspeed_command(launch: Launch) -> list[str]:
+    """The words of the command, to be run without a shell."""
+    words = [deepspeed_program()]
+    if not launch.verbose:
+        words += ["--quiet", "--log_level", "error"]
+    words += _remote_flags(launch) if launch.remote else _local_flags(launch)
+    for flag, value in (("--master_addr", launch.master_addr), ("--master_port", launch.master_port)):
+        if value is not None:
+            words += [flag, str(value)]
+    if launch.bind_cores:
+        words.append("--bind_cores_to_rank")
+    words += ["--module", "zeropipe.trainer"]
+    return words + [remote_word(word) if launch.remote else word for word in launch.arguments]
+
+
+def _local_flags(launch: Launch) -> list[str]:
+    flags = []
+    if DEEPSPEED_HOSTFILE.exists():
+        flags += ["--hostfile", os.devnull]
+    if launch.device_ids is not None:
+        return [*flags, "--include", "localhost:" + ",".join(map(str, launch.device_ids))]
+    return [*flags, "--num_accelerators", str(launch.devices)]
+
+
+def _remote_flags(launch: Launch) -> list[str]:
+    # with one host left, DeepSpeed would start the ranks here, whatever the host's name; the ssh check looks at the
+    # first host only, and ours has looked at all of them
+    flags = ["--hostfile", str(launch.hostfile), "--force_multi", "--no_ssh_check"]
+    return flags + (["--ssh_port", str(launch.ssh_port)] if launch.ssh_port is not None else [])
+
+
+def deepspeed_program() -> str:
+    """The `deepspeed` of this Python's environment, by its short name where the shell would find the same one."""
+    program = Path(sys.executable).parent / "deepspeed"
+    found = shutil.which("deepspeed")
+    if found and (not program.exists() or os.path.samefile(found, program)):
+        return "deepspeed"
+    return str(program)
+
+
+def remote_word(word: str) -> str:
+    """`word`, so written that it reaches a rank unchanged through DeepSpeed, pdsh and the remote shell.
+
+    DeepSpeed wraps words with a space into double quotes and escapes only the double quotes in them; the rest goes as
+    it is to pdsh, which replaces %h, %n, %u, and to the remote shell, which expands everything else.
+    """
+    if "\n" in word:
+        raise UserError(f"'{word}': an argument with a line break cannot be sent to other hosts")
+    word = word.replace("%", "%%")
+    if " " in word:
+        return re.sub(r"([\\$`])", r"\\\1", word)
+    return shlex.quote(word)
+
+
+def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: int, cores: int) -> dict[str, str]:
+    """What to add to the environment of the ranks; what the user has set stays."""
+    wanted = {} if launch.verbose else dict(QUIET)
+    if not launch.remote and accelerators == 0:
+        wanted["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for others and says that it found none
+        wanted["OMP_NUM_THREADS"] = str(max(1, cores // launch.devices))  # else every rank takes every core
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> list[str]:
+    """Lines of the `.deepspeed_env` that carries the ranks' environment to other hosts.
+
+    The user's own files come last and as they are (the remote shell expands `$…` in them); comments and blank lines,
+    which DeepSpeed chokes on, are dropped.
+
+    Raises:
+        UserError: a line of a file is not NAME=VALUE.
+    """
+    lines = [f"PATH={Path(sys.executable).parent}:$PATH"]  # programs beside this Python: ninja, for DeepSpeed's builds
+    for name in sorted(environ):
+        if FORWARDED.fullmatch(name) and not SECRET.search(name) and name not in NOT_FORWARDED:
+            lines.append(f"{name}={_escaped(environ[name])}")
+    for path in user_files:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            if not re.match(r"[A-Za-z_]\w*=", line):
+                raise UserError(f"{path}, line {number}: expected NAME=VALUE, found '{line}'")
+            lines.append(line)
+    return lines
+
+
+def _escaped(value: str) -> str:
+    # DeepSpeed puts values with any of these characters into double quotes
+    return re.sub(r'([\\"$`])', r"\\\1", value.replace("\n", " ")).replace("%", "%%")
+
+
+def user_environment_files(environ: Mapping[str, str]) -> list[Path]:
+    """The `.deepspeed_env` files that DeepSpeed would read: in the home folder, then in the current one."""
+    name = environ.get("DS_ENV_FILE", ".deepspeed_env")
+    files = [folder / name for folder in (Path.home(), Path.cwd())]
+    return [path for path in dict.fromkeys(files) if path.is_file()]
+
+
+def shell_line(words: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A line to paste into a shell."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)])
