@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,8 @@ from torch.distributed import ProcessGroup
 class Ranks:
     """This process on every axis. Rank order: tensor innermost, then sequence, then data, pipeline outermost.
 
-    A group is None when its axis has size 1. Ranks of one tensor or sequence group read the same samples.
+    A group is None when its axis has size 1. Ranks of one tensor or sequence group read the same samples. The replica
+    group holds the same weights and sees different tokens: gradients are summed over it.
     """
 
     rank: int = 0
@@ -34,11 +36,21 @@ class Ranks:
     tensor_group: ProcessGroup | None = field(default=None, compare=False)
     sequence_group: ProcessGroup | None = field(default=None, compare=False)
     pipeline_group: ProcessGroup | None = field(default=None, compare=False)
+    replica_group: ProcessGroup | None = field(default=None, compare=False)  # data x sequence
     device: torch.device = field(default=torch.device("cpu"), compare=False)
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same weights and see different tokens."""
+        return self.data_size * self.sequence_size
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def lay_out(self, tensor: int, sequence: int, pipeline: int) -> Ranks:
+        """This process on the axes of a layout, with its groups. Collective over the world."""
+        return _lay_out(self, tensor, sequence, pipeline)
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sums float64 values over all ranks of the world. Collective."""
@@ -65,33 +77,43 @@ class Ranks:
             dist.barrier()
 
 
+def accelerator() -> Any:
+    """DeepSpeed's accelerator: CUDA where there is one, else the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
 def prepare_backend() -> None:
     """Settings that must precede any use of DeepSpeed's communication.
 
     On CPUs DeepSpeed would build a shared-memory extension that leaks 66 MiB of /dev/shm per rank and launch.
     """
     import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
 
-    if get_accelerator().device_name() == "cpu":
+    if accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
 
 
 def init_distributed(
     tensor: int = 1, sequence: int = 1, pipeline: int = 1, timeout: timedelta = timedelta(minutes=10)
 ) -> Ranks:
-    """Joins the process group that the environment describes (a single process when it describes none).
-
-    Args:
-        tensor, sequence, pipeline: parallel sizes; data parallel is what is left of the world.
-        timeout: of every collective, of every group.
+    """Joins the world and lays it out: data parallel is what the other sizes leave. Collective.
 
     Raises:
         ValueError: the sizes do not divide the world (plans refuse this before launch).
     """
+    return join_world(timeout).lay_out(tensor, sequence, pipeline)
+
+
+def join_world(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+    """Joins the process group that the environment describes (a single process when it describes none).
+
+    Args:
+        timeout: of every collective, of every group.
+    """
     import deepspeed
     import torch.distributed.distributed_c10d as c10d
-    from deepspeed.accelerator import get_accelerator
 
     prepare_backend()
     for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -100,23 +122,21 @@ def init_distributed(
         os.environ["MASTER_PORT"] = _free_port()
     # sub-groups made without a timeout take the module's default, or a cut link hangs them
     c10d.default_pg_timeout = timeout
-    accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
+    device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
+    if device_type != "cpu":
+        accelerator().set_device(local_rank)
     deepspeed.init_distributed(
-        accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
+        "gloo" if device_type == "cpu" else accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
     )
-    device = torch.device(accelerator.current_device_name())
-    return _lay_out(dist.get_rank(), dist.get_world_size(), local_rank, tensor, sequence, pipeline, device)
+    world, device = dist.get_world_size(), torch.device(accelerator().current_device_name())
+    return Ranks(rank=dist.get_rank(), world=world, data_size=world, local_rank=local_rank, device=device)
 
 
-def _lay_out(
-    rank: int, world: int, local_rank: int, tensor: int, sequence: int, pipeline: int, device: torch.device
-) -> Ranks:
+def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
+    rank, world = here.rank, here.world
     if world % (tensor * sequence * pipeline):
         raise ValueError(f"{world} ranks cannot hold tensor {tensor} x sequence {sequence} x pipeline {pipeline}")
     sizes = {
@@ -135,14 +155,18 @@ def _lay_out(
             group = dist.new_group(members)  # collective over the world: every rank makes every group
             if rank in members:
                 groups[name] = group
-    return Ranks(
-        rank=rank,
-        world=world,
-        local_rank=local_rank,
-        device=device,
+    replica_group = groups["data"] or groups["sequence"]
+    if sizes["data"] > 1 and sizes["sequence"] > 1:
+        for members in grid.flatten(1, 2).movedim(1, -1).reshape(-1, sizes["data"] * sizes["sequence"]).tolist():
+            group = dist.new_group(members)
+            if rank in members:
+                replica_group = group
+    return replace(
+        here,
+        replica_group=replica_group,
         **coordinates,
-        **{f"{name}_size": size for name, size in sizes.items()},
-        **{f"{name}_group": group for name, group in groups.items()},
+        **{f"{name}_size": size for name, size in sizes.items()},  # type: ignore[arg-type]
+        **{f"{name}_group": group for name, group in groups.items()},  # type: ignore[arg-type]
     )
 
 

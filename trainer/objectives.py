@@ -6,6 +6,8 @@ however the batch is split.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: nn.Module, vocab_size: int) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.vocab_size = vocab_size
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...data_prep.errors import UserError
 from ..distributed import Ranks
 from .parameters import TABLES, ParamSpec, padded_vocab, parameter_seed, parameter_table
+from .slices import local_slice
 
 Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type
 
@@ -54,7 +55,7 @@ def build_model(
             module_values = _own_initialiser(model, module, prefix, seed)
         for name in fresh:
             spec = specs[f"{prefix}{name}"]
-            made[spec.name] = module._parameters[name] = _make(spec, module_values, dtype, ranks)
+            made[spec.name] = module._parameters[name] = make_parameter(spec, module_values, dtype, ranks)
         if zero3_config is not None:
             _partition(module, zero3_config, ranks)
     _tie(model, made)
@@ -115,17 +116,15 @@ def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int
     return lambda spec: module._parameters[spec.name.removeprefix(prefix)].detach()  # type: ignore[union-attr]
 
 
-def _make(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
+def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
     """This rank's piece of one parameter, on the device that trains."""
     full = values(spec)
     if tuple(full.shape) != spec.shape:
         raise UserError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}")
-    padded = full.new_zeros(spec.padded_shape)
-    padded[: spec.shape[0]] = full
-    if spec.dim is not None and ranks.tensor_size > 1:
-        ranges = spec.ranges(ranks.tensor, ranks.tensor_size)
-        padded = torch.cat([padded.narrow(spec.dim, start, stop - start) for start, stop in ranges], spec.dim)
-    parameter = nn.Parameter(padded.to(device=ranks.device, dtype=dtype, copy=True))
+    piece = local_slice(full, spec, ranks.tensor, ranks.tensor_size)
+    # a copy: never a view of what the values' source holds
+    piece = piece.to(device=ranks.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    parameter = nn.Parameter(piece)
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 
@@ -133,11 +132,11 @@ def _make(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
     import deepspeed
 
-    from .tensor_parallel import Mpu
+    from .mpu import Mpu
 
     deepspeed.zero.Init(
         module=module,
-        data_parallel_group=ranks.data_group,
+        data_parallel_group=ranks.replica_group,
         config_dict_or_path=ds_config,
         mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
     )

@@ -1,0 +1,220 @@
+"""Engines: one optimizer step over a global batch, whatever the layout. The loop knows only the protocol."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .config import Recipe
+from .data import Batch, BatchStream
+from .distributed import Ranks
+from .ledger import join, split
+from .models.build import Values, build_model
+from .objectives import CausalLM
+from .order import key64
+from .plan import Plan
+from .schedule import learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one optimizer step reports, over all ranks."""
+
+    loss: float  # mean over the unmasked tokens of the global batch
+    grad_norm: float | None  # before clipping
+    lr: float
+    tokens: int  # unmasked, of the global batch
+    seconds: float
+    data_seconds: float  # of them, this rank waited for data
+    samples: tuple[int, int]  # first global sample index, last + 1
+    ledger: int  # digest of the samples that all ranks consumed
+    stop: bool  # some rank was asked to stop
+
+
+class Engine(Protocol):
+    """A model with its optimizer on one layout."""
+
+    module: nn.Module
+    ranks: Ranks
+    deepspeed: Any  # deepspeed.DeepSpeedEngine
+
+    def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
+        """One global batch forward and backward, and one update. Collective.
+
+        Args:
+            step: the step's number, from 0: learning rate and dropout follow from it.
+            stop: whether this rank was asked to stop; the output says whether any was.
+        """
+        ...
+
+    def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
+        """Loss sum and token count over all ranks, without gradients. Collective."""
+        ...
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[batch, time] → [batch, time, vocab] in fp32, the same on every rank. Collective."""
+        ...
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
+        ...
+
+
+def build_engine(recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None = None) -> Engine:
+    """The engine of a plan. Collective.
+
+    Args:
+        values: initial values of the parameters; None: random, by name.
+    """
+    return ZeroEngine(recipe, plan, ranks, values)
+
+
+class ZeroEngine:
+    """DeepSpeed's engine on any ZeRO stage, offload included, without pipeline stages."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
+        import deepspeed
+
+        self.ranks, self._recipe, self._plan = ranks, recipe, plan
+        config = runtime_config(plan.deepspeed, ranks.device.type)
+        zero3 = config if plan.layout.zero_stage == 3 else None
+        model = build_model(plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, zero3)
+        if "activation_checkpointing" in config:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.module: nn.Module = CausalLM(model, plan.vocab_size).train()
+        self.deepspeed: Any = deepspeed.initialize(
+            model=self.module,
+            model_parameters=parameter_groups(self.module, config),  # type: ignore[arg-type]
+            config=config,
+        )[0]
+
+    def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
+        started = time.perf_counter()
+        batch = stream.next_step()
+        data_seconds = time.perf_counter() - started
+        (tokens,) = self._data_sum([float(sum(micro.tokens for micro in batch.micro_batches))])
+        self._set_learning_rate(step)
+        losses = []
+        for number, micro in enumerate(batch.micro_batches):
+            self._seed(step, number)
+            loss = self._forward(micro)
+            # DeepSpeed averages gradients over the data-parallel ranks; the loss is a mean over all tokens
+            self.deepspeed.backward(loss * (self.ranks.data_size / tokens), scale_wrt_gas=False)
+            norm = self._unpartitioned_norm() if number + 1 == len(batch.micro_batches) else None
+            lr = self.deepspeed.optimizer.param_groups[0]["lr"]
+            self.deepspeed.step()
+            losses.append(loss.detach())
+        loss_sum = float(torch.stack(losses).double().sum())
+        loss_sum, low, high = self._data_sum([loss_sum, *split(batch.ledger)])
+        asked = not self.ranks.all_true(not stop)
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        return StepOutput(
+            loss=loss_sum / tokens,
+            grad_norm=None if norm is None else float(norm),
+            lr=lr,
+            tokens=int(tokens),
+            seconds=time.perf_counter() - started,
+            data_seconds=data_seconds,
+            samples=(batch.first, batch.stop),
+            ledger=join([low, high]),
+            stop=asked,
+        )
+
+    def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
+        self.deepspeed.eval()
+        loss_sum, tokens = 0.0, 0
+        with torch.no_grad():
+            for micro in micro_batches:
+                loss_sum += float(self._forward(micro))
+                tokens += micro.tokens
+        self.deepspeed.train()
+        loss_sum, total = self._data_sum([loss_sum, float(tokens)])
+        return loss_sum, int(total)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        self.deepspeed.eval()
+        with torch.no_grad():
+            logits = self.deepspeed(input_ids.to(self.ranks.device))
+        self.deepspeed.train()
+        return logits
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return sorted(((p.spec.name, p) for p in self.module.parameters()), key=lambda pair: pair[0])  # type: ignore[attr-defined]
+
+    def _forward(self, micro: Batch) -> Tensor:
+        micro = micro.to(self.ranks.device)
+        return self.deepspeed(micro.input_ids, micro.labels, micro.position_ids)
+
+    def _data_sum(self, values: list[float]) -> list[float]:
+        """Sums over the data-parallel ranks: the ranks of a tensor-parallel group all computed the same."""
+        counted = self.ranks.tensor == 0
+        return self.ranks.all_sum([value if counted else 0.0 for value in values])
+
+    def _set_learning_rate(self, step: int) -> None:
+        """Unless the JSON has a scheduler of its own, which then steps by itself."""
+        if self.deepspeed.lr_scheduler is not None:
+            return
+        rate = planned_rate(self._recipe, self._plan, step)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _seed(self, step: int, micro: int) -> None:
+        """Dropout's randomness follows from where it is drawn, so that there is no generator state to save."""
+        torch.manual_seed(key64(self._recipe.seed, "forward", step, micro, self.ranks.data) >> 1)
+
+    def _unpartitioned_norm(self) -> Tensor | None:
+        """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""
+        if self._plan.layout.zero_stage > 0 or self._plan.precision not in ("fp32", "bf16_autocast"):
+            return None
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        if self.ranks.tensor_size == 1:
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        counted = [p.grad for p in parameters if getattr(p, "model_parallel", False) or self.ranks.tensor == 0]
+        square = torch.nn.utils.get_total_norm(counted).square()  # type: ignore[arg-type]
+        torch.distributed.all_reduce(square, group=self.ranks.tensor_group)
+        return square.sqrt()
+
+
+def planned_rate(recipe: Recipe, plan: Plan, step: int) -> float:
+    """Learning rate of step `step`, counted from 0."""
+    schedule = recipe.schedule
+    return learning_rate(
+        step,
+        schedule.type,
+        peak=plan.deepspeed["optimizer"]["params"]["lr"],
+        floor=schedule.min_lr,
+        total=plan.total_steps,
+        warmup=plan.warmup_steps,
+        decay=plan.decay_steps,
+    )
+
+
+def parameter_groups(module: nn.Module, config: dict) -> list[dict[str, Any]]:
+    """Two optimizer groups: matrices, with weight decay, and norms and biases, without."""
+    decay = config["optimizer"]["params"].get("weight_decay", 0.0)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.spec.decays], "weight_decay": decay},  # type: ignore[attr-defined]
+        {"params": [p for p in trained if not p.spec.decays], "weight_decay": 0.0},  # type: ignore[attr-defined]
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def runtime_config(resolved: dict, device_type: str) -> dict:
+    """The resolved JSON with what this accelerator needs: a CPU takes torch's Adam, which needs no compiler."""
+    config = copy.deepcopy(resolved)
+    config.setdefault("steps_per_print", 2**31)
+    if device_type == "cpu":
+        if config["optimizer"]["type"].lower() in ("adam", "adamw"):
+            config["optimizer"]["params"].setdefault("torch_adam", True)
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
