@@ -1,0 +1,219 @@
+"""`zeropipe launch`: plans, so that nothing illegal is ever started, then runs `deepspeed … --module zeropipe.trainer`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ..data_prep.errors import EXIT_RANK_FAILED, UserError
+from .command import (
+    Launch,
+    deepspeed_command,
+    forwarded_lines,
+    rank_environment,
+    shell_line,
+    user_environment_files,
+)
+from .devices import count_accelerators, cpu_cores, visible_devices
+from .hostfile import is_this_machine, read_hostfile
+from .processes import MARK
+
+EPILOG = """\
+examples:
+  zeropipe launch gpt2_345m --deepspeed_config zero2 --devices 4
+  zeropipe launch my.yaml --deepspeed_config my.json --hostfile hostfile optimizer.lr=3e-4 duration.steps=200
+
+With a hostfile, every host needs: ssh without a password from here, this folder and this Python at the same path, and
+the data and the run directory on shared storage; relative paths count from the folder you launch in. OMP_*, GLOO_*,
+NCCL_*, HF_*, TORCH_*, … of your environment and the lines of `.deepspeed_env` go to every rank.
+
+Ctrl-C or SIGTERM: the ranks finish the step, save and stop (exit code 4); the same command resumes.
+"""
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "launch",
+        help="train on this machine or on every host of a hostfile",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe: section.key=value")
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        metavar="JSON",
+        help="a DeepSpeed JSON file, or a shipped one's name",
+    )
+    parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
+    parser.add_argument(
+        "--devices",
+        "--num_accelerators",
+        "--num_gpus",
+        type=int,
+        metavar="N",
+        help="ranks on this machine; default: all its accelerators, or 1 on a machine with CPUs only",
+    )
+    parser.add_argument("--ssh_port", type=int, metavar="PORT", help="of the hosts; default: as ssh is configured")
+    parser.add_argument("--master_addr", metavar="ADDR", help="address of the first host, as the others reach it")
+    parser.add_argument("--master_port", type=int, metavar="PORT", help="for the ranks to find each other")
+    parser.add_argument(
+        "--bind_cores_to_rank", action="store_true", help="bind each rank to cores of its own (numactl)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
+    parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    launch = plan_launch(args)
+    output = checked_plan(args, launch.devices)
+    if args.dry_run:
+        print_dry_run(launch)
+        return 0
+    return start(launch, output)
+
+
+def plan_launch(args: argparse.Namespace) -> Launch:
+    """Where the ranks go, and what each is told.
+
+    Raises:
+        UserError: the hostfile, or a number of devices that this machine or the hostfile does not have.
+    """
+    words = ["--run", _absolute(args.recipe)]
+    if args.deepspeed_config:
+        words += ["--deepspeed_config", _absolute(args.deepspeed_config)]
+    launch = Launch(
+        arguments=(*words, *args.overrides),
+        devices=1,
+        ssh_port=args.ssh_port,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        bind_cores=args.bind_cores_to_rank,
+        verbose=args.verbose,
+    )
+    if args.hostfile is None:
+        return _on_this_machine(launch, args.devices)
+    hosts = read_hostfile(args.hostfile)
+    slots = sum(host.slots for host in hosts)
+    if args.devices is not None and args.devices != slots:
+        raise UserError(f"--devices {args.devices}, but {args.hostfile} has {slots} slots; leave --devices out")
+    if len(hosts) == 1 and is_this_machine(hosts[0].name):
+        return _on_this_machine(launch, slots)
+    return replace(launch, hostfile=Path(args.hostfile).absolute(), hosts=hosts, devices=slots)
+
+
+def _absolute(name: str) -> str:
+    """A file by its full path, so that it means the same wherever a rank starts; a shipped one's name as it is."""
+    path = Path(name)
+    return str(path.absolute()) if path.exists() else name
+
+
+def _on_this_machine(launch: Launch, devices: int | None) -> Launch:
+    found, visible = count_accelerators(), visible_devices(os.environ)
+    at_hand = len(visible) if visible is not None and found else found
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices {devices}: expected 1 or more")
+    if devices is not None and at_hand and devices > at_hand:
+        raise UserError(f"--devices {devices}, but this machine offers {at_hand}; use a hostfile for more machines")
+    devices = devices or at_hand or 1
+    ids = tuple(visible[:devices]) if visible is not None and found else None
+    port = launch.master_port or _free_port()
+    return replace(launch, devices=devices, device_ids=ids, master_port=port)
+
+
+def _free_port() -> int:
+    """Two launches on one machine must not meet on DeepSpeed's one default port."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def checked_plan(args: argparse.Namespace, devices: int) -> Path:
+    """Plans the run, as `zeropipe plan` does; returns its run directory.
+
+    Raises:
+        UserError: whatever is wrong with the recipe, the JSON, the data or the layout.
+    """
+    from ..trainer.config import load_recipe
+    from ..trainer.ds_config import load_ds_config
+    from ..trainer.plan import make_plan
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    make_plan(recipe, load_ds_config(args.deepspeed_config) if args.deepspeed_config else {}, devices)
+    return recipe.output
+
+
+def print_dry_run(launch: Launch) -> None:
+    added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
+    if launch.remote:
+        print("# with these lines in .deepspeed_env of the current folder, which carries them to every host:")
+        for line in forwarded_lines({**os.environ, **added}, user_environment_files(os.environ)):
+            print(f"#   {line}")
+    print(shell_line(deepspeed_command(launch), added))
+
+
+def start(launch: Launch, output: Path) -> int:
+    """Runs the launch and returns its exit code."""
+    from .preflight import check_hosts
+    from .session import Session
+
+    with launch_folder(output.absolute() if launch.remote else None) as folder:
+        if launch.remote:
+            check_hosts(launch.hosts, launch.ssh_port, folder)
+        session = Session(folder, launch.devices, launch.hosts, launch.ssh_port)
+        code = session.run(deepspeed_command(launch), child_environment(launch, folder))
+    if code == EXIT_RANK_FAILED:
+        print(
+            "error: a rank or host failed (see above); the same command resumes from the last checkpoint",
+            file=sys.stderr,
+        )
+    return code
+
+
+@contextmanager
+def launch_folder(shared: Path | None) -> Iterator[Path]:
+    """A folder for this launch alone, removed at its end: in the run directory where other hosts must see it too."""
+    made = []
+    if shared is not None:
+        made = [path for path in (shared, *shared.parents) if not path.exists()]
+        shared.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".launch-", dir=shared))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:  # a launch that has failed before its ranks wrote anything leaves no trace
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def child_environment(launch: Launch, folder: Path) -> dict[str, str]:
+    """The environment of `deepspeed`: the user's, the ranks' settings, and the mark of this launch."""
+    environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK"}}
+    environment |= rank_environment(environment, launch, count_accelerators(), cpu_cores())
+    environment[MARK] = str(folder)
+    if launch.device_ids is not None:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include
+    if launch.remote:
+        lines = forwarded_lines(environment, user_environment_files(environment))
+        carrier = folder / "deepspeed_env"
+        carrier.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        environment["DS_ENV_FILE"] = str(carrier)
+        own = environment.get("PDSH_SSH_ARGS_APPEND", "")
+        # a dead link is noticed, and nobody is asked for a password
+        environment["PDSH_SSH_ARGS_APPEND"] = (
+            f"{own} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+        )
+    return environment
