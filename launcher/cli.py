@@ -95,10 +95,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code; what the user did wrong is one `error: …` on stderr, no traceback."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code or 0
+        return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -111,6 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in DISK_ERRORS:
             raise
         return _fail(f"{error.filename or 'writing'}: {error.strerror}; free some space or choose another place")
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = parse(argv)
+        return args.run(args) or 0
+    finally:
+        sys.stdout.flush()  # here, where a reader that has gone is still an exception and not noise at exit
 
 
 def _fail(message: str) -> int:

@@ -1,4 +1,4 @@
-"""`zeropipe launch`: plans, so that nothing illegal is ever started, then runs `deepspeed … --module zeropipe.trainer`."""
+"""Plans, so that nothing illegal is ever started, then runs `deepspeed … --module zeropipe.trainer`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one launch: passes signals on to the ranks, waits, leaves no process behind, and finds out how it really ended."""
+"""Runs one launch: passes signals on to the ranks, leaves no process behind, finds out how it really ended."""
 
 from __future__ import annotations
 

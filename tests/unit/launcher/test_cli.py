@@ -1,0 +1,103 @@
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from zeropipe.data_prep.errors import UserError
+from zeropipe.launcher import cli
+
+
+def zeropipe(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zeropipe.launcher", *words], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def test_help_is_there_and_quick():
+    before = time.monotonic()
+    done = zeropipe("--help")
+    assert done.returncode == 0
+    assert time.monotonic() - before < 3  # 0.1 s on a quiet machine; torch alone would take longer than this
+    assert "launch" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from zeropipe.launcher.cli import build_parser; build_parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "deepspeed", "transformers", "datasets", "numpy", "pydantic"} & set(loaded)
+
+
+@pytest.mark.parametrize("verb", list(cli.build_parser()[1]))
+def test_every_verb_has_help_of_its_own(verb):
+    parser = cli.build_parser()[1][verb]
+    text = parser.format_help()
+    assert f"zeropipe {verb}" in text
+    assert parser.get_default("run") or parser._subparsers  # a verb runs, or has verbs of its own
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["lanch"], "did you mean 'launch'"),
+        (["xyzzy"], "no verb 'xyzzy'"),
+        ([], "VERB"),
+        (["launch"], "recipe"),
+        (["launch", "r", "--hostfil", "h"], "did you mean '--hostfile'"),
+        (["launch", "r", "--devices", "two"], "two"),
+        (["launch", "r", "--devices", "2", "stray"], "'stray'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_error_line(words, says, capsys):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_overrides_may_stand_anywhere():
+    args = cli.parse(["launch", "r", "a.b=1", "--devices", "2", "c.d=[1, 2]", "--hostfile", "h", "e.f="])
+    assert args.overrides == ["a.b=1", "c.d=[1, 2]", "e.f="]
+
+
+@pytest.fixture
+def verb_that(monkeypatch):
+    """A command line whose only verb raises."""
+
+    def use(error: BaseException) -> int:
+        def run(_args):
+            raise error
+
+        monkeypatch.setattr(cli, "parse", lambda _argv: cli.argparse.Namespace(run=run))
+        return cli.main(["verb"])
+
+    return use
+
+
+def test_errors_become_exit_codes(verb_that, capsys):
+    assert verb_that(UserError("data/x: no such store")) == 2
+    assert capsys.readouterr().err == "error: data/x: no such store\n"
+    assert verb_that(KeyboardInterrupt()) == 130
+    assert verb_that(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")) == 2
+    assert capsys.readouterr().err.startswith("error: runs/x: No space left on device")
+
+
+def test_a_defect_of_ours_is_not_dressed_up(verb_that):
+    with pytest.raises(ZeroDivisionError):
+        verb_that(ZeroDivisionError())
+
+
+def test_a_reader_that_leaves_early():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "zeropipe.launcher", "--help"], stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert done.returncode in (0, 141)
+    assert done.stderr == b""
