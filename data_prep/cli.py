@@ -1,0 +1,133 @@
+"""The verbs of this room: `zeropipe prepare`, `inspect`, `verify`, `merge`. The work is imported when it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import EXIT_DONE, UserError
+
+if TYPE_CHECKING:
+    from .prepare import Options
+
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    _register_prepare(subparsers)
+    inspect = subparsers.add_parser("inspect", help="show a token store: its size, its documents as text and tokens")
+    inspect.add_argument("store", help="a store directory or a Megatron prefix")
+    inspect.add_argument("--document", type=int, action="append", metavar="N", help="show this document (repeatable)")
+    inspect.add_argument("--tokens", type=int, default=200, metavar="N", help="of each document, at most (200)")
+    inspect.add_argument("--tokenizer", help="a Hugging Face folder, for a bare prefix")
+    inspect.set_defaults(run=run_inspect)
+
+
+def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "prepare",
+        help="make a token store from a corpus",
+        description="Makes a token store from a corpus. A run that was stopped goes on when the command is repeated.",
+    )
+    source = parser.add_argument_group("corpus")
+    source.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, globs, folders, saved data sets")
+    source.add_argument("--builtin", metavar="NAME", help="stdlib: the source code of this Python's standard library")
+    source.add_argument("--format", choices=("jsonl", "text", "parquet", "arrow"), help="instead of going by suffix")
+    source.add_argument("--text-key", default="text", metavar="KEY", help="of the text, `a.b` for nested ones (text)")
+    source.add_argument(
+        "--text-unit", choices=("file", "paragraph", "line"), default="file", help="what a document is in a text file"
+    )
+    source.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at input that is no document")
+    source.add_argument("--limit-bytes", type=size, metavar="SIZE", help="read about this much of the input")
+    source.add_argument("--limit-documents", type=int, metavar="N", help="keep the first N documents")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="PATH", help="Hugging Face folder or tokenizer.json")
+    tokenizer.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE of N tokens")
+    tokenizer.add_argument("--train-bytes", type=size, default=32 << 20, metavar="SIZE", help="to train it on (32Mi)")
+    tokenizer.add_argument("--eod-token", metavar="TOKEN", help="end of document (<|endoftext|>, else the eos token)")
+    select = parser.add_argument_group("selection and order")
+    select.add_argument("--min-bytes", type=size, default=0, metavar="SIZE", help="drop shorter documents")
+    select.add_argument("--max-bytes", type=size, metavar="SIZE", help="drop longer documents")
+    select.add_argument("--keep-regex", metavar="REGEX", help="keep only documents in which it is found")
+    select.add_argument("--drop-regex", metavar="REGEX", help="drop documents in which it is found")
+    select.add_argument("--deduplicate", action="store_true", help="keep one of documents with equal text")
+    select.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the documents")
+    output = parser.add_argument_group("output and work")
+    output.add_argument("--output", type=Path, required=True, metavar="DIR", help="the store to make")
+    output.add_argument("--overwrite", action="store_true", help="replace what is there")
+    output.add_argument("--shard-size", type=size, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)")
+    output.add_argument("--workers", type=int, metavar="N", help="processes (one per core; 0: none but this one)")
+    output.add_argument("--memory", type=size, default=1_200_000_000, metavar="SIZE", help="for all workers (1.2G)")
+    output.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run_prepare)
+
+
+def size(text: str) -> int:
+    """Bytes: `500`, `64M`, `4Gi`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: not a size; write it like 500, 64M or 4Gi")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from .assemble import Assembly
+    from .prepare import Options, default_workers
+    from .sources import SourceOptions
+    from .tasks import Filters
+
+    unit = {"file": "text", "paragraph": "paragraphs", "line": "lines"}[args.text_unit]
+    return Options(
+        output=args.output,
+        inputs=tuple(args.input),
+        builtin=args.builtin,
+        source=SourceOptions(args.format, unit, args.limit_bytes),
+        text_key=args.text_key,
+        on_error=args.on_error,
+        filters=Filters(args.min_bytes, args.max_bytes, args.keep_regex, args.drop_regex),
+        tokenizer=args.tokenizer,
+        train_tokenizer=args.train_tokenizer,
+        train_bytes=args.train_bytes,
+        eod_token=args.eod_token,
+        assembly=Assembly(args.deduplicate, args.limit_documents, args.shuffle),
+        shard_bytes=args.shard_size,
+        workers=default_workers() if args.workers is None else args.workers,
+        memory=args.memory,
+        overwrite=args.overwrite,
+        quiet=args.quiet,
+    )
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    from .inspection import summary
+    from .prepare import prepare
+
+    store = prepare(_options(args))
+    print("\n".join(summary(store)))
+    return EXIT_DONE
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from .inspection import show
+
+    show(args.store, args.document or [], args.tokens, args.tokenizer)
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """This room's verbs alone: `python -m zeropipe.data_prep.cli prepare …`."""
+    parser = argparse.ArgumentParser(prog="zeropipe")
+    register(parser.add_subparsers(required=True))
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

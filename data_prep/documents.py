@@ -1,0 +1,207 @@
+"""Reads slices of a corpus as documents: the UTF-8 bytes of their text, one after the other."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, cast
+
+import orjson
+
+from .errors import UserError
+from .sources import Slice
+
+BUFFER = 1 << 20
+BOM = b"\xef\xbb\xbf"
+
+
+class BadDocument(Exception):
+    """A piece of input that is not a document. Says where it is and why."""
+
+    def __init__(self, path: str, reason: str, *, offset: int | None = None, line: int | None = None) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason, self.offset, self.line = path, reason, offset, line
+
+    def __str__(self) -> str:
+        line = self.line
+        if line is None and self.offset is not None:
+            line = line_number(self.path, self.offset)
+        where = self.path if line is None else f"{self.path}, line {line}"
+        return f"{where}: {self.reason}"
+
+    def __reduce__(self) -> Any:
+        return _bad_document, (self.path, self.reason, self.offset, self.line)
+
+
+def _bad_document(path: str, reason: str, offset: int | None, line: int | None) -> BadDocument:
+    return BadDocument(path, reason, offset=offset, line=line)
+
+
+def line_number(path: str, offset: int) -> int:
+    """Number, from 1, of the line that begins at byte `offset` of a plain file. Reads all before it."""
+    lines, left = 1, offset
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(BUFFER, left))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+def read_documents(part: Slice, text_key: str, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
+    """The documents of a slice. What is no document goes to `bad`, which raises it or notes it and returns.
+
+    A file that cannot be read at all (missing, damaged compression) is a UserError.
+    """
+    try:
+        if part.format in ("parquet", "arrow"):
+            from .columns import read_columns
+
+            yield from read_columns(part, text_key, bad)
+        elif part.format == "jsonl":
+            yield from _json_lines(part, text_key, bad)
+        else:
+            yield from _text(part, bad)
+    except OSError as error:
+        # gzip.BadGzipFile is an OSError without an errno
+        raise UserError(f"{part.path}: cannot read it: {error.strerror or error}") from None
+    except (EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+        if part.compression is None:
+            raise
+        raise UserError(f"{part.path}: the {part.compression} data is truncated or damaged ({error})") from None
+
+
+def _json_lines(part: Slice, text_key: str, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
+    number = 0
+    for offset, line in _lines(part):
+        number += 1
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+            text = record[text_key]
+            if type(text) is str:
+                yield text.encode()
+                continue
+            reason = f"the value of {text_key!r} is {_kind(text)}, a string was expected"
+        except orjson.JSONDecodeError as error:
+            reason = _json_reason(line, error)
+        except (KeyError, TypeError):
+            text = nested(record, text_key)
+            if type(text) is str:
+                yield text.encode()
+                continue
+            reason = key_reason(record, text_key, text)
+        if part.start:
+            bad(BadDocument(part.path, reason, offset=offset))
+        else:
+            bad(BadDocument(part.path, reason, line=number))
+
+
+def nested(record: Any, text_key: str) -> Any:
+    """The value at a dotted path, `a.b.c`; None if it leads nowhere."""
+    for key in text_key.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(key)
+    return record
+
+
+def key_reason(record: Any, text_key: str, text: Any) -> str:
+    if not isinstance(record, dict):
+        return f"{_kind(record)} where an object with the key {text_key!r} was expected"
+    if text is not None:
+        return f"the value of {text_key!r} is {_kind(text)}, a string was expected"
+    keys = ", ".join(repr(key) for key in key_paths(record)) or "none"
+    return f"no text at the key {text_key!r}; the keys there are: {keys} (name one with --text-key)"
+
+
+def key_paths(record: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths of a record, at most twenty."""
+    paths: list[str] = []
+    for key, value in record.items():
+        inner = key_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+        paths += inner or [prefix + key]
+    return paths[:20]
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _json_reason(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        return f"invalid UTF-8 at byte {wrong.start} of the line ({wrong.reason})"
+    hint = "; a file that is one JSON array must become one object a line" if line.strip() in (b"[", b"{") else ""
+    return f"invalid JSON: {error.msg} at column {error.colno}{hint}"
+
+
+def _lines(part: Slice) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that begin in [start, stop), each with its line end, without a byte-order mark."""
+    with open_stream(part) as file:
+        position = 0
+        if part.start:
+            file.seek(part.start - 1)
+            position = part.start - 1 + len(file.readline())
+        while part.stop is None or position < part.stop:
+            line = file.readline()
+            if not line:
+                return
+            yield position, line.removeprefix(BOM) if position == 0 else line
+            position += len(line)
+
+
+def _text(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
+    if part.format == "text":
+        with open_stream(part) as file:
+            units = [(0, file.read().removeprefix(BOM))]
+    elif part.format == "paragraphs":
+        units = _paragraphs(part)
+    else:
+        units = ((offset, line.rstrip(b"\r\n")) for offset, line in _lines(part))
+    for number, (offset, text) in enumerate(units, start=1):
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            reason = f"invalid UTF-8 at byte {offset + error.start} ({error.reason})"
+            line = number if part.format == "lines" and not part.start else None
+            bad(BadDocument(part.path, reason, line=line))
+            continue
+        yield text
+
+
+def _paragraphs(part: Slice) -> Iterator[tuple[int, bytes]]:
+    """Runs of lines between blank ones."""
+    start, lines = 0, []
+    for offset, line in _lines(part):
+        if line.strip():
+            start = start if lines else offset
+            lines.append(line)
+        elif lines:
+            yield start, b"".join(lines).rstrip(b"\r\n")
+            lines = []
+    if lines:
+        yield start, b"".join(lines).rstrip(b"\r\n")
+
+
+def open_stream(part: Slice) -> BinaryIO:
+    """The file's bytes, decompressed."""
+    if part.compression is None:
+        return open(part.path, "rb", buffering=BUFFER)
+    if part.compression == "gz":
+        return cast(BinaryIO, io.BufferedReader(gzip.open(part.path), BUFFER))
+    if part.compression == "xz":
+        return cast(BinaryIO, io.BufferedReader(lzma.open(part.path), BUFFER))
+    if part.compression == "bz2":
+        return cast(BinaryIO, io.BufferedReader(bz2.open(part.path), BUFFER))
+    import zstandard
+
+    source = open(part.path, "rb")  # noqa: SIM115, the reader closes it
+    reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True, closefd=True)
+    return cast(BinaryIO, io.BufferedReader(reader, BUFFER))

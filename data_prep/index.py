@@ -1,0 +1,112 @@
+"""Megatron's MMapIndexedDataset v1: the `.idx` file that goes with a `.bin` of tokens (little-endian, packed).
+
+0   9 B       b"MMIDIDX\\x00\\x00"
+9   u64       version = 1
+17  u8        code of the token type, see `DTYPES`
+18  u64       N sequences
+26  u64       D entries of the document index
+34  int32[N]  lengths in tokens, then int64[N] byte offsets into .bin, then int64[D] first sequence of each document
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+_BLOCK = 1 << 20  # entries computed at a time when an .idx is written
+
+
+class Header(NamedTuple):
+    dtype: np.dtype
+    sequences: int
+    entries: int  # of the document index: documents + 1
+
+    @property
+    def size(self) -> int:
+        """Bytes that an .idx with this header must have."""
+        return HEADER.size + 12 * self.sequences + 8 * self.entries
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where the vocabulary fits as Megatron judges it, else int32."""
+    return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
+
+
+def read_header(path: Path) -> Header:
+    """Reads the 34 bytes at the start of an .idx. UserError if it is not mmap format v1 with integer tokens."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(HEADER.size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the index: {error.strerror}") from None
+    if raw.startswith(OLD_MAGIC):
+        raise UserError(
+            f"{path}: this is the old non-mmap format of Megatron/fairseq (TNTIDX). Convert it to the mmap format "
+            "first (`--dataset-impl mmap` of the preprocessing that made it); only that is read here"
+        )
+    if not raw.startswith(MAGIC):
+        raise UserError(f"{path}: not a Megatron mmap index: it begins {raw[:9]!r}, expected {MAGIC!r}")
+    if len(raw) < HEADER.size:
+        raise UserError(f"{path}: truncated: {len(raw)} bytes, the header alone has {HEADER.size}")
+    _, version, code, sequences, entries = HEADER.unpack(raw)
+    if version != 1:
+        raise UserError(f"{path}: version {version} of the mmap index, only version 1 is known")
+    if code not in DTYPES or code in (6, 7):
+        raise UserError(f"{path}: token type code {code} does not stand for an integer type")
+    return Header(np.dtype(DTYPES[code]), sequences, entries)
+
+
+class IndexFile:
+    """The three arrays of one .idx, memory-mapped: opening reads the header and nothing else.
+
+    The int64 arrays start at odd addresses (34 + 4 N), and NumPy's own `searchsorted` would copy an unaligned array
+    whole. So nothing here calls it; look-ups read single entries.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = header = read_header(path)
+        size = path.stat().st_size
+        if size != header.size:
+            raise UserError(
+                f"{path}: {size} bytes, but its header promises {header.sequences} sequences and "
+                f"{header.entries} document entries, which is {header.size} bytes: the file is truncated or damaged"
+            )
+        raw = np.memmap(path, np.uint8, "r")
+        ends = np.cumsum([HEADER.size, 4 * header.sequences, 8 * header.sequences, 8 * header.entries])
+        self.lengths = raw[ends[0] : ends[1]].view("<i4")
+        self.offsets = raw[ends[1] : ends[2]].view("<i8")
+        self.documents = raw[ends[2] : ends[3]].view("<i8")
+
+
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Writes an .idx in which every sequence is one document. `lengths`: int32 [N], in tokens."""
+    with path.open("wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(lengths) + 1))
+        file.write(np.ascontiguousarray(lengths, "<i4"))
+        for offsets in _offsets(lengths, dtype.itemsize):
+            file.write(offsets)
+        for start in range(0, len(lengths) + 1, _BLOCK):
+            file.write(np.arange(start, min(start + _BLOCK, len(lengths) + 1), dtype="<i8"))
+
+
+def _offsets(lengths: np.ndarray, itemsize: int) -> Iterator[np.ndarray]:
+    """Byte offset of each sequence, int64, block by block."""
+    base = 0
+    for start in range(0, len(lengths), _BLOCK):
+        ends = base + np.cumsum(lengths[start : start + _BLOCK], dtype="<i8") * itemsize
+        block = np.empty_like(ends)
+        block[0], block[1:] = base, ends[:-1]
+        base = int(ends[-1])
+        yield block

@@ -1,0 +1,122 @@
+"""The manifest of a token store: what it holds, the digests of its files, and the fingerprint of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+NAME = "manifest.json"
+FORMAT = "zeropipe token store"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    name: str
+    documents: int
+    tokens: int
+    bin: FileRecord
+    idx: FileRecord
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Holds no time, host or worker count: the same corpus and settings give the same bytes."""
+
+    dtype: str
+    vocab_size: int | None
+    eod_token: str | None
+    eod_id: int | None
+    num_documents: int
+    num_tokens: int
+    text_bytes: int | None  # UTF-8 bytes of the documents' text
+    shards: list[ShardRecord]
+    tokenizer: dict[str, FileRecord] = field(default_factory=dict)  # files of the folder tokenizer/
+    counts: dict[str, int] = field(default_factory=dict)  # documents read, dropped and why
+    settings: dict[str, Any] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of what the tokens are: type, vocabulary, shards and tokenizer; not of where they came from."""
+        content = {
+            "dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "shards": [asdict(shard) for shard in self.shards],
+            "tokenizer": {name: record.sha256 for name, record in self.tokenizer.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        payload = {"format": FORMAT, "version": VERSION, **asdict(self), "fingerprint": self.fingerprint}
+        write_durably(directory / NAME, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        path = directory / NAME
+        try:
+            payload = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the store's manifest: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); the store is damaged, prepare it again") from None
+        if not isinstance(payload, dict) or payload.pop("format", None) != FORMAT:
+            raise UserError(f"{path}: not the manifest of a token store")
+        if (version := payload.pop("version", None)) != VERSION:
+            raise UserError(f"{path}: version {version} of the store format, this program reads version {VERSION}")
+        stated = payload.pop("fingerprint", None)
+        try:
+            manifest = cls._from_payload(payload)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{path}: damaged manifest: {error}") from None
+        if stated != manifest.fingerprint:
+            raise UserError(f"{path}: fingerprint {stated} does not fit its content: the manifest was changed by hand")
+        return manifest
+
+    @classmethod
+    def _from_payload(cls, payload: dict[str, Any]) -> Manifest:
+        shards = [
+            ShardRecord(**{**shard, "bin": FileRecord(**shard["bin"]), "idx": FileRecord(**shard["idx"])})
+            for shard in payload.pop("shards")
+        ]
+        tokenizer = {name: FileRecord(**record) for name, record in payload.pop("tokenizer").items()}
+        return cls(shards=shards, tokenizer=tokenizer, **payload)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file, read in bounded memory."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileRecord(os.fstat(file.fileno()).st_size, digest.hexdigest())
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces `path` by `text` so that after a crash it is the old or the new content, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

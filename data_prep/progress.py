@@ -1,0 +1,60 @@
+"""One line that says how far a preparation is: documents/s, MB/s, tokens/s and the time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+class Progress:
+    """Counts and prints, on a terminal twice a second over the same line, elsewhere a line now and then."""
+
+    def __init__(self, total_bytes: int, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.total_bytes = total_bytes
+        self.quiet = quiet
+        self.stream = stream or sys.stderr
+        self.documents = self.tokens = self.bytes = 0
+        self.terminal = self.stream.isatty()
+        self.started = self._printed = time.monotonic()
+        self._skipped = 0
+
+    def resume(self, cost: int) -> None:
+        """Notes source bytes that were done before this run: they count for the share, not for the speed."""
+        self._skipped += cost
+
+    def batch(self, documents: int, tokens: int) -> None:
+        self.documents += documents
+        self.tokens += tokens
+        self._print(0.5 if self.terminal else 10)
+
+    def task(self, cost: int) -> None:
+        self.bytes += cost
+        self._print(0.5 if self.terminal else 10)
+
+    def _print(self, interval: float) -> None:
+        now = time.monotonic()
+        if not self.quiet and now - self._printed >= interval:
+            self._printed = now
+            self.stream.write(f"\r{self.line()}\033[K" if self.terminal else f"{self.line()}\n")
+            self.stream.flush()
+
+    def line(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        done, left = self._skipped + self.bytes, self.total_bytes - self._skipped - self.bytes
+        eta = f"{left / (self.bytes / seconds):,.0f} s left" if self.bytes else "time left unknown"
+        return (
+            f"{100 * done / max(1, self.total_bytes):3.0f} %  {self.documents / seconds:,.0f} documents/s  "
+            f"{self.bytes / seconds / 1e6:,.1f} MB/s  {self.tokens / seconds:,.0f} tokens/s  {eta}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress."""
+        if self.terminal:
+            self.stream.write("\r\033[K")
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def finish(self) -> None:
+        if not self.quiet:
+            self.say(self.line())

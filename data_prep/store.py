@@ -1,0 +1,160 @@
+"""Token stores, read side: a directory of Megatron `.bin/.idx` shards seen as one stream of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from . import manifest as manifests
+from .errors import UserError
+from .index import IndexFile
+from .manifest import Manifest
+
+SAMPLES = 64  # blocks of a bare prefix that its fingerprint is made of
+SAMPLE_BYTES = 4096
+
+
+class Shard:
+    """One `.bin/.idx` pair, memory-mapped. Positions are tokens from the start of the `.bin`."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self.bin, self.idx = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
+        if not self.bin.is_file():
+            raise UserError(f"{self.bin}: no such file: a pair {self.bin.name} + {self.idx.name} was expected")
+        self.index = IndexFile(self.idx)
+        self.dtype = self.index.header.dtype
+        self.num_documents = max(0, self.index.header.entries - 1)
+        self.num_tokens = self._check_size()
+        self.tokens = np.memmap(self.bin, self.dtype, "r") if self.num_tokens else np.empty(0, self.dtype)
+
+    def _check_size(self) -> int:
+        """Tokens in the .bin, by its size, which must be where the last sequence ends."""
+        size, promised = self.bin.stat().st_size, 0
+        if self.index.header.sequences:
+            promised = int(self.index.offsets[-1]) + int(self.index.lengths[-1]) * self.dtype.itemsize
+        if size != promised:
+            raise UserError(
+                f"{self.bin}: {size} bytes, but {self.idx.name} describes {promised}: the file is truncated or "
+                "damaged; copy or prepare it again"
+            )
+        return size // self.dtype.itemsize
+
+    def document_start(self, document: int) -> int:
+        """First token of a document; `num_tokens` for the one after the last."""
+        sequence = int(self.index.documents[document])
+        if sequence == self.index.header.sequences:
+            return self.num_tokens
+        return int(self.index.offsets[sequence]) // self.dtype.itemsize
+
+
+class TokenStore:
+    """The documents of a store, in order, as one stream of tokens.
+
+    Opening reads the manifest and one header per shard, whatever the size; nothing is hashed (that is `verify`'s work).
+    """
+
+    def __init__(self, path: Path, shards: list[Shard], manifest: Manifest | None) -> None:
+        self.path = path
+        self.shards = shards
+        self.manifest = manifest
+        self._token_ends = list(accumulate(shard.num_tokens for shard in shards))
+        self._document_ends = list(accumulate(shard.num_documents for shard in shards))
+        self.num_tokens: int = self._token_ends[-1]
+        self.num_documents: int = self._document_ends[-1]
+        self.dtype: np.dtype = shards[0].dtype
+        self.vocab_size = manifest.vocab_size if manifest else None
+        self.eod_id = manifest.eod_id if manifest else None
+        self.text_bytes = manifest.text_bytes if manifest else None
+        self.tokenizer = path / "tokenizer" if manifest and manifest.tokenizer else None
+        self.fingerprint: str = manifest.fingerprint if manifest else sampled_fingerprint(shards)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenStore:
+        """Opens a store directory, or a bare Megatron prefix. UserError if it is missing, truncated or not a store."""
+        path = Path(path)
+        if path.is_dir():
+            return cls._open_directory(path)
+        prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+        if not with_suffix(prefix, ".idx").exists():
+            raise UserError(
+                f"{path}: no token store here: expected a directory with {manifests.NAME}, or a Megatron prefix with "
+                f"{prefix.name}.bin and {prefix.name}.idx. Make one with `zeropipe prepare --output {path}`"
+            )
+        return cls(prefix, [Shard(prefix)], None)
+
+    @classmethod
+    def _open_directory(cls, path: Path) -> TokenStore:
+        if not (path / manifests.NAME).exists():
+            raise UserError(f"{path}: the directory holds no {manifests.NAME}, so it is no token store")
+        manifest = Manifest.load(path)
+        shards = [Shard(path / record.name) for record in manifest.shards]
+        if not shards:
+            raise UserError(f"{path}: the store holds no shard")
+        for shard, record in zip(shards, manifest.shards, strict=True):
+            found = (shard.num_documents, shard.num_tokens, shard.dtype)
+            if found != (record.documents, record.tokens, np.dtype(manifest.dtype)):
+                raise UserError(
+                    f"{shard.prefix}: holds {shard.num_documents} documents, {shard.num_tokens} tokens, {shard.dtype}; "
+                    f"the manifest says {record.documents}, {record.tokens} and {manifest.dtype}"
+                )
+        return cls(path, shards, manifest)
+
+    def document_start(self, document: int) -> int:
+        """Token offset of a document in the stream; `document == num_documents` gives `num_tokens`."""
+        if document == self.num_documents:
+            return self.num_tokens
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        which = bisect_right(self._document_ends, document)
+        shard = self.shards[which]
+        local = document - (self._document_ends[which] - shard.num_documents)
+        return self._token_ends[which] - shard.num_tokens + shard.document_start(local)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, int64."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        out = np.empty(stop - start, np.int64)
+        position, which = start, bisect_right(self._token_ends, start)
+        while position < stop:
+            shard, end = self.shards[which], self._token_ends[which]
+            base, upto = end - shard.num_tokens, min(stop, end)
+            out[position - start : upto - start] = shard.tokens[position - base : upto - base]
+            position, which = upto, which + 1
+        return out
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Stream offsets in [start, stop) at which documents begin, int64, ascending.
+
+        Binary search over single entries of the index: about 30 reads for a billion documents.
+        """
+        first = bisect_left(range(self.num_documents), start, key=self.document_start)
+        last = bisect_left(range(self.num_documents), stop, lo=first, key=self.document_start)
+        return np.fromiter((self.document_start(document) for document in range(first, last)), np.int64, last - first)
+
+
+def with_suffix(prefix: Path, suffix: str) -> Path:
+    """`corpus.v1` + `.bin` is `corpus.v1.bin`: unlike `Path.with_suffix`, keeps the dots of the name."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+def sampled_fingerprint(shards: list[Shard]) -> str:
+    """Hex digest of sizes, headers and evenly spread blocks of both files: constant time for any size.
+
+    Serves bare Megatron prefixes, which have no manifest. A change between the blocks goes unseen.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        for path in (shard.idx, shard.bin):
+            size = path.stat().st_size
+            digest.update(f"{size};".encode())
+            with path.open("rb") as file:
+                for sample in range(SAMPLES):
+                    file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,226 @@
+"""What one worker does with one task: read, filter, encode, and leave a part on disk with a record of it.
+
+A part is three files in `parts/`: the tokens, one `META` entry per document, and last the record. It is whole or not
+there, and the same whoever made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from .documents import BadDocument, read_documents
+from .encoding import Fast, Reference, make_encoder, probe, same_tokens
+from .errors import UserError
+from .sources import Task
+
+META = np.dtype([("tokens", "<i4"), ("bytes", "<i8"), ("digest", "<u8", 2)])
+BATCH_BYTES = 2 << 20
+BATCH_DOCUMENTS = 8192
+PROBES = 2  # documents of each batch whose beginning both encoders encode
+EXAMPLES = 3  # bad documents of a task that are described
+
+
+@dataclass(frozen=True)
+class Filters:
+    min_bytes: int = 0
+    max_bytes: int | None = None
+    keep: str | None = None  # regular expressions, searched in the text
+    drop: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know; the same for every task."""
+
+    parts: str
+    tokenizer: str
+    encoder: str
+    dtype: str
+    eod_id: int
+    text_key: str
+    on_error: str  # stop | skip
+    filters: Filters
+    memory: int  # bytes of resident memory at which a worker empties its encoder's caches
+
+
+@dataclass
+class Record:
+    """What a finished task left. `digests`: xxh3-128 of the part's files."""
+
+    number: int
+    source: str = ""  # digest of the slices and of their files' size and time of change
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class EncodersDiffer(Exception):
+    """The fast encoder gave other tokens than the reference. Its parts are not to be trusted."""
+
+
+class Worker:
+    """Runs tasks one after the other, keeping the encoder between them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.encoder = make_encoder(job.encoder, Path(job.tokenizer))
+        self.reference = Reference(Path(job.tokenizer)) if isinstance(self.encoder, Fast) else None
+        self.keep = compile_pattern("--keep-regex", job.filters.keep)
+        self.drop = compile_pattern("--drop-regex", job.filters.drop)
+
+    def run(self, task: Task, progress: Callable[[int, int], None] = lambda documents, tokens: None) -> Record:
+        """Makes the part of a task. Calls `progress(documents, tokens)` after each batch with what was added."""
+        record = Record(task.number, task_source(task))
+        files = part_files(Path(self.job.parts), task.number)
+        temporary = {kind: path.with_name(f"{path.name}.{os.getpid()}.tmp") for kind, path in files.items()}
+        with temporary["bin"].open("wb") as tokens_file, temporary["meta"].open("wb") as meta_file:
+            digests = {"bin": xxhash.xxh3_128(), "meta": xxhash.xxh3_128()}
+            for batch in self._batches(task, record):
+                tokens, meta = self._encode(batch)
+                for kind, file, data in (("bin", tokens_file, tokens), ("meta", meta_file, meta)):
+                    _write(file, data, digests[kind])
+                record.documents += len(meta)
+                record.tokens += len(tokens)
+                progress(len(meta), len(tokens))
+        record.digests = {kind: digest.hexdigest() for kind, digest in digests.items()}
+        for kind in digests:
+            temporary[kind].replace(files[kind])
+        temporary["json"].write_text(json.dumps(vars(record)), "utf-8")
+        temporary["json"].replace(files["json"])
+        return record
+
+    def _batches(self, task: Task, record: Record) -> Iterator[list[bytes]]:
+        batch: list[bytes] = []
+        size = 0
+        for document in self._documents(task, record):
+            batch.append(document)
+            size += len(document)
+            if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+                record.text_bytes += size
+                yield batch
+                batch, size = [], 0
+        if batch:
+            record.text_bytes += size
+            yield batch
+
+    def _documents(self, task: Task, record: Record) -> Iterator[bytes]:
+        """The documents to keep; counts the others by why they are not."""
+
+        def bad(problem: BadDocument) -> None:
+            if self.job.on_error == "stop":
+                raise problem
+            record.counts["invalid"] += 1
+            if len(record.examples) < EXAMPLES:
+                record.examples.append(str(problem))
+
+        filters, counts, active = self.job.filters, record.counts, self.job.filters != Filters()
+        for part in task.slices:
+            for document in read_documents(part, self.job.text_key, bad):
+                counts["read"] += 1
+                if not document:
+                    counts["empty"] += 1
+                elif active and (reason := self._dropped(document, filters)):
+                    counts[reason] += 1
+                else:
+                    yield document
+
+    def _dropped(self, document: bytes, filters: Filters) -> str | None:
+        if len(document) < filters.min_bytes:
+            return "too short"
+        if filters.max_bytes is not None and len(document) > filters.max_bytes:
+            return "too long"
+        if self.keep and not self.keep.search(document.decode()):
+            return "not matching --keep-regex"
+        if self.drop and self.drop.search(document.decode()):
+            return "matching --drop-regex"
+        return None
+
+    def _encode(self, batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens with an end-of-document token after each document, in the store's type; and the documents' META."""
+        tokens, offsets = self.encoder.encode(batch)
+        self._check(batch)
+        out = np.insert(tokens, offsets[1:], self.job.eod_id).astype(self.job.dtype)
+        meta = np.empty(len(batch), META)
+        meta["tokens"] = np.diff(offsets) + 1
+        meta["bytes"] = [len(document) for document in batch]
+        digests = b"".join(xxhash.xxh3_128_digest(document) for document in batch)
+        meta["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+        return out, meta
+
+    def _check(self, batch: list[bytes]) -> None:
+        """Compares both encoders on the beginnings of a few documents, and empties the caches when they are large."""
+        if not isinstance(self.encoder, Fast):
+            return
+        step = max(1, len(batch) // PROBES)
+        sample = [probe(document) for document in batch[::step][:PROBES]]
+        if not same_tokens(self.encoder, self.reference, sample):
+            raise EncodersDiffer(sample)
+        if resident_memory() > self.job.memory:
+            self.encoder.recycle()
+
+
+def _write(file: BinaryIO, data: np.ndarray, digest: Any) -> None:
+    raw = np.ascontiguousarray(data).view(np.uint8)
+    file.write(raw)
+    digest.update(raw)
+
+
+def part_files(parts: Path, number: int) -> dict[str, Path]:
+    return {kind: parts / f"{number:07d}.{kind}" for kind in ("bin", "meta", "json")}
+
+
+def task_source(task: Task) -> str:
+    """Changes when what the task reads changes."""
+    digest = xxhash.xxh3_128(repr(task.slices).encode())
+    for path in dict.fromkeys(part.path for part in task.slices):
+        stat = os.stat(path)
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def finished(parts: Path, task: Task) -> Record | None:
+    """The record of a task that was finished before, if its input and its files are as they were then; else None."""
+    files = part_files(parts, task.number)
+    try:
+        content = json.loads(files["json"].read_text("utf-8"))
+        record = Record(**{**content, "counts": Counter(content["counts"])})
+        whole = all(file_digest(files[kind]) == digest for kind, digest in record.digests.items())
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record if whole and record.source == task_source(task) else None
+
+
+def file_digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def compile_pattern(option: str, pattern: str | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{option} {pattern!r}: not a valid regular expression: {error}") from None
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

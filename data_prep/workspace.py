@@ -1,0 +1,119 @@
+"""The folder beside the output in which a store is made, its lock, and what it remembers of an unfinished job."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .manifest import sync_directory, write_durably
+
+
+class Workspace:
+    """`.NAME.preparing/` beside the output: `job.json`, `lock`, `tokenizer/`, `parts/`, and what will be the store."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.root = output.with_name(f".{output.name}.preparing")
+        self.parts = self.root / "parts"
+        self.tokenizer = self.root / "tokenizer"
+        self.store = self.root / "store"
+        self._job = self.root / "job.json"
+
+    def begin(self, identity: dict[str, Any], overwrite: bool) -> bool:
+        """Makes the folder ready for a job; True if an earlier run of the same job left work to go on with.
+
+        UserError if the unfinished work there belongs to another job: it is not thrown away unasked.
+        """
+        identity = json.loads(json.dumps(identity))
+        if self._job.exists():
+            before = json.loads(self._job.read_text("utf-8"))
+            if before == identity:
+                return True
+            if not overwrite:
+                changed = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+                raise UserError(
+                    f"{self.root}: unfinished work of another command lies here (differs in: {', '.join(changed)}). "
+                    "Repeat that command to go on with it, or add --overwrite to throw it away"
+                )
+        self.clear()
+        write_durably(self._job, json.dumps(identity, indent=1))
+        return False
+
+    def clear(self) -> None:
+        """Removes all work; the lock stays."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def tidy(self) -> None:
+        """After a failure: keeps finished parts for the next run, and removes everything if there are none."""
+        if any(self.parts.glob("*.json")):
+            for path in self.parts.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.store, ignore_errors=True)
+        else:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Puts the finished store in its place at one stroke and removes the work."""
+        for path in (*self.store.rglob("*"), self.store):
+            if path.is_dir():
+                sync_directory(path)
+        replaced = None
+        if self.output.exists():
+            replaced = self.root / "replaced"
+            self.output.rename(replaced)
+        self.store.rename(self.output)
+        sync_directory(self.output.parent)
+        shutil.rmtree(self.root)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the output against every other prepare, on this host or, where the file system knows locks, another."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.output}: cannot write there: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            raise UserError(f"{self.output}: another prepare is making this store ({holder or 'unknown'})") from None
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        except UserError:
+            self.tidy()
+            raise
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns a full or unwritable disk into a UserError that says that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "the disk is full" if error.errno != errno.EFBIG else "the file size limit (ulimit -f) is reached"
+            raise UserError(
+                f"{error.filename or where}: cannot write: {what}. Make room and repeat the command; it will go on"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{error.filename or where}: cannot write: {error.strerror}") from None
+        raise
