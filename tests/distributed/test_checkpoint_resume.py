@@ -1,0 +1,103 @@
+"""Resume on the same layout is bitwise; on any other, masters and moments are, and the losses go on."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.checkpoint_engine import Layout, TinyEngine, close, digest
+from tests.harness import run_ranks
+from zeropipe.trainer.checkpoint import Checkpoint, load, save
+
+pytestmark = pytest.mark.distributed
+
+STAGES = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
+MATRIX = [Layout(zero, world, offload) for world in (1, 2) for zero, offload in STAGES]
+BEFORE, AFTER = 3, 2  # steps
+
+
+def _train(layout: Layout, output: Path):
+    """Trains, saves, trains on: what was held when it was saved, and the losses after it."""
+    engine = TinyEngine(layout)
+    for number in range(BEFORE):
+        engine.step(number)
+    assert all(norm > 0.3 for norm in engine.norms), "clipping must be active"
+    path = save(engine.deepspeed, engine.parameters, engine.ranks, output, {"step": BEFORE})
+    held = engine.held()
+    return path, held, [engine.step(number) for number in range(BEFORE, BEFORE + AFTER)], engine.held()
+
+
+def _resume(layout: Layout, paths: list[Path]):
+    """Loads one checkpoint after the other into one engine: what it held then, the losses, and what it held at last."""
+    engine = TinyEngine(layout, seed=8)
+    results = []
+    for path in paths:
+        assert load(engine.deepspeed, engine.parameters, engine.ranks, path)["step"] == BEFORE
+        held = engine.held()
+        results.append((held, [engine.step(n) for n in range(BEFORE, BEFORE + AFTER)], engine.held()))
+    return results
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[Layout, tuple]:
+    """One checkpoint of every layout."""
+    root = tmp_path_factory.mktemp("sources")
+    return {layout: run_ranks(layout.world, _train, layout, root / str(layout))[0] for layout in MATRIX}
+
+
+@pytest.mark.parametrize("layout", MATRIX, ids=str)
+def test_a_checkpoint_holds_what_deepspeed_holds(sources, layout):
+    path, held, _, _ = sources[layout]
+    checkpoint = Checkpoint.open(path)
+    stored = {
+        f"{kind}/{name}": digest(checkpoint.read(name, kind), checkpoint.shape(name))
+        for name in checkpoint.names()
+        for kind in checkpoint.kinds(name)
+    }
+    assert stored == {key: value for key, value in held.items() if not key.startswith("model/")}
+    assert len(stored) == 3 * len(checkpoint.names()) == 3 * 28
+
+
+@pytest.mark.parametrize("layout", MATRIX, ids=str)
+def test_the_same_layout_resumes_bitwise(sources, layout):
+    path, held, losses, last = sources[layout]
+    for result in run_ranks(layout.world, _resume, layout, [path]):
+        assert result == [(held, losses, last)]
+
+
+@pytest.mark.parametrize("layout", MATRIX, ids=str)
+def test_every_other_layout_resumes_exactly(sources, layout):
+    at = MATRIX.index(layout)
+    others = MATRIX[at + 1 :] + MATRIX[:at]
+    results = run_ranks(layout.world, _resume, layout, [sources[other][0] for other in others])[0]
+    for other, (held, losses, _) in zip(others, results, strict=True):
+        assert held == sources[other][1], f"{other} to {layout}"
+        assert close(losses, sources[other][2], 1e-6), f"{other} to {layout}: {losses} for {sources[other][2]}"
+
+
+VARIANTS = [
+    Layout(1, 2, precision="bf16", family="llama"),
+    Layout(2, 2, precision="bf16"),
+    Layout(3, 2, precision="bf16", family="llama"),
+    Layout(3, 2, offload=True, precision="bf16", scheduler=True),
+    Layout(2, 1, offload=True, precision="bf16", scheduler=True),
+    Layout(0, 2, family="llama", frozen=True, scheduler=True),
+    Layout(1, 2, frozen=True),
+    Layout(3, 2, family="llama", frozen=True, scheduler=True),
+]
+
+
+@pytest.mark.parametrize("layout", VARIANTS, ids=str)
+def test_precisions_schedulers_and_frozen_parameters_resume_bitwise(tmp_path, layout):
+    path, held, losses, last = run_ranks(layout.world, _train, layout, tmp_path)[0]
+    assert run_ranks(layout.world, _resume, layout, [path])[0] == [(held, losses, last)]
+
+
+def test_bf16_masters_survive_a_change_of_layout(tmp_path):
+    layouts = [Layout(1, 2, precision="bf16"), Layout(3, 1, precision="bf16"), Layout(2, 2, True, "bf16")]
+    sources = {layout: run_ranks(layout.world, _train, layout, tmp_path / str(layout))[0] for layout in layouts}
+    for source, target in itertools.permutations(layouts, 2):
+        path, held, losses, _ = sources[source]
+        found, after, _ = run_ranks(target.world, _resume, target, [path])[0][0]
+        assert found == held, f"{source} to {target}"
+        assert close(after, losses, 1e-3), f"{source} to {target}: {after} for {losses}"
