@@ -70,6 +70,11 @@ class StepBatch:
     stop: int
     ledger: int  # digest of the samples on this rank; sums over ranks modulo 2**64
 
+    @property
+    def tokens(self) -> int:
+        """Positions that carry loss, on this rank."""
+        return sum(micro.tokens for micro in self.micro_batches)
+
 
 def open_windows(recipe: Recipe, split: Split) -> list[Windows]:
     """The windows of one split, in the recipe's order of stores; empty where the recipe has no such split.

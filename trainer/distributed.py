@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from ..data_prep.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Ranks:
     """This process on every axis. Rank order: tensor innermost, then sequence, then data, pipeline outermost.
 
     A group is None when its axis has size 1. Ranks of one tensor or sequence group read the same samples. The replica
-    group holds the same weights and sees different tokens: gradients are summed over it.
+    group holds the same weights and sees different tokens: gradients are summed over it. It is never None in a world of
+    more than one rank: to torch, None is the whole world, and DeepSpeed would average unlike weights.
     """
 
     rank: int = 0
@@ -71,6 +76,30 @@ class Ranks:
         values: list = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; where it fails on one, all raise, so that none waits for it. Collective.
+
+        Raises:
+            UserError: on every rank alike, so that rank 0 can speak for all.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        self.raise_together(problem)
+        return result  # type: ignore[return-value]
+
+    def raise_together(self, problem: str | None) -> None:
+        """Raises a UserError on every rank if any has a problem. Collective."""
+        problems = self.gather_objects(problem)
+        found = list(dict.fromkeys(text for text in problems if text is not None))
+        if not found:
+            return
+        if None in problems:  # on some ranks only: say on which
+            found = [f"{text} (on rank {problems.index(text)})" for text in found]
+        raise UserError("; ".join(found))
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -156,7 +185,7 @@ def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
             if rank in members:
                 groups[name] = group
     replica_group = groups["data"] or groups["sequence"]
-    if sizes["data"] > 1 and sizes["sequence"] > 1:
+    if (sizes["data"] > 1) == (sizes["sequence"] > 1) and world > 1:  # both axes, or a rank alone
         for members in grid.flatten(1, 2).movedim(1, -1).reshape(-1, sizes["data"] * sizes["sequence"]).tolist():
             group = dist.new_group(members)
             if rank in members:

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..data_prep.errors import UserError
 from .config import Recipe
-from .data import Batch, BatchStream
+from .data import Batch, BatchStream, StepBatch
 from .distributed import Ranks
 from .ledger import join, split
 from .models.build import Values, build_model
+from .models.mpu import Mpu
 from .objectives import CausalLM
 from .order import key64
 from .plan import Plan
@@ -83,24 +85,28 @@ class ZeroEngine:
     def __init__(self, recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
         import deepspeed
 
+        from .models.tensor_parallel import parallelise
+
         self.ranks, self._recipe, self._plan = ranks, recipe, plan
-        config = runtime_config(plan.deepspeed, ranks.device.type)
+        config = runtime_config(plan.deepspeed, ranks)
         zero3 = config if plan.layout.zero_stage == 3 else None
         model = build_model(plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, zero3)
+        parallelise(model, ranks)
         if "activation_checkpointing" in config:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.module: nn.Module = CausalLM(model, plan.vocab_size).train()
+        self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks).train()
         self.deepspeed: Any = deepspeed.initialize(
             model=self.module,
             model_parameters=parameter_groups(self.module, config),  # type: ignore[arg-type]
             config=config,
+            mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
         )[0]
 
     def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
         started = time.perf_counter()
-        batch = stream.next_step()
+        batch = next_batch(stream, self.ranks)
         data_seconds = time.perf_counter() - started
-        (tokens,) = self._data_sum([float(sum(micro.tokens for micro in batch.micro_batches))])
+        (tokens,) = self._data_sum([float(batch.tokens)])
         self._set_learning_rate(step)
         losses = []
         for number, micro in enumerate(batch.micro_batches):
@@ -184,6 +190,23 @@ class ZeroEngine:
         return square.sqrt()
 
 
+def next_batch(stream: BatchStream, ranks: Ranks) -> StepBatch:
+    """The next global batch's part of this rank. Collective.
+
+    Raises:
+        UserError: on every rank, where one of them cannot read its data.
+    """
+    batch, problem = None, None
+    try:
+        batch = stream.next_step()
+    except UserError as error:
+        problem = str(error)
+    if not ranks.all_true(problem is None):
+        ranks.raise_together(problem)
+    assert batch is not None
+    return batch
+
+
 def planned_rate(recipe: Recipe, plan: Plan, step: int) -> float:
     """Learning rate of step `step`, counted from 0."""
     schedule = recipe.schedule
@@ -209,11 +232,18 @@ def parameter_groups(module: nn.Module, config: dict) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def runtime_config(resolved: dict, device_type: str) -> dict:
-    """The resolved JSON with what this accelerator needs: a CPU takes torch's Adam, which needs no compiler."""
+def runtime_config(resolved: dict, ranks: Ranks) -> dict:
+    """The resolved JSON as DeepSpeed gets it.
+
+    A CPU takes torch's Adam, which needs no compiler. Tensor and sequence parallelism are ours: DeepSpeed would apply
+    AutoTP, or scale gradients by sequence groups of its own. To it, sequence ranks are data-parallel ones.
+    """
     config = copy.deepcopy(resolved)
     config.setdefault("steps_per_print", 2**31)
-    if device_type == "cpu":
+    config.pop("tensor_parallel", None)
+    if config.pop("sequence_parallel_size", 1) > 1:
+        config["train_batch_size"] *= ranks.sequence_size
+    if ranks.device.type == "cpu":
         if config["optimizer"]["type"].lower() in ("adam", "adamw"):
             config["optimizer"]["params"].setdefault("torch_adam", True)
         config.setdefault("zero_force_ds_cpu_optimizer", False)

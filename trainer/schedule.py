@@ -13,12 +13,13 @@ def learning_rate(
 ) -> float:
     """Learning rate of the update that ends step `step` (counted from 0).
 
-    Warm-up is linear and ends on `peak` at its last step. `linear` and `cosine` fall to `floor` at the run's last step;
-    `wsd` (warmup–stable–decay, Hu et al., 2024) stays at `peak` and falls linearly over the last `decay` steps.
+    Warm-up is linear and ends on `peak` at its last step. `linear` and `cosine` then fall towards `floor`, which they
+    would reach one step after the run's last, so that no step is wasted on a rate of zero; `wsd` (warmup–stable–decay,
+    Hu et al., 2024) stays at `peak` and falls linearly over the last `decay` steps.
 
     Args:
         step, total, warmup, decay: in optimizer steps.
-        peak, floor: learning rates; `floor` is reached at step `total - 1`, and kept after it.
+        peak, floor: learning rates; `floor` holds from step `total` on.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -27,7 +28,7 @@ def learning_rate(
     start = total - decay if kind == "wsd" else warmup
     if step < start:
         return peak
-    progress = min(1.0, (step - start + 1) / max(1, total - start))
+    progress = min(1.0, (step - start + 1) / (total - start + 1))
     if kind == "cosine":
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return floor + (peak - floor) * (1 - progress)

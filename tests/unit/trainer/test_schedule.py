@@ -10,7 +10,7 @@ from zeropipe.trainer.schedule import learning_rate
 def test_cosine_follows_transformers():
     """transformers counts a step later: its rate at step s + 1 is ours at s, warm-up and decay alike."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=10, num_training_steps=100)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=10, num_training_steps=101)
     for step in range(100):
         optimizer.step()
         scheduler.step()
@@ -22,7 +22,7 @@ def test_cosine_follows_transformers():
 def test_peak_and_floor_are_reached(kind):
     rates = [learning_rate(s, kind, 1.0, 0.1, total=50, warmup=5, decay=20) for s in range(60)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[49] == pytest.approx(0.1) and rates[59] == pytest.approx(0.1)
+    assert 0.1 < rates[49] < 0.15 and rates[50] == pytest.approx(0.1) and rates[59] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
     if kind == "wsd":
         assert rates[4:30] == [1.0] * 26 and rates[30] < 1.0

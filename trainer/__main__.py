@@ -1,0 +1,79 @@
+"""One rank of a run: what `deepspeed --module zeropipe.trainer` starts on every device, and `zeropipe train` runs."""
+
+from __future__ import annotations
+
+from .noise import quiet
+
+quiet()  # before the libraries are imported
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+
+from ..data_prep.errors import (  # noqa: E402
+    EXIT_DONE,
+    EXIT_RANK_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    UserError,
+)
+from .config import load_recipe  # noqa: E402
+from .ds_config import load_ds_config  # noqa: E402
+from .exit_notes import note_exit  # noqa: E402
+from .plan import Plan, make_plan  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains in this process group; returns the exit code."""
+    arguments = parse(argv)
+    os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    try:
+        code = run(arguments)
+    except UserError as error:  # raised on every rank alike
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_USER_ERROR
+    except Exception:
+        print(f"rank {os.environ.get('RANK', 0)} failed:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        note_exit(EXIT_RANK_FAILED)
+        os._exit(EXIT_RANK_FAILED)  # a clean shutdown would wait for ranks that may be gone
+    note_exit(code)
+    return code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .distributed import join_world, shut_down
+    from .loop import train
+
+    ranks = join_world()
+    try:
+        plan = ranks.together(lambda: plan_of(arguments, ranks.world))  # a path may be missing on one host only
+        layout = plan.layout
+        state = train(plan.recipe, plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
+    except UserError:
+        shut_down()
+        raise
+    shut_down()
+    return EXIT_DONE if state.step >= plan.total_steps else EXIT_STOPPED
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="zeropipe.trainer", description=__doc__)
+    parser.add_argument("--run", required=True, metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("--deepspeed_config", default="zero0", metavar="JSON", help="a file or a shipped name")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args(argv)
+
+
+def plan_of(arguments: argparse.Namespace, world: int) -> Plan:
+    recipe = load_recipe(arguments.run, arguments.overrides)
+    return make_plan(recipe, load_ds_config(arguments.deepspeed_config), world)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The training loop: reads as a table of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, check_same_run, load, resolve_resume, save
+from .config import Recipe
+from .data import BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
+from .distributed import Ranks
+from .engine import Engine, StepOutput, build_engine
+from .environment import describe_host
+from .evaluation import evaluate
+from .metrics import RunLog
+from .models.build import FolderValues, Values
+from .plan import Plan
+from .run_directory import is_hf_folder
+from .run_guard import exclusive, record_configuration, stop_signals
+
+PROBE_TOKENS = 16
+
+
+@dataclass
+class TrainState:
+    """Where a run is: everything that changes from step to step, beside weights and moments."""
+
+    step: int = 0
+    samples_consumed: int = 0
+    tokens_consumed: int = 0
+    stopped: bool = False
+
+    def advance(self, output: StepOutput) -> None:
+        self.step += 1
+        self.samples_consumed = output.samples[1]
+        self.tokens_consumed += output.tokens
+        self.stopped = output.stop
+
+
+def train(recipe: Recipe, plan: Plan, ranks: Ranks) -> TrainState:
+    """Trains to the plan's last step, or until a signal asks to stop; resumes where `recipe.resume` says. Collective.
+
+    Raises:
+        UserError: the run directory is in use or cannot be written, or the checkpoint does not fit the recipe.
+    """
+    with exclusive(recipe.output, ranks), stop_signals() as signals:
+        windows, held_out = open_windows(recipe, "train"), open_windows(recipe, "valid")
+        engine = build_engine(recipe, plan, ranks, ranks.together(lambda: initial_values(recipe)))
+        stream = BatchStream(windows, sample_order(recipe, windows), batch_shape(recipe, plan), ranks)
+        with RunLog(recipe.output, plan, recipe, ranks.is_main, ranks.gather_objects(describe_host())) as log:
+            state = resume_or_start(engine, stream, recipe, plan, log)
+            record_configuration(recipe, plan, ranks)
+            while state.step < plan.total_steps and not state.stopped:
+                output = engine.train_step(stream, state.step, stop=signals.asked)
+                state.advance(output)
+                log.step(state, output, data_seconds=output.data_seconds)
+                if eval_due(recipe, plan, state, held_out):
+                    batches = evaluation_batches(held_out, batch_shape(recipe, plan), ranks, recipe.eval.batches)
+                    log.eval(state, evaluate(engine, batches))
+                if save_due(recipe, plan, state):
+                    log.event("save", state.step, path=str(save_run(engine, state, recipe, plan)))
+            stream.close()
+    return state
+
+
+def eval_due(recipe: Recipe, plan: Plan, state: TrainState, held_out: Sequence[Windows]) -> bool:
+    """Every `eval.every` steps and after the last, where there is something to evaluate on."""
+    every = recipe.eval.every
+    if not every or state.stopped or not any(map(len, held_out)):
+        return False
+    return state.step % every == 0 or state.step == plan.total_steps
+
+
+def save_due(recipe: Recipe, plan: Plan, state: TrainState) -> bool:
+    """Every `save.every` steps, after the last, and when asked to stop."""
+    every = recipe.save.every
+    return state.stopped or state.step == plan.total_steps or bool(every and state.step % every == 0)
+
+
+def batch_shape(recipe: Recipe, plan: Plan) -> BatchShape:
+    return BatchShape(plan.micro_batch, plan.accumulation, plan.global_batch, plan.seq_len, recipe.data.document_mask)
+
+
+def initial_values(recipe: Recipe) -> Values | None:
+    """Where the weights of step 0 come from: None (random), a Hugging Face folder, or a run's newest checkpoint."""
+    if recipe.model.init == "random":
+        return None
+    folder = Path(recipe.model.init)
+    if is_hf_folder(folder):
+        return FolderValues(folder)
+    checkpoint = Checkpoint.open(folder)
+    return lambda spec: checkpoint.read(spec.name)
+
+
+def run_identity(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """What must not change when a run is resumed: with another value, the rest of the run would be another run."""
+    windows = open_windows(recipe, "train")
+    return {
+        "data": [window.fingerprint for window in windows],
+        "weights": [window.part.weight for window in windows],
+        "seed": recipe.seed,
+        "seq_len": plan.seq_len,
+        "global_batch": plan.global_batch,
+        "document_mask": recipe.data.document_mask,
+        "model_config": plan.model_config,
+    }
+
+
+def resume_or_start(engine: Engine, stream: BatchStream, recipe: Recipe, plan: Plan, log: RunLog) -> TrainState:
+    """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective."""
+    source = resolve_resume(recipe.output, recipe.resume, engine.ranks)
+    if source is None:
+        log.event("start", 0)
+        return TrainState()
+    saved = Checkpoint.open(source, verify=False).state  # `resolve_resume` has verified it
+    check_same_run(saved, **run_identity(recipe, plan))
+    load(engine.deepspeed, engine.named_parameters(), engine.ranks, source, verify=False)
+    state = TrainState(saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
+    stream.samples_consumed = state.samples_consumed
+    log.event("resume", state.step, message=f"resumed from {source} at step {state.step}", path=str(source))
+    return state
+
+
+def save_run(engine: Engine, state: TrainState, recipe: Recipe, plan: Plan) -> Path:
+    """Publishes a checkpoint, with a probe: what the live engine computes, which exports must match. Collective."""
+    record = {
+        "step": state.step,
+        "samples_consumed": state.samples_consumed,
+        "tokens_consumed": state.tokens_consumed,
+        "precision": plan.precision,
+        **run_identity(recipe, plan),
+    }
+    vocab = plan.vocab_size
+    ids = (torch.arange(min(PROBE_TOKENS, plan.seq_len))[None] * 7919 + 1) % vocab  # a prime's multiples: many tokens
+    probe = {"ids": ids, "logits": engine.logits(ids).cpu().contiguous()}
+    parameters = engine.named_parameters()
+    return save(engine.deepspeed, parameters, engine.ranks, recipe.output, record, recipe.save.keep, probe)
