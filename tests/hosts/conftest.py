@@ -1,0 +1,14 @@
+from collections.abc import Iterator
+
+import pytest
+
+from .netns import VirtualHost, virtual_hosts, what_is_missing
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory) -> Iterator[list[VirtualHost]]:
+    """Two hosts, node1 and node2; commands of a test run on the first."""
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    with virtual_hosts(tmp_path_factory.mktemp("hosts")) as made:
+        yield made

@@ -1,0 +1,159 @@
+"""Real hosts on one machine: each a network namespace with its own address, name, /etc/hosts, ssh settings and sshd.
+
+Processes and files are shared with the machine, as processes and a shared file system would be seen by ssh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NETWORK = "10.77.0"  # inside the namespaces only: nothing of it is visible on the machine, so runs do not clash
+SSHD = "/usr/sbin/sshd"
+NEEDED = ("ip", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "hostname", SSHD)
+
+
+def what_is_missing() -> str | None:
+    """Why hosts cannot be made here, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    absent = [program for program in NEEDED if shutil.which(program) is None]
+    return f"not installed: {', '.join(absent)} (make setup as root installs them)" if absent else None
+
+
+@dataclass(frozen=True)
+class VirtualHost:
+    """One host: `name` and `address` as the others see it, `namespace` as `ip netns` calls it."""
+
+    name: str
+    address: str
+    namespace: str
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """`words`, to be run on this host."""
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name, *words]
+        return ["ip", "netns", "exec", self.namespace, *named]
+
+    def run(self, words: Sequence[str], **options) -> subprocess.CompletedProcess[str]:
+        """Runs a command on this host, as `subprocess.run` does, with its output as text."""
+        return subprocess.run(self.command(words), capture_output=True, text=True, **{"timeout": 120, **options})
+
+    @contextlib.contextmanager
+    def own_folder(self, folder: Path) -> Iterator[None]:
+        """Gives what ssh starts on this host an empty file system of its own at `folder`."""
+        with contextlib.ExitStack() as undo:
+            for process in subprocess.check_output(["ip", "netns", "pids", self.namespace], text=True).split():
+                inside = ["nsenter", "--target", process, "--mount"]
+                subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(folder)], check=True)
+                undo.callback(subprocess.run, [*inside, "umount", str(folder)], check=True)
+            yield
+
+    def set_link(self, state: str) -> None:
+        """Cuts the host off (`down`), without closing a socket, or connects it again (`up`)."""
+        _ip("-n", self.namespace, "link", "set", "eth0", state)
+
+
+@contextlib.contextmanager
+def virtual_hosts(folder: Path, count: int = 2, port: int = 2222) -> Iterator[list[VirtualHost]]:
+    """Makes node1 … nodeN, which reach each other by ssh without a password; `folder` keeps their keys and settings."""
+    _sweep()
+    tag = f"zp{os.getpid()}"
+    hosts = [VirtualHost(f"node{i}", f"{NETWORK}.{i}", f"{tag}n{i}") for i in range(1, count + 1)]
+    switch = f"{tag}sw"
+    with contextlib.ExitStack() as undo:
+        _keys(folder)
+        _add_namespace(switch, undo)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for number, host in enumerate(hosts, 1):
+            _add_namespace(host.namespace, undo)
+            _connect(host, switch, f"port{number}")
+            _configure(host, hosts, folder, port)
+            _start_sshd(host, folder, port)
+        _wait_for_ssh(hosts)
+        yield hosts
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+
+def _add_namespace(name: str, undo: contextlib.ExitStack) -> None:
+    undo.callback(_remove_namespace, name)
+    _ip("netns", "add", name)
+
+
+def _remove_namespace(name: str) -> None:
+    """Ends everything that runs in a namespace, and removes it with its links and files. Nothing of it may be there."""
+    inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+    for process in inside:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Removes what a killed run has left: the namespaces whose maker is gone."""
+    for line in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.splitlines():
+        name = line.split()[0]
+        maker = name.removeprefix("zp").split("n")[0].split("s")[0]
+        if name.startswith("zp") and maker.isdigit() and not Path(f"/proc/{maker}").exists():
+            _remove_namespace(name)
+
+
+def _keys(folder: Path) -> None:
+    for name in ("host_key", "id"):
+        key = folder / name
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True, timeout=30)
+    authorized = folder / "authorized_keys"
+    authorized.write_bytes((folder / "id.pub").read_bytes())
+    authorized.chmod(0o600)
+
+
+def _connect(host: VirtualHost, switch: str, port: str) -> None:
+    _ip("link", "add", "eth0", "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
+    _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+    _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+    for link in ("lo", "eth0"):
+        _ip("-n", host.namespace, "link", "set", link, "up")
+
+
+def _configure(host: VirtualHost, hosts: Sequence[VirtualHost], folder: Path, port: int) -> None:
+    """Files that `ip netns exec` mounts over those in /etc for this host."""
+    etc = Path("/etc/netns") / host.namespace
+    (etc / "ssh").mkdir(parents=True)
+    names = "".join(f"{other.address} {other.name}\n" for other in hosts)
+    (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+    (etc / "ssh" / "ssh_config").write_text(
+        f"Host node* {NETWORK}.*\n  Port {port}\n  IdentityFile {folder}/id\n  StrictHostKeyChecking no\n"
+        "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+    )
+    (folder / f"sshd-{host.name}.conf").write_text(
+        f"Port {port}\nListenAddress {host.address}\nHostKey {folder}/host_key\nStrictModes no\nUsePAM no\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nPermitRootLogin yes\nPidFile none\nMaxStartups 100\n"
+    )
+
+
+def _start_sshd(host: VirtualHost, folder: Path, port: int) -> None:
+    Path("/run/sshd").mkdir(exist_ok=True)
+    words = [SSHD, "-f", str(folder / f"sshd-{host.name}.conf"), "-E", str(folder / f"sshd-{host.name}.log")]
+    host.run(words, check=True)
+
+
+def _wait_for_ssh(hosts: Sequence[VirtualHost], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    for host in hosts:
+        while (done := hosts[0].run(["ssh", "-o", "BatchMode=yes", host.name, "hostname"])).stdout.strip() != host.name:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no ssh to {host.name} within {seconds:.0f} s: {done.stderr.strip()}")
+            time.sleep(0.1)
