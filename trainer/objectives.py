@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100  # label of a position that carries no loss
+from .distributed import Ranks
+from .models.cross_entropy import IGNORE, loss_sum, whole_logits
+
+__all__ = ["IGNORE", "CausalLM"]
+
 CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
 
 
@@ -23,12 +26,14 @@ class CausalLM(nn.Module):
     Args:
         model: with `get_output_embeddings()`; its vocabulary may be padded beyond `vocab_size`.
         vocab_size: true vocabulary; the padding gets no probability.
+        ranks: each tensor-parallel rank holds some columns of the logits.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int, ranks: Ranks) -> None:
         super().__init__()
         self.model: Any = model
         self.vocab_size = vocab_size
+        self.ranks: Any = ranks
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Loss sum (fp32 scalar) over the positions whose label is not `IGNORE`; without labels, the logits.
@@ -43,10 +48,10 @@ class CausalLM(nn.Module):
         """
         if labels is None:
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return logits[..., : self.vocab_size].float()
+            return whole_logits(logits, self.vocab_size, self.ranks)
         if not self._chunked_head_is_exact():
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return token_loss_sum(logits.flatten(0, 1), labels.flatten(), self.vocab_size)
+            return self._loss_sum(logits.flatten(0, 1), labels.flatten())
         body = self.model.base_model
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         return self._head_loss(hidden.flatten(0, 1), labels.flatten())
@@ -59,17 +64,15 @@ class CausalLM(nn.Module):
         head = self.model.get_output_embeddings()
         rows = max(1, CHUNK_BYTES // (4 * self.model.config.vocab_size))
         if len(labels) <= rows:
-            return token_loss_sum(head(hidden), labels, self.vocab_size)
+            return self._loss_sum(head(hidden), labels)
 
         def chunk_loss(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
-            return token_loss_sum(head(hidden_chunk), label_chunk, self.vocab_size)
+            return self._loss_sum(head(hidden_chunk), label_chunk)
 
         total = hidden.new_zeros((), dtype=torch.float32)
         for hidden_chunk, label_chunk in zip(hidden.split(rows), labels.split(rows), strict=True):
             total = total + checkpoint(chunk_loss, hidden_chunk, label_chunk, use_reentrant=False)
         return total
 
-
-def token_loss_sum(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Sum of next-token cross entropies in fp32. `logits` [tokens, padded vocabulary], `labels` [tokens]."""
-    return F.cross_entropy(logits[:, :vocab_size].float(), labels, reduction="sum", ignore_index=IGNORE)
+    def _loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return loss_sum(logits, labels, self.vocab_size, self.ranks)

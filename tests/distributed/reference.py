@@ -83,7 +83,10 @@ def hugging_face(config: dict, dtype: torch.dtype = torch.float32):
 def train(config: dict, steps: int, seed: int | None = None) -> Curve:
     """Trains on the whole global batch at once. `seed` reseeds torch before every step, for dropout."""
     model, curve = hugging_face(config).train(), Curve()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
     for step in range(steps):
         if seed is not None:
             torch.manual_seed(seed + step)

@@ -68,15 +68,15 @@ def _train(config: dict, tensor: int, seed: int | None = None, checkpointing: bo
     if defect == "unmarked":
         for parameter in parameters:
             parameter.model_parallel = False
-    optimizer = torch.optim.AdamW(parameters, lr=reference.LR, betas=reference.BETAS, weight_decay=reference.DECAY)
+    groups = [{"params": [p], "weight_decay": reference.DECAY if p.spec.decays else 0.0} for p in parameters]
+    optimizer = torch.optim.AdamW(groups, lr=reference.LR, betas=reference.BETAS)
     for step in range(STEPS):
         if seed is not None:
             torch.manual_seed(seed + step)
         ids, labels, positions = micro_batch(config, step, 0, 1, 0, 1)
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         vocab = 1 << 20 if defect == "padding predicted" else config["vocab_size"]
-        total, tokens = loss_sum(logits, labels, vocab, ranks)
-        loss = total / tokens
+        loss = loss_sum(logits, labels, vocab, ranks) / (labels != -100).sum()
         loss.backward()
         curve.norms.append(_clip(parameters, ranks))
         optimizer.step()

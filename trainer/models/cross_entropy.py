@@ -56,17 +56,21 @@ def token_losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) 
         vocab_size: without padding.
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    return _losses(flat, targets, vocab_size, ranks, "none").view(labels.shape)
+
+
+def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
+    """Sum of the tokens' losses, an fp32 scalar; arguments as `token_losses`."""
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    return _losses(flat, targets, vocab_size, ranks, "sum")
+
+
+def _losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks, reduction: str) -> Tensor:
     if ranks.tensor_size == 1:
-        losses = F.cross_entropy(flat[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="none")
-    else:
-        first = ranks.tensor * flat.shape[1]
-        losses = _SplitCrossEntropy.apply(flat, targets, first, vocab_size, ranks.tensor_group)
-    return losses.view(labels.shape)  # type: ignore[union-attr]
-
-
-def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Sum of the tokens' losses (fp32) and how many there are (int64); arguments as `token_losses`."""
-    return token_losses(logits, labels, vocab_size, ranks).sum(), (labels != IGNORE).sum()
+        return F.cross_entropy(logits[:, :vocab_size].float(), labels, ignore_index=IGNORE, reduction=reduction)
+    first = ranks.tensor * logits.shape[1]
+    losses: Any = _SplitCrossEntropy.apply(logits, labels, first, vocab_size, ranks.tensor_group)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def whole_logits(logits: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:

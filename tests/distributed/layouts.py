@@ -1,0 +1,124 @@
+"""Trains the engine that a recipe and a JSON would get, on the batches of `reference`, on any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tests.distributed import reference
+from tests.distributed.reference import BATCH, Curve, micro_batch
+from zeropipe.trainer.config import Recipe
+from zeropipe.trainer.data import Batch, StepBatch
+from zeropipe.trainer.distributed import Ranks, init_distributed
+from zeropipe.trainer.engine import build_engine
+from zeropipe.trainer.layout import Layout
+from zeropipe.trainer.models.slices import merge_slices
+from zeropipe.trainer.plan import Plan
+
+STEPS = 4
+
+
+class Stream:
+    """Stands in for BatchStream: this rank's micro batches of one global batch after the other."""
+
+    def __init__(self, config: dict, ranks: Ranks, accumulation: int):
+        self.config, self.ranks, self.accumulation, self.step = config, ranks, accumulation, 0
+
+    def next_step(self) -> StepBatch:
+        place = self.ranks.data, self.ranks.data_size
+        micro = [micro_batch(self.config, self.step, *place, m, self.accumulation) for m in range(self.accumulation)]
+        first = self.step * BATCH
+        self.step += 1
+        return StepBatch(tuple(Batch(*tensors) for tensors in micro), first, first + BATCH, 0)
+
+
+def recipe_for(config: dict, pipeline: int = 1, partition: str = "parameters") -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "parity",
+            "model": {"config": config},
+            "data": {"train": [{"store": "none"}], "seq_len": reference.TIME},
+            "parallel": {"pipeline": pipeline, "partition": partition},
+            "duration": {"steps": STEPS},
+            "optimizer": {"lr": reference.LR, "betas": list(reference.BETAS), "weight_decay": reference.DECAY},
+            "schedule": {"type": "constant", "warmup": 0},
+        }
+    )
+
+
+def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2, **ds: Any) -> Plan:
+    micro = BATCH // (layout.data * accumulation)
+    resolved = {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": reference.CLIP,
+        "optimizer": {"type": "AdamW", "params": {**recipe.optimizer.model_dump(), "torch_adam": True}},
+        "zero_optimization": {"stage": layout.zero_stage},
+        "tensor_parallel": {"autotp_size": layout.tensor},
+        "sequence_parallel_size": layout.sequence,
+        **ds,
+    }
+    return Plan(
+        recipe=recipe,
+        layout=layout,
+        precision="bf16" if "bf16" in ds else "fp32",
+        micro_batch=micro,
+        accumulation=accumulation,
+        global_batch=BATCH,
+        seq_len=reference.TIME,
+        vocab_size=config["vocab_size"],
+        padded_vocab_size=0,
+        model_config=config,
+        total_steps=STEPS,
+        warmup_steps=0,
+        decay_steps=0,
+        deepspeed=resolved,
+        parameters=None,
+        memory=None,
+    )
+
+
+def start(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **ds: Any):
+    ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
+    recipe = recipe_for(config, layout.pipeline, partition)
+    plan = plan_for(config, recipe, layout, accumulation, **ds)
+    return build_engine(recipe, plan, ranks, reference.values)
+
+
+def train(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **ds: Any) -> Curve:
+    engine = start(config, layout, partition, accumulation, **ds)
+    stream, curve = Stream(config, engine.ranks, accumulation), Curve()
+    for step in range(STEPS):
+        output = engine.train_step(stream, step)
+        curve.losses.append(output.loss)
+        curve.norms.append(output.grad_norm)
+    curve.weights = whole_weights(engine)
+    return curve
+
+
+def whole_weights(engine) -> dict[str, np.ndarray]:
+    """Weights by Hugging Face's names on every rank; replicated ones must be the same on every tensor rank."""
+    import deepspeed
+
+    ranks, local = engine.ranks, {}
+    for name, parameter in engine.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            piece = parameter.detach().float().contiguous().clone()
+        pieces = [torch.empty_like(piece) for _ in range(ranks.tensor_size)]
+        if ranks.tensor_size > 1:
+            dist.all_gather(pieces, piece, group=ranks.tensor_group)
+        else:
+            pieces = [piece]
+        if parameter.spec.dim is None:
+            assert all(torch.equal(piece, other) for other in pieces), f"{name} drifted apart"
+        local[name] = merge_slices(pieces, parameter.spec).numpy().copy()
+    weights: dict[str, np.ndarray] = {}
+    for stage in ranks.gather_objects(local):
+        for name, weight in stage.items():
+            assert name not in weights or np.array_equal(weights[name], weight), f"{name} differs between ranks"
+            weights[name] = weight
+    return weights

@@ -1,0 +1,37 @@
+"""Tensor parallelism through DeepSpeed on every ZeRO stage, against one process of Hugging Face."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.distributed import layouts, reference
+from tests.distributed.reference import assert_same, gpt2, llama
+from tests.harness import run_ranks
+from zeropipe.trainer.layout import Layout
+
+pytestmark = pytest.mark.distributed
+
+MODELS = {"gpt2": gpt2(), "llama": llama(), "llama-one-kv-head": llama(num_key_value_heads=1)}
+
+
+@cache
+def truth(model: str) -> reference.Curve:
+    return run_ranks(1, reference.train, MODELS[model], layouts.STEPS)[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_tensor_2(model, stage):
+    curves = run_ranks(2, layouts.train, MODELS[model], Layout(world=2, data=1, tensor=2, zero_stage=stage))
+    for curve in curves:
+        assert_same(curve, truth(model))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_tensor_2_data_2(model, stage):
+    curves = run_ranks(4, layouts.train, MODELS[model], Layout(world=4, data=2, tensor=2, zero_stage=stage))
+    for curve in curves:
+        assert_same(curve, truth(model))
