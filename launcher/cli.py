@@ -8,12 +8,13 @@ import errno
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import NoReturn
 
+from ..data_prep import cli as data_prep_verbs
 from ..data_prep.errors import EXIT_USER_ERROR, UserError
+from ..trainer import cli as trainer_verbs
+from . import init_command, launch_command, plan_command
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -22,8 +23,9 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 DESCRIPTION = "Text in, model out, on any hostfile: one recipe, one DeepSpeed JSON, the same loss on every layout."
 EPILOG = """\
 a first run, start to end:
-  zeropipe prepare --builtin stdlib --train-tokenizer 2048 --output data/stdlib
-  zeropipe launch RECIPE --deepspeed_config zero2      (then: eval, generate, export)
+  zeropipe prepare --builtin stdlib --train-tokenizer 2048 --output data/demo
+  zeropipe launch demo --deepspeed_config demo --devices 2
+  zeropipe eval runs/demo; zeropipe export runs/demo; zeropipe generate runs/demo --prompt 'def main('
 
 exit codes: 0 done; 2 the input, configuration or data is wrong; 3 a rank or host failed; 4 stopped on request, after
 saving. `zeropipe VERB --help` tells the rest.
@@ -51,15 +53,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"zeropipe {version('zeropipe')}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=Parser)
-    for module in (
-        "zeropipe.data_prep.cli",
-        "zeropipe.launcher.plan_command",
-        "zeropipe.launcher.launch_command",
-        "zeropipe.trainer.cli",
-        "zeropipe.launcher.init_command",
-    ):
-        if find_spec(module) is not None:
-            import_module(module).register(verbs)
+    for room in (init_command, data_prep_verbs, plan_command, launch_command, trainer_verbs):
+        room.register(verbs)
     return parser, dict(verbs.choices)
 
 

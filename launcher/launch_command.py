@@ -51,8 +51,9 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--deepspeed_config",
         "--deepspeed-config",
+        default="zero0",
         metavar="JSON",
-        help="a DeepSpeed JSON file, or a shipped one's name",
+        help="a DeepSpeed JSON file, or a shipped one's name; default: %(default)s",
     )
     parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
     parser.add_argument(
@@ -89,9 +90,7 @@ def plan_launch(args: argparse.Namespace) -> Launch:
     Raises:
         UserError: the hostfile, or a number of devices that this machine or the hostfile does not have.
     """
-    words = ["--run", _absolute(args.recipe)]
-    if args.deepspeed_config:
-        words += ["--deepspeed_config", _absolute(args.deepspeed_config)]
+    words = ["--run", _absolute(args.recipe), "--deepspeed_config", _absolute(args.deepspeed_config)]
     launch = Launch(
         arguments=(*words, *args.overrides),
         devices=1,
@@ -151,7 +150,7 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Path:
     from ..trainer.plan import make_plan
 
     recipe = load_recipe(args.recipe, args.overrides)
-    make_plan(recipe, load_ds_config(args.deepspeed_config) if args.deepspeed_config else {}, devices)
+    make_plan(recipe, load_ds_config(args.deepspeed_config), devices)
     return recipe.output
 
 
