@@ -21,7 +21,7 @@ def describe_host() -> dict[str, Any]:
     """This rank's host and device; gather them over the ranks for `environment`. Needs DeepSpeed's accelerator."""
     from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     return {
         "host": socket.gethostname(),
@@ -88,7 +88,8 @@ def _accelerator_name(accelerator: Any) -> str:
     import torch
 
     backend = getattr(torch, accelerator.device_name(), None)
-    return backend.get_device_name() if hasattr(backend, "get_device_name") else accelerator.device_name()
+    name = getattr(backend, "get_device_name", accelerator.device_name)
+    return name()
 
 
 def _cpu_name() -> str:

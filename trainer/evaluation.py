@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data_prep.errors import UserError
+from ..data_prep.store import TokenStore
+from .entropy import Entropies, HeldOut
+from .text_bytes import byte_lengths
+
+if TYPE_CHECKING:
+    from .config import Recipe
+    from .data import Batch, Windows
+    from .engine import Engine
+
+ENTROPY_TOKENS = 100_000_000  # of the training split, counted for the yardsticks: more would change little
+READ_TOKENS = 1 << 20
+LOGIT_BYTES = 256 << 20  # of one micro batch, in fp32
 
 
 @dataclass(frozen=True)
@@ -22,7 +40,7 @@ class EvalResult:
     @property
     def bits_per_byte(self) -> float | None:
         """What the model pays per byte of text: comparable between tokenizers."""
-        return None if self.bytes_per_token is None else self.loss / math.log(2) / self.bytes_per_token
+        return None if not self.bytes_per_token else self.loss / math.log(2) / self.bytes_per_token
 
     def record(self) -> dict[str, Any]:
         return {
@@ -35,3 +53,193 @@ class EvalResult:
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.tokens:,} tokens)"
+
+
+@dataclass(frozen=True)
+class HeldOutData:
+    """What a model is evaluated on."""
+
+    name: str  # "valid split of data/corpus"
+    windows: Sequence[Windows]
+    train: Sequence[Windows]  # empty where the training data is not known
+    global_batch: int
+    document_mask: bool
+    tokenizer: Path | None
+
+    @property
+    def seq_len(self) -> int:
+        return self.windows[0].seq_len
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation in one process, with its yardsticks."""
+
+    data: str
+    result: EvalResult
+    bytes_are_exact: bool
+    entropies: Entropies | None
+
+
+def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_token: float | None = None) -> EvalResult:
+    """Evaluates the model that is being trained. Collective over all ranks.
+
+    Args:
+        batches: this rank's micro batches.
+        bytes_per_token: UTF-8 bytes of the held-out text per token, for bits per byte (`mean_bytes`).
+    """
+    loss_sum, tokens = engine.eval_loss(batches)
+    if not tokens:
+        raise UserError("eval: no token to evaluate on: the valid split holds less than one sample of data.seq_len")
+    return EvalResult(loss_sum / tokens, tokens, bytes_per_token)
+
+
+def mean_bytes(windows: Sequence[Windows]) -> float | None:
+    """UTF-8 bytes per token over the whole stores behind `windows`; None where a store does not record its text."""
+    stores = {windows.part.store.fingerprint: windows.part.store for windows in windows}.values()
+    counts = [store.text_bytes for store in stores]
+    if not counts or None in counts:
+        return None
+    return sum(count or 0 for count in counts) / sum(store.num_tokens for store in stores)
+
+
+def evaluate_model(
+    model: Any,
+    data: HeldOutData,
+    batches: int | None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Mean loss of a plain Hugging Face model over non-overlapping windows, each predicting `seq_len` tokens.
+
+    Args:
+        batches: global batches to evaluate; None: the whole split.
+        progress: called with (sequences done, of how many).
+
+    Raises:
+        UserError: nothing to evaluate on, or a token id beyond the model's vocabulary.
+    """
+    vocab_size = model.config.vocab_size
+    lengths = byte_lengths(data.tokenizer, vocab_size) if data.tokenizer else None
+    held_out = HeldOut(vocab_size)
+    loss_sum, tokens, text_bytes, done = 0.0, 0, 0, 0
+    total = sum(len(windows) for windows in data.windows)
+    total = total if batches is None else min(total, batches * data.global_batch)
+    rows = min(32, max(1, LOGIT_BYTES // (4 * data.seq_len * vocab_size)))
+    for batch in held_out_batches(data, batches, rows):
+        ids, labels = batch.input_ids.numpy(), batch.labels.numpy()
+        check_vocabulary(ids, vocab_size, data.name)
+        loss_sum += loss_of(model, batch)
+        tokens += batch.tokens
+        held_out.add(ids, labels)
+        if lengths is not None:
+            text_bytes += int(lengths[labels[labels >= 0]].sum())
+        done = min(total, done + len(ids))
+        progress(done, total)
+    if not tokens:
+        raise UserError(f"{data.name}: no token to evaluate on: it holds less than one sample of {data.seq_len} tokens")
+    per_token = text_bytes / tokens if lengths is not None else mean_bytes(data.windows)
+    result = EvalResult(loss_sum / tokens, tokens, per_token)
+    return Evaluation(data.name, result, lengths is not None, yardsticks(held_out, data.train))
+
+
+def held_out_batches(data: HeldOutData, batches: int | None, rows: int) -> Iterator[Batch]:
+    """Micro batches, of at most `rows`, of the first global batches: the samples that the training run evaluates on."""
+    from .data import BatchShape, evaluation_batches
+    from .distributed import Ranks
+
+    micro = max(n for n in range(1, rows + 1) if data.global_batch % n == 0)
+    accumulation = data.global_batch // micro
+    shape = BatchShape(micro, accumulation, data.global_batch, data.seq_len, data.document_mask)
+    return evaluation_batches(data.windows, shape, Ranks(), batches)
+
+
+def loss_of(model: Any, batch: Batch) -> float:
+    """Sum over the batch's labels of the negative log likelihood, from logits in fp32."""
+    import torch
+    import torch.nn.functional as F
+
+    from .objectives import IGNORE
+
+    batch = batch.to(model.device)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        flat = logits.flatten(0, 1).float()
+        losses = F.cross_entropy(flat, batch.labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return float(losses.double().sum())
+
+
+def check_vocabulary(ids: np.ndarray, vocab_size: int, name: str) -> None:
+    if ids.max() >= vocab_size:
+        raise UserError(
+            f"{name}: token {ids.max()} is beyond the model's vocabulary of {vocab_size}: "
+            "the store was made with another tokenizer than the model"
+        )
+
+
+def yardsticks(held_out: HeldOut, train: Sequence[Windows]) -> Entropies | None:
+    """Unigram and bigram cross entropies of the held-out tokens; of each training store an equal share is counted."""
+    if not train:
+        return None
+    share = ENTROPY_TOKENS // len(train)
+    return held_out.entropies(stream(windows, share) for windows in train)
+
+
+def stream(windows: Windows, limit: int) -> Iterator[np.ndarray]:
+    part = windows.part
+    stop = min(part.stop, part.start + limit)
+    for start in range(part.start, stop, READ_TOKENS):
+        yield part.store.read(start, min(start + READ_TOKENS, stop))
+
+
+def run_data(recipe: Recipe, split: str, tokenizer: Path | None, global_batch: int) -> HeldOutData:
+    """The valid or test split of a run's recipe, and its training split for the yardsticks."""
+    from .data import open_windows
+
+    windows = [w for w in open_windows(recipe, split) if len(w)]  # type: ignore[arg-type]
+    if not windows:
+        raise UserError(
+            f"data: the recipe has no {split} split of at least one sample of {recipe.data.seq_len} tokens "
+            f"(data.split {recipe.data.split!r}); name a store with --store, or another --split"
+        )
+    train = [w for w in open_windows(recipe, "train") if len(w)]
+    stores = ", ".join(dict.fromkeys(str(w.part.store.path) for w in windows))
+    return HeldOutData(f"{split} split of {stores}", windows, train, global_batch, recipe.data.document_mask, tokenizer)
+
+
+def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: bool = False) -> HeldOutData:
+    """A whole store to evaluate on."""
+    from .data import Windows
+    from .splits import Part
+
+    store = TokenStore.open(path)
+    windows = Windows(Part(store, 1.0, 0, store.num_documents, 0, store.num_tokens), seq_len)
+    return HeldOutData(str(path), [windows], [], 8, document_mask, tokenizer or store.tokenizer)
+
+
+def report(evaluation: Evaluation) -> str:
+    """A few lines for people."""
+    result, entropies = evaluation.result, evaluation.entropies
+    lines = [
+        f"{evaluation.data}: {result.tokens:,} predicted tokens",
+        f"  loss           {result.loss:.4f} nats per token",
+        f"  perplexity     {result.perplexity:.2f}",
+    ]
+    if result.bits_per_byte is not None:
+        how = "" if evaluation.bytes_are_exact else ", from the store's mean bytes per token"
+        lines.append(f"  bits per byte  {result.bits_per_byte:.4f} ({result.bytes_per_token:.3f} bytes per token{how})")
+    if entropies is not None:
+        lines += [
+            f"  to compare, the same tokens under counts of {entropies.train_tokens:,} tokens of the train split:",
+            f"  unigram        {entropies.unigram:.4f} (add-one smoothing)",
+            f"  bigram         {entropies.bigram:.4f} (interpolated with the unigram, best strength)",
+        ]
+    return "\n".join(lines)
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    entropies = evaluation.entropies
+    record = {"data": evaluation.data, **evaluation.result.record(), "bytes_are_exact": evaluation.bytes_are_exact}
+    if entropies is not None:
+        record |= {"unigram_entropy": entropies.unigram, "bigram_entropy": entropies.bigram}
+        record["entropy_train_tokens"] = entropies.train_tokens
+    return record

@@ -1,4 +1,4 @@
-"""The token ledger: a digest of the samples that each step consumed, and the audit that checks a run by it.
+"""The token ledger: a digest of the samples that each step consumed; `audit.py` checks a run by it.
 
 A digest is the sum, modulo 2**64, of a mixed hash of each (position, sample id) pair. A sum does not care which rank
 consumed what in which order, and digests of parts add up to the digest of the whole; a sample that is missing, doubled
@@ -19,6 +19,16 @@ def sample_ids(sources: np.ndarray, samples: np.ndarray) -> np.ndarray:
     return (np.asarray(sources, np.uint64) << np.uint64(64 - SOURCE_BITS)) | np.asarray(samples, np.uint64)
 
 
+def hashes(positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Mixed uint64 hash of each pair (global sample index, sample id)."""
+    # splitmix64 maps 0 to 0: with position 0 as it is, the absence of the pair (0, 0) would go unnoticed
+    x = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * ODD + np.asarray(ids).astype(np.uint64)
+    # the finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def digest(positions: np.ndarray, ids: np.ndarray) -> int:
     """Digest of the pairs (global sample index, sample id); the sum over any split of the pairs, modulo 2**64.
 
@@ -26,13 +36,7 @@ def digest(positions: np.ndarray, ids: np.ndarray) -> int:
         positions: global sample indices of the run, integers >= 0, any shape.
         ids: ids of the samples consumed there (see `sample_ids`), the same shape.
     """
-    # splitmix64 maps 0 to 0: with position 0 as it is, the absence of the pair (0, 0) would go unnoticed
-    x = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * ODD + np.asarray(ids).astype(np.uint64)
-    # the finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return int(x.sum(dtype=np.uint64))
+    return int(hashes(positions, ids).sum(dtype=np.uint64))
 
 
 def split(value: int) -> list[float]:

@@ -125,8 +125,9 @@ class RunLog:
         """
         if self._file is None:
             return
-        hosts = {"hosts": self.hosts, "layout": _plain(self.plan.layout)} if event in ("start", "resume") else {}
-        self._write({"kind": "event", "event": event, "step": step, **fields, **hosts})
+        if event in ("start", "resume"):
+            fields |= {"total_steps": self.plan.total_steps, "layout": vars(self.plan.layout), "hosts": self.hosts}
+        self._write({"kind": "event", "event": event, "step": step, **fields})
         os.fsync(self._file.fileno())
         if message:
             self.progress.say(message)
@@ -172,7 +173,8 @@ def peak_memory() -> int:
     """Bytes: the accelerator's peak on this rank; on a CPU the peak of the resident set that DeepSpeed has seen."""
     from deepspeed.accelerator import get_accelerator
 
-    return get_accelerator().max_memory_allocated()
+    accelerator: Any = get_accelerator()
+    return accelerator.max_memory_allocated()
 
 
 def open_for_append(path: Path) -> Any:
@@ -255,7 +257,3 @@ def closing(directory: Path, step: int, plan: Plan, started: float) -> str:
         f"  export    zeropipe export {run}\n"
         f"  train on  {launch} duration.steps={2 * plan.total_steps}"
     )
-
-
-def _plain(layout: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(layout).items() if not key.startswith("_")}
