@@ -118,6 +118,8 @@ def reconcile(recipe: Recipe, ds: Mapping[str, Any], layout: Layout) -> dict[str
         raise UserError("recipe and DeepSpeed JSON do not agree: " + "; ".join(clashes))
     if resolved.get("gradient_clipping") is None:
         resolved["gradient_clipping"] = 1.0  # DeepSpeed's default since 0.19, spelled out
+    if stated(resolved, "torch_autocast", "enabled"):
+        resolved["torch_autocast"].setdefault("dtype", "bfloat16")  # without it DeepSpeed stops at the first forward
     resolved["zero_optimization"] = {**resolved.get("zero_optimization", {}), "stage": layout.zero_stage}
     return resolved
 

@@ -62,7 +62,7 @@ def check(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
-            f"data.seq_len {recipe.data.seq_len} is longer than the model takes ({longest}): use data.seq_len={longest} "
+            f"data.seq_len {recipe.data.seq_len} is longer than the model takes: use data.seq_len={longest} or less, "
             "or raise the model's positions"
         )
     if refusals:
@@ -70,11 +70,19 @@ def check(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[
 
 
 def _precision(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    if precision_of(ds) == "bf16" and layout.zero_stage == 0 and layout.pipeline == 1:
+    precision = precision_of(ds)
+    if precision == "bf16" and layout.zero_stage == 0:
         yield (
             "bf16 with ZeRO-0: DeepSpeed starts Adam's step count at 1 there, and the losses are wrong from the first "
             "update; use zero_optimization.stage 1 (also on one rank), torch_autocast, or fp32"
         )
+    if precision == "fp16" and layout.zero_stage == 0 and layout.pipeline > 1:
+        yield "fp16 with ZeRO-0 and a pipeline: use zero_optimization.stage 1"
+    computes = {"bf16": "bf16", "fp16": "fp16"}.get(precision, "fp32")
+    for key in ("grad_accum_dtype", "param_dtype"):
+        dtype = stated(ds, "data_types", key)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES[computes]:
+            yield f"data_types.{key} {dtype!r} with {precision}: untried with our checkpoints; use {computes}"
 
 
 def _offload(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
@@ -160,14 +168,32 @@ def _settings(ds: Mapping[str, Any]) -> Iterator[str]:
     clipping = stated(ds, "gradient_clipping")
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
         yield f"gradient_clipping must be a number, 0 for none; got {clipping!r}"
+    if stated(ds, "zero_optimization", "zenflow") is not None:
+        yield "zero_optimization.zenflow: checkpoints cannot read it; leave it out"
+    if (size := stated(ds, "zero_optimization", "zero_hpz_partition_size")) not in (None, 0, 1):
+        yield f"zero_optimization.zero_hpz_partition_size {size}: untried; leave it out"
     for path, value, why in _WRONG:
         if stated(ds, *path) == value:
             yield f"{'.'.join(path)} {str(value).lower()}: {why}"
 
 
+_DTYPES = {
+    "fp32": ("fp32", "float32", "float"),
+    "bf16": ("bf16", "bfloat16"),
+    "fp16": ("fp16", "float16", "half"),
+}
+
 # settings that DeepSpeed takes and that would break what this project promises
 _WRONG: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("zero_optimization", "compute_grad_norm"), False, "the norm is logged at every step; leave it out"),
+    (("zero_optimization", "legacy_stage1"), True, "gone from DeepSpeed; leave it out"),
+    (("zero_optimization", "zero_quantized_weights"), True, "losses would depend on the layout; leave it out"),
+    (("zero_optimization", "zero_quantized_gradients"), True, "losses would depend on the layout; leave it out"),
+    (("zero_optimization", "zero_quantized_nontrainable_weights"), True, "checkpoints cannot read it; leave it out"),
+    (("zero_optimization", "offload_optimizer", "super_offload"), True, "checkpoints cannot read it; leave it out"),
+    (("bf16", "bf16_master_weights_and_grads"), True, "checkpoints hold fp32 master weights; leave it out"),
+    (("fp16", "fp16_master_weights_and_grads"), True, "checkpoints hold fp32 master weights; leave it out"),
+    (("compile", "deepcompile"), True, "untried; leave it out"),
     (("managed_gradient_accumulation",), False, "the training loop relies on it; leave it out"),
     (("gradient_allreduce_op",), "sum", "the step would depend on the number of ranks; use mean"),
     (("data_efficiency", "enabled"), True, "it draws samples in an order of its own; leave it out"),

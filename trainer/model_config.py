@@ -15,9 +15,33 @@ from .splits import Part
 from .text_files import did_you_mean, parse_json, read_text, words
 
 # transformers takes any key without a word, and ignores those it does not know
-_COMMON = words("""model_type vocab_size bos_token_id eos_token_id pad_token_id tie_word_embeddings initializer_range use_cache
-    architectures dtype torch_dtype transformers_version attn_implementation _name_or_path id2label label2id return_dict
-    output_hidden_states output_attentions is_encoder_decoder problem_type chunk_size_feed_forward""")
+_COMMON = words(
+    """
+    model_type vocab_size bos_token_id eos_token_id pad_token_id tie_word_embeddings initializer_range use_cache
+    architectures dtype torch_dtype transformers_version _name_or_path id2label label2id return_dict
+    output_hidden_states output_attentions is_encoder_decoder problem_type chunk_size_feed_forward
+    """
+)
+_GPT2 = words(
+    """
+    n_layer n_embd n_head n_inner n_positions activation_function attn_pdrop embd_pdrop resid_pdrop layer_norm_epsilon
+    scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    """
+)
+_GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+_LLAMA = words(
+    """
+    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
+    max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias attention_dropout
+    mlp_bias pretraining_tp
+    """
+)
 
 
 @dataclass(frozen=True)
@@ -34,28 +58,16 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(
-        _COMMON
-        | words("""n_layer n_embd n_head n_inner n_positions activation_function attn_pdrop embd_pdrop resid_pdrop
-            layer_norm_epsilon scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn
-            add_cross_attention summary_activation summary_first_dropout summary_proj_to_labels summary_type
-            summary_use_proj"""),
-        {
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-        },
+        keys=_COMMON | _GPT2,
+        aliases=_GPT2_ALIASES,
         positions=("n_positions", 1024),
         layers=("n_layer", 12),
         heads=("n_head", 12),
         width=("n_embd", 768),
     ),
     "llama": Family(
-        _COMMON
-        | words("""hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-            hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias
-            attention_dropout mlp_bias pretraining_tp"""),
-        {},
+        keys=_COMMON | _LLAMA,
+        aliases={},
         positions=("max_position_embeddings", 2048),
         layers=("num_hidden_layers", 32),
         heads=("num_attention_heads", 32),

@@ -12,7 +12,7 @@ from .config import Recipe
 from .ds_config import checkpoints_activations, fill_scheduler, precision_of, reconcile, unknown_keys
 from .layout import Layout
 from .legality import check, layout_of
-from .memory import MemoryEstimate
+from .memory import BUCKET, MemoryEstimate, estimate_memory
 from .model_config import resolve_model
 from .models.parameters import TABLES, padded_vocab, parameter_table
 from .splits import Part, open_split
@@ -34,6 +34,7 @@ class Plan:
     vocab_size: int
     padded_vocab_size: int
     model_config: dict[str, Any]
+    samples: int  # of `seq_len` tokens in the train split: one epoch
     total_steps: int
     warmup_steps: int
     decay_steps: int
@@ -65,11 +66,15 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     model = resolve_model(recipe, parts)
     check(recipe, resolved, layout, model)
     global_batch = resolved["train_batch_size"]
-    total = _total_steps(recipe, parts, global_batch)
+    samples = _samples(recipe, parts, global_batch)
+    total = _total_steps(recipe, samples, global_batch)
     warmup, decay = _schedule_steps(recipe, total)
     if "scheduler" in resolved:
         fill_scheduler(resolved, total, warmup)
-    has_table = model["model_type"] in TABLES
+    parameters = _parameters(model, layout)
+    if parameters is not None and layout.zero_stage > 0:
+        # DeepSpeed allocates its bucket whole, 500 million elements unless told otherwise, however small the model is
+        resolved["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
     return Plan(
         recipe=_resolved_recipe(recipe, resolved),
         layout=layout,
@@ -81,18 +86,31 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         vocab_size=model["vocab_size"],
         padded_vocab_size=padded_vocab(model["vocab_size"], layout.tensor),
         model_config=model,
+        samples=samples,
         total_steps=total,
         warmup_steps=warmup,
         decay_steps=decay,
         deepspeed=resolved,
-        parameters=sum(spec.numel for spec in parameter_table(model, layout.tensor)) if has_table else None,
-        memory=None,
+        parameters=parameters,
+        memory=None if parameters is None else _memory(recipe, resolved, layout, model),
     )
 
 
-def _total_steps(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
-    """Steps of the run; an epoch is as many samples as the train split holds, whatever the weights draw them from."""
-    seq_len, duration = recipe.data.seq_len, recipe.duration
+def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
+    if model["model_type"] not in TABLES:
+        return None
+    return sum(spec.numel for spec in parameter_table(model, layout.tensor))
+
+
+def _memory(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
+    return estimate_memory(model, layout, precision_of(ds), ds, recipe.data.seq_len, recipe.parallel.partition)
+
+
+def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
+    """Samples of the train split, of which there must be enough for one global batch."""
+    seq_len = recipe.data.seq_len
+    if not parts:
+        raise UserError(f"data.split {recipe.data.split}: leaves no document to train on")
     if empty := [str(part.store.path) for part in parts if not part.samples(seq_len)]:
         raise UserError(f"{empty[0]}: its train split is shorter than one sample of {seq_len} + 1 tokens")
     samples = sum(part.samples(seq_len) for part in parts)
@@ -101,10 +119,16 @@ def _total_steps(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> in
             f"the train split holds {samples} samples of {seq_len} tokens, one global batch takes {global_batch}; "
             f"use batch.global={max(1, samples)} or less, a shorter data.seq_len, or more data"
         )
+    return samples
+
+
+def _total_steps(recipe: Recipe, samples: int, global_batch: int) -> int:
+    """Steps of the run; an epoch is as many samples as the train split holds, whatever the weights draw them from."""
+    duration = recipe.duration
     if duration.steps is not None:
         return duration.steps
     if duration.tokens is not None:
-        return math.ceil(duration.tokens / (global_batch * seq_len))
+        return math.ceil(duration.tokens / (global_batch * recipe.data.seq_len))
     epochs = duration.epochs or 0
     if (steps := int(epochs * samples) // global_batch) < 1:
         raise UserError(f"duration.epochs {epochs} is less than one step of {global_batch} sequences")

@@ -1,0 +1,130 @@
+"""`zeropipe plan`: what a recipe and a DeepSpeed JSON come to on a number of devices, without starting anything."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING
+
+from .command import Launch, deepspeed_command
+
+if TYPE_CHECKING:
+    from ..trainer.plan import Plan
+
+EPILOG = """\
+examples:
+  zeropipe plan gpt2_345m --deepspeed_config zero2 --devices 2
+  zeropipe plan my.yaml --deepspeed_config my.json --devices 16 batch.global=512 --json
+
+Needs the token stores, but neither torch nor a GPU. What cannot run is refused here, with what to do instead.
+"""
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = verbs.add_parser(
+        "plan",
+        help="show layout, batches, steps and memory of a run, or why it cannot be run",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe: section.key=value")
+    parser.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        metavar="JSON",
+        help="a DeepSpeed JSON file, or a shipped one's name; default: DeepSpeed's defaults (fp32, ZeRO-0)",
+    )
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks in all, on all hosts; default 1")
+    parser.add_argument("--json", action="store_true", help="print the DeepSpeed JSON that the run would use")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from ..trainer.config import load_recipe
+    from ..trainer.ds_config import load_ds_config
+    from ..trainer.plan import make_plan
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    plan = make_plan(recipe, load_ds_config(args.deepspeed_config) if args.deepspeed_config else {}, args.devices)
+    if args.json:
+        print(json.dumps(plan.deepspeed, indent=2))
+        return 0
+    for name, value in rows(plan):
+        print(f"{name:<14} {value}")
+    print("\nto run it\n  " + "\n  ".join(launch_lines(args)))
+    return 0
+
+
+def rows(plan: Plan) -> list[tuple[str, str]]:
+    """Name and value of each line of the table."""
+    recipe, config = plan.recipe, plan.model_config
+    parameters = f"{plan.parameters:,} parameters" if plan.parameters else "parameters not known for this family"
+    vocabulary = f"vocabulary {plan.vocab_size:,}"
+    if plan.padded_vocab_size != plan.vocab_size:
+        vocabulary += f", trained as {plan.padded_vocab_size:,}"
+    init = "" if recipe.model.init == "random" else f", from {recipe.model.init}"
+    return [
+        ("run", f"{recipe.name} -> {recipe.output}"),
+        ("model", f"{config['model_type']}, {parameters}, {vocabulary}{init}"),
+        ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
+        ("batch", _batch(plan)),
+        ("steps", f"{plan.total_steps:,} = {plan.tokens:,} tokens{_epochs(plan)}"),
+        ("schedule", _schedule(plan)),
+        ("optimizer", _optimizer(plan)),
+        *_memory(plan),
+    ]
+
+
+def launch_lines(args: argparse.Namespace) -> list[str]:
+    """The command on one machine, ours and DeepSpeed's own."""
+    config = ["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []
+    launch = Launch(("--run", args.recipe, *config, *args.overrides), args.devices)
+    ours = ["zeropipe", "launch", args.recipe, *config, "--devices", str(args.devices), *args.overrides]
+    return [shlex.join(ours), shlex.join(deepspeed_command(launch))]
+
+
+def _batch(plan: Plan) -> str:
+    return (
+        f"{plan.global_batch} sequences of {plan.seq_len} = micro batch {plan.micro_batch} x accumulation "
+        f"{plan.accumulation} x data parallel {plan.layout.data}"
+    )
+
+
+def _epochs(plan: Plan) -> str:
+    return f" = {plan.total_steps * plan.global_batch / plan.samples:.3g} epochs of {plan.samples:,} samples"
+
+
+def _schedule(plan: Plan) -> str:
+    if own := plan.deepspeed.get("scheduler"):
+        return f"{own.get('type')}, the DeepSpeed JSON's own (the recipe's schedule is not used)"
+    schedule = plan.recipe.schedule
+    text = f"{schedule.type}, {plan.warmup_steps:,} steps of warm-up"
+    if schedule.type == "constant":
+        return text
+    return f"{text}, {plan.decay_steps:,} steps down to {schedule.min_lr:g}"
+
+
+def _optimizer(plan: Plan) -> str:
+    params = plan.deepspeed["optimizer"]["params"]
+    clipping = plan.deepspeed["gradient_clipping"]
+    return (
+        f"{plan.deepspeed['optimizer']['type']}, lr {params['lr']:g}, betas {params['betas']}, "
+        f"weight decay {params['weight_decay']:g}, " + (f"clipped at {clipping:g}" if clipping else "not clipped")
+    )
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    from ..trainer.memory import rows as memory_rows
+    from ..trainer.memory import tidy
+
+    if plan.memory is None:
+        return [("memory", "not known for this family")]
+    lines = [(f"  {name}", size) for name, size in memory_rows(plan.memory)]
+    total = f"{tidy(plan.memory.peak)} at the peak on each device"
+    if plan.memory.host:
+        total += f", and {tidy(plan.memory.host)} of its host"
+    return [("memory", total), *lines]
