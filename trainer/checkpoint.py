@@ -6,15 +6,12 @@ For every Hugging Face parameter a checkpoint holds the fp32 master weight and t
 
 from __future__ import annotations
 
-import json
-import shutil
+import contextlib
 import sys
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -27,8 +24,6 @@ from .checkpoint_files import (
     STATE,
     Digest,
     Entry,
-    Manifest,
-    parse_key,
     write_bytes,
     write_json,
     write_pieces,
@@ -37,22 +32,22 @@ from .checkpoint_folder import (
     CHECKPOINTS,
     begin,
     check_same_run,
-    find,
     ls,
     partial_path,
     problems_of,
     prune,
     publish,
     step_folders,
+    step_name,
     tidy,
     verify,
 )
+from .checkpoint_reader import Checkpoint
 from .distributed import Ranks
-from .optimizer_state import MASTER, Shard, create_state, read_scalars, refresh_model, shards, write_scalars
+from .optimizer_state import Shard, create_state, read_scalars, refresh_model, shards, write_scalars
 
 __all__ = ["Checkpoint", "check_same_run", "load", "ls", "prune", "resolve_resume", "save", "verify"]
 
-_OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may open
 T = TypeVar("T")
 NamedParameters = Sequence[tuple[str, Parameter]]
 
@@ -81,6 +76,7 @@ def save(
     """
     folder, step = Path(output) / CHECKPOINTS, int(state["step"])
     partial = partial_path(folder, step)
+    complete = dict(state) | {"engine": read_scalars(engine)}
     try:
         _together(ranks, folder, lambda: begin(folder, step) if ranks.is_main else None)
         held = shards(engine, parameters, ranks)
@@ -88,20 +84,20 @@ def save(
         shapes = {shard.name: shard.spec.shape for shard in held}
         written = _together(ranks, folder, lambda: write_pieces(partial, ranks.rank, entries, shapes))
         files = {name: digest for of_rank in ranks.gather_objects(written) for name, digest in of_rank.items()}
-        complete = dict(state) | {"engine": read_scalars(engine)}
         _together(ranks, folder, lambda: _finish(folder, step, files, complete, probe) if ranks.is_main else None)
+        _together(ranks, folder, lambda: prune(folder, keep) if ranks.is_main and keep is not None else [])
     except UserError:
         if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                tidy(folder)
         raise
-    if ranks.is_main and keep is not None:
-        prune(folder, keep)
-    return folder / f"step-{step:08d}"
+    return folder / step_name(step)
 
 
 def _finish(
     folder: Path, step: int, files: dict[str, Digest], state: Mapping[str, Any], probe: Mapping[str, Tensor] | None
 ) -> None:
+    """What rank 0 adds when all have written."""
     partial = partial_path(folder, step)
     files[STATE] = write_json(partial / STATE, state)
     if probe is not None:
@@ -155,97 +151,6 @@ def _numel(shape: Sequence[int]) -> int:
     return Box.whole(tuple(shape)).numel
 
 
-class Checkpoint:
-    """One checkpoint, read tensor by tensor; memory is that of one tensor. Needs no engine and no process group."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._manifest = Manifest.read(path)
-        self.step = self._manifest.step
-        self.state: dict[str, Any] = json.loads((path / STATE).read_bytes())
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._boxes: dict[tuple[str, str], list[tuple[Box, str, str]]] = defaultdict(list)
-        self._open: OrderedDict[str, Any] = OrderedDict()
-        for file in self._manifest.piece_files:
-            self._index(file)
-
-    find = staticmethod(find)
-
-    @classmethod
-    def open(cls, path: str | Path, verify: bool = True) -> Checkpoint:
-        """Opens the newest checkpoint of a run directory, of `checkpoints/`, or the one given.
-
-        Raises:
-            UserError: none is there, or (with `verify`, which reads it all once) it is not what was written.
-        """
-        found = find(path)
-        problems = problems_of(found) if verify else []
-        if problems:
-            raise UserError(f"damaged checkpoint: {'; '.join(problems)}")
-        return cls(found)
-
-    def names(self) -> list[str]:
-        """Hugging Face's parameter names, tied ones once, sorted."""
-        return sorted(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def kinds(self, name: str) -> list[str]:
-        """What is stored of a parameter: master, and the moments if it is trained."""
-        return sorted(kind for kind, owner in self._boxes if owner == name)
-
-    def read(self, name: str, kind: str = MASTER) -> Tensor:
-        """The whole fp32 tensor, on the CPU.
-
-        Raises:
-            UserError: the checkpoint holds no such tensor, or not all of it.
-        """
-        if (kind, name) not in self._boxes:
-            raise UserError(f"{self.path}: holds no {kind} of {name!r}")
-        tensor = torch.empty(self._shapes[name], dtype=torch.float32)
-        whole = Box.whole(self._shapes[name])
-        self.read_into(name, kind, whole, lambda box: tensor[box.slices])
-        return tensor
-
-    def read_into(self, name: str, kind: str, wanted: Box, target: Callable[[Box], Tensor]) -> None:
-        """Copies what is stored of a box into the tensors that `target` gives for its parts.
-
-        Raises:
-            UserError: part of it is not stored.
-        """
-        missing = wanted.numel
-        for box, file, key in self._boxes[kind, name]:
-            common = box.intersect(wanted)
-            if common is None:
-                continue
-            inside = common.moved(box.offset, (0,) * len(box.offset))
-            stored = self._file(file)
-            whole = inside.shape == box.shape
-            part = stored.get_tensor(key) if whole else stored.get_slice(key)[inside.slices]
-            target(common).copy_(part)
-            missing -= common.numel
-        if missing:
-            raise UserError(f"{self.path}: {missing} elements of {kind} of {name!r} are not stored")
-
-    def _index(self, file: str) -> None:
-        stored = self._file(file)
-        shapes = json.loads(stored.metadata()["shapes"])
-        self._shapes |= {name: tuple(shape) for name, shape in shapes.items()}
-        for key in stored.keys():  # noqa: SIM118 (not a mapping)
-            kind, name, offset = parse_key(key)
-            shape = tuple(stored.get_slice(key).get_shape())
-            self._boxes[kind, name].append((Box(offset, shape), file, key))
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            if len(self._open) >= _OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[name] = safetensors.safe_open(self.path / name, framework="pt")
-        self._open.move_to_end(name)
-        return self._open[name]
-
-
 @torch.no_grad()
 def load(engine: Any, parameters: NamedParameters, ranks: Ranks, path: Path, verify: bool = True) -> dict[str, Any]:
     """Puts a checkpoint into a live engine of any layout and returns the state that was saved with it. Collective.
@@ -260,7 +165,7 @@ def load(engine: Any, parameters: NamedParameters, ranks: Ranks, path: Path, ver
     """
     problems = _shared_problems(Path(path), ranks) if verify else []
     if problems:
-        raise UserError(f"damaged checkpoint: {'; '.join(problems)}")
+        raise UserError(f"damaged checkpoint: {'; '.join(problems)}. Restore it, or resume from an older one")
     checkpoint = Checkpoint(Path(path))
     saved = checkpoint.state["engine"]
     _check_model(checkpoint, parameters, ranks)
@@ -279,7 +184,7 @@ def _fill(checkpoint: Checkpoint, shard: Shard, ranks: Ranks) -> None:
     for kind, view in shard.views.items():
         if sum(piece.box.numel for piece in own) < view.numel() or kind not in stored:
             view.zero_()  # padded vocabulary rows; moments of what was frozen when it was saved
-        if kind not in stored and kind != MASTER:
+        if kind not in stored:
             continue
         for piece in own:
 
@@ -334,7 +239,7 @@ def resolve_resume(output: Path, resume: str, ranks: Ranks) -> Path | None:
     if resume == "never":
         return None
     root = Path(output) if resume == "auto" else Path(resume)
-    if ranks.is_main and (root / CHECKPOINTS).is_dir():
+    if ranks.is_main and resume == "auto":  # this run's own; another's may be alive
         tidy(root / CHECKPOINTS)
     candidates: list[Path] = ranks.gather_objects(step_folders(root) if ranks.is_main else None)[0]
     if not candidates and resume != "auto":

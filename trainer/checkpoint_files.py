@@ -152,7 +152,7 @@ def _write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[s
     with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            file.write(memoryview(entry.read().numpy().reshape(-1)).cast("B"))
+            file.write(entry.read().numpy().reshape(-1).view("uint8").data)
         return file.finish()
 
 

@@ -10,13 +10,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data_prep.errors import UserError
-from .checkpoint_files import DamagedError, Digest, Manifest, digest_problems, size_problems, write_bytes
+from .checkpoint_files import (
+    MANIFEST,
+    STATE,
+    DamagedError,
+    Digest,
+    Manifest,
+    digest_problems,
+    size_problems,
+    write_bytes,
+)
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -114,7 +122,7 @@ def step_folders(path: str | Path) -> list[Path]:
     Newest is what was published last, which is not the highest step in a run that went back to an earlier one.
     """
     path = Path(path)
-    if _STEP.fullmatch(path.name) and path.is_dir():
+    if path.is_dir() and (_STEP.fullmatch(path.name) or _is_renamed(path)):
         return [path]
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if not folder.is_dir():
@@ -129,15 +137,20 @@ def step_folders(path: str | Path) -> list[Path]:
     return sorted(found, key=age, reverse=True)
 
 
+def _is_renamed(path: Path) -> bool:
+    """Whether this is a checkpoint that someone has copied to another name."""
+    return (path / MANIFEST).is_file() and (path / STATE).is_file()
+
+
 def inspect(path: Path) -> Listing:
     """Looks at a checkpoint without reading its tensors."""
-    step = int(path.name.rsplit("-", 1)[1])
     try:
         manifest = Manifest.read(path)
     except UserError as error:
-        return Listing(path, step, None, 0, str(error))
+        named = _STEP.fullmatch(path.name)
+        return Listing(path, int(named[1]) if named else -1, None, 0, str(error))
     problems = size_problems(path, manifest.files)
-    return Listing(path, step, manifest.sequence, manifest.nbytes, problems[0] if problems else None)
+    return Listing(path, manifest.step, manifest.sequence, manifest.nbytes, problems[0] if problems else None)
 
 
 def ls(path: str | Path) -> list[Listing]:
@@ -231,7 +244,3 @@ def check_same_run(state: dict[str, Any], **expected: Any) -> None:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def whole_steps(items: Sequence[Listing]) -> list[int]:
-    return [item.step for item in items if item.problem is None]

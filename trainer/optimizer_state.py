@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .boxes import Box, flat_index, strides, tensor_copy
+from .checkpoint_reader import MASTER
 from .distributed import Ranks
 from .models.parameters import ParamSpec
 
-MASTER = "master"
 _HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -142,15 +142,18 @@ def _zero12_held(engine: Any, p: Any) -> tuple[int, int, Held | None]:
 
 def _wrapped_masters(engine: Any) -> dict[Parameter, Held]:
     """Masters of DeepSpeed's fp16 wrappers without ZeRO: one flat tensor per group (fused), or one per parameter."""
-    optimizer, found = engine.optimizer, {}
-    for index, group in enumerate(getattr(optimizer, "fp16_groups", ())):
+    found: dict[Parameter, Held] = {}
+    optimizer: Any = engine.optimizer
+    groups: list[list[Parameter]] = getattr(optimizer, "fp16_groups", [])
+    for index, group in enumerate(groups):
         if hasattr(optimizer, "fp32_groups_flat"):
             offset = 0
             for p in group:
                 found[p] = Held(optimizer.fp32_groups_flat[index], offset, p.numel())
                 offset += p.numel()
         elif hasattr(optimizer, "fp32_groups"):
-            found |= {p: Held(m, 0, m.numel()) for p, m in zip(group, optimizer.fp32_groups[index], strict=True)}
+            masters = optimizer.fp32_groups[index]
+            found.update({p: Held(master, 0, master.numel()) for p, master in zip(group, masters, strict=True)})
     return found
 
 
