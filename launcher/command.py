@@ -46,7 +46,7 @@ def deepspeed_command(launch: Launch) -> list[str]:
     """The words of the command, to be run without a shell."""
     words = [deepspeed_program()]
     if not launch.verbose:
-        words += ["--quiet", "--log_level", "error"]
+        words += ["--log_level", "critical"]  # its errors only repeat, less clearly, how the ranks ended
     words += _remote_flags(launch) if launch.remote else _local_flags(launch)
     for flag, value in (("--master_addr", launch.master_addr), ("--master_port", launch.master_port)):
         if value is not None:
@@ -70,6 +70,9 @@ def _remote_flags(launch: Launch) -> list[str]:
     # with one host left, DeepSpeed would start the ranks here, whatever the host's name; the ssh check looks at the
     # first host only, and ours has looked at all of them
     flags = ["--hostfile", str(launch.hostfile), "--force_multi", "--no_ssh_check"]
+    if not launch.verbose:
+        # DeepSpeed does not pass the log level on to other hosts, but this flag's value, which their shells split
+        flags += ["--enable_each_rank_log", "None --log_level critical"]
     return flags + (["--ssh_port", str(launch.ssh_port)] if launch.ssh_port is not None else [])
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..data_prep.errors import EXIT_RANK_FAILED, UserError
+from ..data_prep.errors import UserError
 from .command import (
     Launch,
     deepspeed_command,
@@ -172,13 +171,7 @@ def start(launch: Launch, output: Path) -> int:
         if launch.remote:
             check_hosts(launch.hosts, launch.ssh_port, folder)
         session = Session(folder, launch.devices, launch.hosts, launch.ssh_port)
-        code = session.run(deepspeed_command(launch), child_environment(launch, folder))
-    if code == EXIT_RANK_FAILED:
-        print(
-            "error: a rank or host failed (see above); the same command resumes from the last checkpoint",
-            file=sys.stderr,
-        )
-    return code
+        return session.run(deepspeed_command(launch), child_environment(launch, folder))
 
 
 @contextmanager

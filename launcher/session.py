@@ -58,7 +58,11 @@ class Session:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return verdict(process.returncode, read_notes(self.folder), self.ranks, bool(self.requests))
+        notes = read_notes(self.folder)
+        code = verdict(process.returncode, notes, self.ranks, bool(self.requests))
+        if code == EXIT_RANK_FAILED:
+            print(f"error: {what_failed(process.returncode, notes, self.ranks)}", file=sys.stderr)
+        return code
 
     def _note_request(self, number: int, _frame: object) -> None:
         if not self.requests:
@@ -104,6 +108,27 @@ def _answer(command: Sequence[str]) -> int:
     except subprocess.TimeoutExpired:
         return 0
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else 0
+
+
+def what_failed(status: int, notes: Mapping[int, int], ranks: int) -> str:
+    """One line on a failed launch: which ranks reported it, which were silent, and a signal where there was one."""
+    reported = [rank for rank, code in sorted(notes.items()) if code not in (EXIT_DONE, EXIT_STOPPED)]
+    silent = [rank for rank in range(ranks) if rank not in notes]
+    parts = []
+    if reported:
+        parts.append(f"{_ranks(reported)} failed, see above")
+    if silent:
+        parts.append(f"{_ranks(silent)} of {ranks} ended without a word")
+    number = -status if status < 0 else 256 - status
+    if number in set(signal.Signals):
+        hint = " (out of memory?)" if number == signal.SIGKILL else ""
+        parts.append(f"one was ended by {signal.Signals(number).name}{hint}")
+    return "; ".join(parts or ["a launcher was killed"]) + ". The same command resumes from the newest checkpoint"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def verdict(status: int, notes: Mapping[int, int], ranks: int, stop_requested: bool) -> int:

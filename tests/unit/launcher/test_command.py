@@ -64,7 +64,7 @@ def test_a_line_break_is_refused():
 def test_one_machine():
     launch = Launch(("--run", "r.yaml", "data.seq_len=$8"), devices=2, master_port=29501)
     assert deepspeed_command(launch) == [
-        deepspeed_program(), "--quiet", "--log_level", "error", "--num_accelerators", "2", "--master_port", "29501",
+        deepspeed_program(), "--log_level", "critical", "--num_accelerators", "2", "--master_port", "29501",
         "--module", "zeropipe.trainer", "--run", "r.yaml", "data.seq_len=$8",
     ]  # fmt: skip
 
@@ -78,8 +78,9 @@ def test_some_devices_of_one_machine():
 def test_a_single_remote_host_is_not_mistaken_for_this_one():
     launch = Launch(("--run", "it's"), 2, Path("/h"), (Host("node1", 2),), ssh_port=2222, master_addr="10.0.0.1")
     words = deepspeed_command(launch)
-    assert words[4:] == [
-        "--hostfile", "/h", "--force_multi", "--no_ssh_check", "--ssh_port", "2222", "--master_addr", "10.0.0.1",
+    assert words[3:] == [
+        "--hostfile", "/h", "--force_multi", "--no_ssh_check", "--enable_each_rank_log",
+        "None --log_level critical", "--ssh_port", "2222", "--master_addr", "10.0.0.1",
         "--module", "zeropipe.trainer", "--run", "'it'\"'\"'s'",
     ]  # fmt: skip
 

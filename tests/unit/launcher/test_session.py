@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zeropipe.launcher import processes
-from zeropipe.launcher.session import Session, verdict
+from zeropipe.launcher.session import Session, verdict, what_failed
 
 # a launcher that starts two ranks and, like DeepSpeed's, ends with the status of the first that fails
 LAUNCHER = """
@@ -117,6 +117,12 @@ def test_only_processes_of_this_launch_are_found(tmp_path):
         for process in (child, other):
             process.kill()
             process.wait()
+
+
+def test_what_failed_is_said(tmp_path, capfd):
+    start(tmp_path, "end(3) if rank == '1' else os.kill(os.getpid(), signal.SIGKILL)")
+    assert "rank 1 failed, see above; rank 0 of 2 ended without a word" in capfd.readouterr().err
+    assert "one was ended by SIGKILL (out of memory?)" in what_failed(247, {0: 3}, 2)
 
 
 @pytest.mark.parametrize(
