@@ -89,7 +89,8 @@ def train_on_ranks(world: int, recipe: dict[str, Any], ds: dict[str, Any], **kwa
     from zeropipe.trainer.metrics import read_metrics
 
     records = [record for record in read_metrics(recipe["output"]) if record["kind"] == "train"]
-    return {"step": step, **{key: [r[key] for r in records] for key in ("loss", "grad_norm", "lr", "ledger", "samples")}}
+    columns = ("loss", "grad_norm", "lr", "ledger", "samples")
+    return {"step": step, **{column: [record[column] for record in records] for column in columns}}
 
 
 def _train(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
