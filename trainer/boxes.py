@@ -113,18 +113,50 @@ def _segments(spec: ParamSpec, rank: int, size: int, local: Box) -> list[tuple[B
     return segments
 
 
-def tensor_copy(spec: ParamSpec, rank: int, size: int) -> tuple[int, int]:
-    """Which copy of its piece tensor-parallel `rank` holds, and how many ranks hold the same piece."""
+def written_pieces(
+    spec: ParamSpec, rank: int, size: int, start: int, stop: int, replica: int = 0, replicas: int = 1
+) -> list[Piece]:
+    """The part of `pieces` that this rank writes, so that all ranks together write every element once, in parallel.
+
+    Args:
+        replica, replicas: which of how many data-parallel ranks that hold the same flat range this is.
+    """
+    found = []
+    own = pieces(spec, rank, size, start, stop)
+    for region, copy, copies in _regions(spec, rank, size):
+        mine = _share(region, copy * replicas + replica, copies * replicas)
+        for piece in own:
+            for box in mine:
+                common = piece.box.intersect(box)
+                if common is not None:
+                    found.append(Piece(common, common.moved(piece.box.offset, piece.local.offset)))
+    return found
+
+
+def _regions(spec: ParamSpec, rank: int, size: int) -> list[tuple[Box, int, int]]:
+    """Boxes of the full (padded) parameter that tensor-parallel `rank` holds, one for each of its parts.
+
+    Each with the number of ranks that hold the same box (replicated parameters; fewer KV heads than ranks), and which
+    of them this rank is.
+    """
+    whole = Box.whole(spec.padded_shape)
     if spec.dim is None or size == 1:
-        return rank, size
-    mine = spec.ranges(rank, size)
-    holders = [r for r in range(size) if spec.ranges(r, size) == mine]
-    return holders.index(rank), len(holders)
+        return [(whole, rank, size)]
+    of_rank = [spec.ranges(r, size) for r in range(size)]
+    regions = []
+    for part, (begin, end) in enumerate(of_rank[rank]):
+        holders = [r for r in range(size) if of_rank[r][part] == (begin, end)]
+        offset = (*whole.offset[: spec.dim], begin, *whole.offset[spec.dim + 1 :])
+        shape = (*whole.shape[: spec.dim], end - begin, *whole.shape[spec.dim + 1 :])
+        regions.append((Box(offset, shape), holders.index(rank), len(holders)))
+    return regions
 
 
-def share(copy: int, copies: int, numel: int) -> tuple[int, int]:
-    """Flat range that `copy` of `copies` equal holders of `numel` elements writes, so that each is written once."""
-    return numel * copy // copies, numel * (copy + 1) // copies
+def _share(region: Box, copy: int, copies: int) -> list[Box]:
+    """What the `copy`-th of equal holders of a region writes: its part of the region's elements in row-major order."""
+    first, last = region.numel * copy // copies, region.numel * (copy + 1) // copies
+    origin = (0,) * len(region.shape)
+    return [box.moved(origin, region.offset) for box in boxes_of_range(first, last, region.shape)]
 
 
 def flat_index(offset: Shape, shape: Shape) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..data_prep.errors import UserError
-from .boxes import Box, pieces, share
+from .boxes import Box, pieces, written_pieces
 from .checkpoint_files import (
     PROBE,
     STATE,
@@ -135,9 +135,8 @@ def _entries(held: Sequence[Shard], ranks: Ranks, skip: set[str]) -> list[Entry]
     for shard in held:
         if shard.name in skip:
             continue
-        first, last = share(shard.copy, shard.copies, _numel(shard.local_shape))
-        span = max(first, shard.start), min(last, shard.stop)
-        for piece in pieces(shard.spec, ranks.tensor, ranks.tensor_size, *span):
+        place = (ranks.tensor, ranks.tensor_size, shard.start, shard.stop, shard.replica, shard.replicas)
+        for piece in written_pieces(shard.spec, *place):
             for kind in shard.views:
                 entries.append(Entry(kind, shard.name, piece.box, _reader(shard, kind, piece.local)))
     return entries
@@ -145,10 +144,6 @@ def _entries(held: Sequence[Shard], ranks: Ranks, skip: set[str]) -> list[Entry]
 
 def _reader(shard: Shard, kind: str, local: Box) -> Callable[[], Tensor]:
     return lambda: shard.view(kind, local).to("cpu", torch.float32).contiguous()
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return Box.whole(tuple(shape)).numel
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .boxes import Box, flat_index, strides, tensor_copy
+from .boxes import Box, flat_index, strides
 from .checkpoint_reader import MASTER
 from .distributed import Ranks
 from .models.parameters import ParamSpec
@@ -31,7 +31,7 @@ class Shard:
     """What this rank holds of one parameter: elements [start, stop) of its row-major (tensor-parallel) tensor.
 
     `views` maps "master" and each moment to a 1-D tensor of those elements, a view of what the engine trains on.
-    Copy `copy` of `copies` ranks that hold the same elements.
+    Replica `replica` of the `replicas` data-parallel ranks that hold the same elements.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Shard:
     parameter: Parameter
     start: int
     stop: int
-    copy: int
-    copies: int
+    replica: int
+    replicas: int
     local_shape: tuple[int, ...]
     views: Mapping[str, Tensor]
 
@@ -82,7 +82,6 @@ def shards(engine: Any, parameters: Iterable[tuple[str, Parameter]], ranks: Rank
 
 def _shard(engine: Any, name: str, p: Parameter, ranks: Ranks, wrapped: Mapping[Parameter, Held]) -> Shard:
     spec: ParamSpec = p.spec  # type: ignore[attr-defined]
-    copy, copies = tensor_copy(spec, ranks.tensor, ranks.tensor_size)
     state = base_optimizer(engine).state
     if hasattr(p, "ds_id"):
         start, stop, held = _zero3_held(engine.optimizer, p)
@@ -92,12 +91,13 @@ def _shard(engine: Any, name: str, p: Parameter, ranks: Ranks, wrapped: Mapping[
         start, stop, held = _zero12_held(engine, p)
     else:
         start, stop, held = 0, p.numel(), Held(p, 0, p.numel())
-    if not _partitioned(p):  # every data-parallel rank holds it whole: they share the writing
-        copies *= ranks.data_size * ranks.sequence_size
-        copy = (copy * ranks.data_size + ranks.data) * ranks.sequence_size + ranks.sequence
+    replica, replicas = 0, 1
+    if not _partitioned(p):  # every data-parallel rank holds it whole
+        replica = ranks.data * ranks.sequence_size + ranks.sequence
+        replicas = ranks.data_size * ranks.sequence_size
     views = held.views(state) if held is not None else {}
     local_shape = spec.local_shape(ranks.tensor, ranks.tensor_size)
-    return Shard(name, spec, p, start, stop, copy, copies, local_shape, views)
+    return Shard(name, spec, p, start, stop, replica, replicas, local_shape, views)
 
 
 def _partitioned(p: Parameter) -> bool:
