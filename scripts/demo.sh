@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The whole road on this machine: text → tokens → plan → pretraining on two ranks → a kill → resume → evaluation → export →
+# generated text. usage: scripts/demo.sh [DIR] (default: demo), which is emptied first. About five minutes on two CPU cores.
+set -euo pipefail
+
+dir=${1:-demo}
+started=$SECONDS
+title() { printf '\n\033[1m== %s\033[0m  (%ds)\n' "$1" $((SECONDS - started)); }
+run() {
+  printf '$ zeropipe %s\n' "$*"
+  zeropipe "$@"
+}
+fail() {
+  echo "demo: $1" >&2
+  exit 1
+}
+launch=(launch demo --deepspeed_config demo --devices 2)
+
+# Starts the training, kills rank 0 without warning once the run has a checkpoint and has gone on from it.
+train_and_kill() {
+  printf '$ zeropipe %s\n' "${launch[*]}"
+  zeropipe "${launch[@]}" &
+  local launcher=$! status=0
+  until [ -e runs/demo/checkpoints/latest ] && gone_on; do
+    kill -0 $launcher 2>/dev/null || fail "training ended before it could be killed"
+    sleep 0.5
+  done
+  kill -KILL "$(sed -E 's/process ([0-9]+) .*/\1/' runs/demo/.lock)"
+  wait $launcher || status=$?
+  echo "zeropipe launch has ended with exit code $status"
+  [ $status -eq 3 ] || fail "a rank was killed, so exit code 3 was expected"
+}
+
+# Whether steps were logged after the newest checkpoint: they will be lost, and trained again.
+gone_on() { [ "$(tail -n 1 runs/demo/metrics.jsonl | grep -c '"kind": *"train"')" = 1 ]; }
+
+[ -e "$dir" ] && [ ! -e "$dir/.demo" ] && fail "$dir exists and is not a demo's; name another folder"
+rm -rf "$dir"
+mkdir -p "$dir"
+cd "$dir"
+touch .demo
+
+title "prepare: this Python's standard library, 16 MB of source code, and a tokenizer trained on it"
+run prepare --builtin stdlib --limit-bytes 16M --train-tokenizer 2048 --output data/demo
+run inspect data/demo --document 3 --tokens 40
+title "plan: what the recipe and the DeepSpeed JSON come to; no torch, no GPU"
+run plan demo --deepspeed_config demo --devices 2
+title "pretrain on two ranks, and kill one of them"
+train_and_kill
+title "the same command resumes from the newest checkpoint"
+run "${launch[@]}"
+title "evaluate on held-out text, beside the entropy of counts over the same tokens"
+run eval runs/demo
+title "export: a Hugging Face folder, verified against the logits of training"
+run export runs/demo
+title "generate"
+run generate runs/demo --prompt 'def __init__(self' --prompt 'import ' --max-new-tokens 48 --temperature 0.7 --top-p 0.9 --seed 1
+title "done: $dir/runs/demo holds the run, $dir/runs/demo/export the model"
+run report runs/demo

@@ -1,0 +1,105 @@
+"""Two real hosts train what two ranks on one host train, bit for bit; and stop together when they are asked to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .netns import VirtualHost
+
+pytestmark = pytest.mark.hosts
+BIN = Path(sys.executable).parent
+STEPS = 6
+RECIPE = """
+model: {config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 32}}
+data: {train: [{store: store}], split: "90,10,0", seq_len: 32}
+batch: {global: 8}
+duration: {steps: 6}
+schedule: {type: constant, warmup: 0}
+optimizer: {lr: 1.0e-3}
+log: {every: 1}
+eval: {every: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder to launch in, with a recipe, a small token store, and the environment for the ranks."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
+    prepare = ["prepare", "--builtin", "stdlib", "--limit-bytes", "200K", "--train-tokenizer", "300", "--workers", "0"]
+    subprocess.run(
+        [str(BIN / "zeropipe"), *prepare, "--output", "store"], cwd=folder, check=True, timeout=120, capture_output=True
+    )
+    return folder
+
+
+def losses(run: Path) -> list[str]:
+    """Loss of every step, as `float.hex`: exact."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [float.hex(line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def one_host(hosts, work) -> list[str]:
+    words = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2", "--devices", "2"]
+    done = hosts[0].run([*words, "output=one"], cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(work / "one")) == STEPS
+    return losses(work / "one")
+
+
+def test_deepspeed_over_pdsh(hosts, work, one_host):
+    """The command of the README, without `zeropipe launch`."""
+    words = [str(BIN / "deepspeed"), "--hostfile", "hostfile", "--module", "zeropipe.trainer", "--run", "recipe.yaml"]
+    done = hosts[0].run([*words, "--deepspeed_config", "zero2", "output=plain"], cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(work / "plain") == one_host
+
+
+def test_launch_on_a_hostfile_and_stop(hosts, work, one_host):
+    """SIGTERM to the launcher here reaches the ranks on both hosts: they save, and nothing is left of them."""
+    shared_memory = set(os.listdir("/dev/shm"))
+    words = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2", "--hostfile", "hostfile"]
+    process = subprocess.Popen(
+        hosts[0].command([*words, "output=two", "duration.steps=1000000"]),
+        cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_for_steps(work / "two" / "metrics.jsonl", process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 4, output
+    assert losses(work / "two")[:STEPS] == one_host
+    (checkpoint,) = (work / "two" / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == len(losses(work / "two"))
+    assert ranks_left(hosts) == []
+    assert not list((work / "two").glob(".launch-*"))
+    assert set(os.listdir("/dev/shm")) == shared_memory
+
+
+def wait_for_steps(metrics: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count('"train"') < STEPS:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"fewer than {STEPS} steps in {seconds:.0f} s"
+        time.sleep(0.2)
+
+
+def ranks_left(hosts: list[VirtualHost]) -> list[str]:
+    """Command lines of trainers that still run on a host."""
+    found = []
+    for host in hosts:
+        pids = subprocess.check_output(["ip", "netns", "pids", host.namespace], text=True).split()
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
+        found += [line for line in lines if "zeropipe.trainer" in line]
+    return found
