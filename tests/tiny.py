@@ -40,7 +40,7 @@ def tiny_store(path: Path, documents: int = 300, vocab: int = VOCAB, seed: int =
     rng = np.random.default_rng(seed)
     lengths = rng.integers(5, 60, documents)
     path.mkdir(parents=True)
-    with ShardWriter(path, np.dtype(np.uint16), shard_bytes=1 << 14) as writer:
+    with ShardWriter(path, np.dtype(np.uint16), shard_bytes=1 << 12) as writer:
         for length in lengths:
             tokens = rng.integers(1, vocab, length)
             for i in range(1, length):
