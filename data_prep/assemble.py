@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from .shuffle import shuffled
 from .tasks import META, Record, part_files
 from .writer import ShardWriter
 
-BLOCK_TOKENS = 4 << 20  # tokens gathered at a time by a shuffle
+DIGESTS = 4 << 20  # documents compared at a time when duplicates are sought
 
 
 @dataclass(frozen=True)
@@ -30,96 +32,119 @@ class Totals:
     beyond_limit: int = 0
 
 
-class Part:
-    """What one task left, memory-mapped, and which of its documents are kept."""
+class Assembler:
+    """Takes the parts as they are finished, in any order, and writes the shards.
 
-    def __init__(self, parts: Path, record: Record, dtype: np.dtype) -> None:
-        files = part_files(parts, record.number)
-        self.tokens = np.memmap(files["bin"], dtype, "r") if record.tokens else np.empty(0, dtype)
-        self.meta = np.memmap(files["meta"], META, "r") if record.documents else np.empty(0, META)
-        self.keep = np.ones(record.documents, bool)
+    What is written depends on the parts and the plan alone. A plan that neither drops duplicates nor shuffles is
+    carried out while other parts are still being made.
+    """
+
+    def __init__(self, directory: Path, plan: Assembly, writer: ShardWriter, first: int = 0) -> None:
+        self.directory = directory
+        self.plan = plan
+        self.writer = writer
+        self.totals = Totals()
+        self.records: list[Record] = []  # of the parts taken, in order
+        self._early: dict[int, Record] = {}
+        self._next = first
+        self._keep: list[np.ndarray] = []  # documents to keep, one array per part; only if the plan must see all first
+        self._wait = plan.deduplicate or plan.shuffle is not None
 
     @property
-    def lengths(self) -> np.ndarray:
-        return np.ascontiguousarray(self.meta["tokens"])
+    def enough(self) -> bool:
+        """Whether the limit is reached, so that no further part is needed."""
+        limit = self.plan.limit_documents
+        return limit is not None and not self.plan.deduplicate and self.totals.documents >= limit
 
+    def add(self, record: Record) -> None:
+        self._early[record.number] = record
+        while not self.enough and (ready := self._early.pop(self._next, None)):
+            self._next += 1
+            self.records.append(ready)
+            meta = self._meta(ready)
+            keep = np.ones(len(meta), bool)
+            if not self.plan.deduplicate:
+                self._apply_limit(keep)
+                self._count(meta, keep)
+            if self._wait:
+                self._keep.append(keep)
+            else:
+                self.writer.append(*self._kept(ready, meta, keep))
 
-def assemble(directory: Path, records: list[Record], plan: Assembly, writer: ShardWriter) -> Totals:
-    """Writes the documents of all parts. The result depends on the parts and the plan alone."""
-    totals = Totals()
-    parts = [Part(directory, record, writer.dtype) for record in records]
-    if plan.deduplicate:
-        totals.duplicates = _drop_duplicates(parts)
-    if plan.limit_documents is not None:
-        totals.beyond_limit = _drop_beyond(parts, plan.limit_documents)
-    for part in parts:
-        totals.documents += int(part.keep.sum())
-        totals.tokens += int(part.meta["tokens"].sum(dtype=np.int64, where=part.keep))
-        totals.text_bytes += int(part.meta["bytes"].sum(where=part.keep))
-    for tokens, lengths in _in_order(parts) if plan.shuffle is None else _shuffled(parts, plan.shuffle):
-        writer.append(tokens, lengths)
-    return totals
+    def finish(self) -> Totals:
+        if self.plan.deduplicate:
+            self._drop_duplicates()
+            for record, keep in zip(self.records, self._keep, strict=True):
+                self._apply_limit(keep)
+                self._count(self._meta(record), keep)
+        if self._wait:
+            for tokens, lengths in self._in_order() if self.plan.shuffle is None else self._shuffled(self.plan.shuffle):
+                self.writer.append(tokens, lengths)
+        return self.totals
 
+    def _meta(self, record: Record) -> np.ndarray:
+        return np.fromfile(part_files(self.directory, record.number)["meta"], META)
 
-def _drop_duplicates(parts: list[Part]) -> int:
-    """Keeps the first of the documents with the same 128-bit digest of their text."""
-    digests = np.concatenate([part.meta["digest"] for part in parts])
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal digests stay in corpus order
-    ordered = digests[order]
-    repeated = np.zeros(len(order), bool)
-    repeated[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
-    start = 0
-    for part in parts:
-        stop = start + len(part.keep)
-        part.keep &= ~repeated[start:stop]
-        start = stop
-    return int(repeated.sum())
+    def _kept(self, record: Record, meta: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and lengths of the documents of a part that are kept."""
+        path = part_files(self.directory, record.number)["bin"]
+        tokens = np.memmap(path, self.writer.dtype, "r") if record.tokens else np.empty(0, self.writer.dtype)
+        if keep.all():
+            return tokens, meta["tokens"]
+        return tokens[np.repeat(keep, meta["tokens"])], meta["tokens"][keep]
 
+    def _apply_limit(self, keep: np.ndarray) -> None:
+        if self.plan.limit_documents is not None:
+            beyond = np.flatnonzero(keep)[max(0, self.plan.limit_documents - self.totals.documents) :]
+            keep[beyond] = False
+            self.totals.beyond_limit += len(beyond)
 
-def _drop_beyond(parts: list[Part], limit: int) -> int:
-    dropped = 0
-    for part in parts:
-        beyond = np.flatnonzero(part.keep)[max(0, limit) :]
-        part.keep[beyond] = False
-        dropped += len(beyond)
-        limit -= int(part.keep.sum())
-    return dropped
+    def _count(self, meta: np.ndarray, keep: np.ndarray) -> None:
+        self.totals.documents += int(keep.sum())
+        self.totals.tokens += int(meta["tokens"].sum(dtype=np.int64, where=keep))
+        self.totals.text_bytes += int(meta["bytes"].sum(where=keep))
 
+    def _drop_duplicates(self) -> None:
+        """Keeps the first of the documents with the same 128-bit digest of their text.
 
-def _in_order(parts: list[Part]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for part in parts:
-        lengths = part.lengths
-        if part.keep.all():
-            yield part.tokens, lengths
-        else:
-            yield part.tokens[np.repeat(part.keep, lengths)], lengths[part.keep]
+        In passes over ranges of the digest, so that memory does not grow with the corpus but for a byte a document.
+        """
+        documents = sum(map(len, self._keep))
+        passes = -(-documents // DIGESTS)
+        edges = [2**64 * i // passes for i in range(passes + 1)] if passes else []
+        for low, high in pairwise(edges):
+            found = [self._digests_between(record, low, high - 1) for record in self.records]
+            digests = np.concatenate([digest for digest, _ in found])
+            order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones stay in corpus order
+            ordered = digests[order]
+            repeated = np.zeros(len(order), bool)
+            repeated[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+            self.totals.duplicates += int(repeated.sum())
+            start = 0
+            for keep, (_, places) in zip(self._keep, found, strict=True):
+                keep[places[repeated[start : start + len(places)]]] = False
+                start += len(places)
 
+    def _digests_between(self, record: Record, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Digests [n, 2] of a part whose first half is in [low, high], and the places of their documents [n]."""
+        digests = self._meta(record)["digest"]
+        places = np.flatnonzero((digests[:, 0] >= np.uint64(low)) & (digests[:, 0] <= np.uint64(high)))
+        return digests[places], places
 
-def _shuffled(parts: list[Part], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The kept documents in the order of a hash of (seed, place in the corpus)."""
-    which = np.concatenate([np.full(int(part.keep.sum()), number, np.int32) for number, part in enumerate(parts)])
-    lengths = np.concatenate([part.lengths[part.keep] for part in parts])
-    starts = np.concatenate([(np.cumsum(part.lengths, dtype=np.int64) - part.lengths)[part.keep] for part in parts])
-    order = np.argsort(splitmix(np.arange(len(which), dtype=np.uint64), seed), kind="stable")
-    ends = np.cumsum(lengths[order], dtype=np.int64)
-    first = 0
-    while first < len(order):
-        base = int(ends[first - 1]) if first else 0
-        stop = max(first + 1, int(np.searchsorted(ends, base + BLOCK_TOKENS, side="right")))
-        block = np.empty(int(ends[stop - 1]) - base, parts[0].tokens.dtype)
-        position = 0
-        for document in order[first:stop].tolist():
-            start, length = starts[document], lengths[document]
-            block[position : position + length] = parts[which[document]].tokens[start : start + length]
-            position += length
-        yield block, lengths[order[first:stop]]
-        first = stop
+    def _in_order(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for record, keep in zip(self.records, self._keep, strict=True):
+            yield self._kept(record, self._meta(record), keep)
 
+    def _shuffled(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        which, lengths, starts = [], [], []
+        for record, keep in zip(self.records, self._keep, strict=True):
+            own = self._meta(record)["tokens"]
+            which.append(np.full(int(keep.sum()), record.number, np.int32))
+            lengths.append(own[keep])
+            starts.append((np.cumsum(own, dtype=np.int64) - own)[keep])
 
-def splitmix(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64 of `numbers + seed * golden ratio`, uint64: fixed by its definition, whatever NumPy's version."""
-    with np.errstate(over="ignore"):
-        x = numbers + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        def path_of(part: int) -> Path:
+            return part_files(self.directory, part)["bin"]
+
+        columns = [np.concatenate(column) for column in (which, starts, lengths)]
+        return shuffled(path_of, self.writer.dtype, columns[0], columns[1], columns[2], seed)

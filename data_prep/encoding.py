@@ -6,17 +6,24 @@ to end itself.
 
 from __future__ import annotations
 
-import json
+import ctypes
+import os
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from .tokenizer import load_tokenizer
 
-PROBE_BYTES = 2048  # of a document, compared between the two encoders at intervals
+PROBE_BYTES = 1024  # of a document, encoded by both encoders
+FIRST_PROBES = 32  # documents, when an encoder is new
+PROBES = 2  # documents, at each later check
+CHECK_BYTES = 16 << 20  # of text between two checks
+SHORT = 512  # bytes: the mean length under which one call for many documents pays
 NASTY = (
-    "",
     " ",
     "\n\n\n",
     "a<|endoftext|>b <|endoftext|>",
@@ -31,8 +38,12 @@ NASTY = (
 )
 
 
+class EncodersDiffer(Exception):
+    """The fast encoder cannot be trusted with this tokenizer or input: says why."""
+
+
 class Reference:
-    """Hugging Face tokenizers, one thread."""
+    """Hugging Face tokenizers."""
 
     name = "tokenizers"
 
@@ -42,50 +53,74 @@ class Reference:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all documents, uint32 [T], and where each begins and the last ends, int64 [N + 1]."""
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """The tokens of each document, an integer array [T]."""
         texts = [document.decode() for document in documents]
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        tokens = np.concatenate([np.array(row, np.uint32) for row in rows]) if rows else np.empty(0, np.uint32)
-        return tokens, offsets
+        rows = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(row.ids, np.int64) for row in rows]
 
 
 class Fast:
-    """gigatoken, one thread."""
+    """gigatoken on one thread, compared with the reference on the first documents and now and then after."""
 
     name = "gigatoken"
 
-    def __init__(self, folder: Path) -> None:
-        self._definition = _without_special_tokens((folder / "tokenizer.json").read_text("utf-8"))
-        self.recycle()
+    def __init__(self, folder: Path, memory: int) -> None:
+        """`memory`: bytes that this process may take before the caches are emptied."""
+        self._definition = _without_special_tokens((folder / "tokenizer.json").read_bytes())
+        self._memory = memory
+        try:
+            self._renew()
+        except Exception as error:  # several kinds, for what it does not support
+            raise EncodersDiffer(f"gigatoken does not support this tokenizer ({error})") from None
+        self._reference = Reference(folder)
+        self._unchecked: int | None = None  # bytes since the last check
 
-    def recycle(self) -> None:
-        """Starts afresh with empty caches; those of gigatoken 0.10.0 grow without bound."""
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """As `Reference.encode`. Raises EncodersDiffer when a check fails."""
+        self._check(documents)
+        size = sum(map(len, documents))
+        if size >= SHORT * len(documents):
+            return [self._tokenizer.encode(document) for document in documents]
+        layout = self._tokenizer.encode_batch(list(documents), parallel=False).layout
+        tokens, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data).tolist()
+        return [tokens[start:stop] for start, stop in pairwise(offsets)]
+
+    def _check(self, documents: Sequence[bytes]) -> None:
+        if self._unchecked is None:
+            sample = [text.encode() for text in NASTY] + [probe(text) for text in _spread(documents, FIRST_PROBES)]
+        elif self._unchecked >= CHECK_BYTES:
+            sample = [probe(text) for text in _spread(documents, PROBES)]
+            if resident_memory() > self._memory:
+                self._renew()
+        else:
+            self._unchecked += sum(map(len, documents))
+            return
+        self._unchecked = 0
+        for text, row in zip(sample, self._reference.encode(sample), strict=True):
+            if not np.array_equal(self._tokenizer.encode(text), row):
+                raise EncodersDiffer(f"gigatoken and Hugging Face tokenizers differ on {text.decode()[:60]!r}")
+
+    def _renew(self) -> None:
+        """Starts afresh: the caches of gigatoken 0.10.0 grow without bound."""
         import gigatoken
 
         self._tokenizer: Any = None
+        _return_free_memory()
         self._tokenizer = gigatoken.Tokenizer.from_json(self._definition)
 
-    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Reference.encode`."""
-        layout = self._tokenizer.encode_batch(documents, parallel=False).layout
-        return np.asarray(layout.content.data), np.asarray(layout.offsets.data)
+
+def make_encoder(name: str, folder: Path, memory: int) -> Fast | Reference:
+    """The encoder of that name. EncodersDiffer if gigatoken does not support the tokenizer."""
+    return Fast(folder, memory) if name == Fast.name else Reference(folder)
 
 
-def _without_special_tokens(definition: str) -> str:
+def _without_special_tokens(definition: bytes) -> bytes:
     """A tokenizer.json in which no special token is matched in text. Their ids stay in the vocabulary."""
-    content = json.loads(definition)
+    content = orjson.loads(definition)
     content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     content["post_processor"] = content["truncation"] = content["padding"] = None
-    return json.dumps(content)
-
-
-def same_tokens(one: Any, other: Any, documents: list[bytes]) -> bool:
-    """Whether two encoders give the same tokens, document for document."""
-    (a, a_offsets), (b, b_offsets) = one.encode(documents), other.encode(documents)
-    return np.array_equal(a_offsets, b_offsets) and np.array_equal(a, b)
+    return orjson.dumps(content)
 
 
 def probe(document: bytes) -> bytes:
@@ -93,18 +128,18 @@ def probe(document: bytes) -> bytes:
     return document[:PROBE_BYTES].decode("utf-8", "ignore").encode()
 
 
-def choose_encoder(folder: Path, sample: list[bytes]) -> tuple[str, str | None]:
-    """Name of the encoder for a job, and why it is not the fast one if it is not."""
-    reference = Reference(folder)
-    documents = [text.encode() for text in NASTY] + [probe(document) for document in sample]
-    try:
-        fast = Fast(folder)
-    except Exception as error:  # the library raises several kinds for what it does not support
-        return Reference.name, f"gigatoken does not support this tokenizer ({error})"
-    if same_tokens(fast, reference, documents):
-        return Fast.name, None
-    return Reference.name, "gigatoken's tokens differ from those of Hugging Face tokenizers on a sample of the input"
+def _spread(documents: Sequence[bytes], number: int) -> list[bytes]:
+    return [documents[len(documents) * i // number] for i in range(min(number, len(documents)))]
 
 
-def make_encoder(name: str, folder: Path) -> Fast | Reference:
-    return Fast(folder) if name == Fast.name else Reference(folder)
+def _return_free_memory() -> None:
+    """Gives freed memory back to the system where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

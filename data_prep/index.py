@@ -94,11 +94,11 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     """Writes an .idx in which every sequence is one document. `lengths`: int32 [N], in tokens."""
     with path.open("wb") as file:
         file.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(lengths) + 1))
-        file.write(np.ascontiguousarray(lengths, "<i4"))
+        file.write(np.ascontiguousarray(lengths, "<i4").data)
         for offsets in _offsets(lengths, dtype.itemsize):
-            file.write(offsets)
+            file.write(offsets.data)
         for start in range(0, len(lengths) + 1, _BLOCK):
-            file.write(np.arange(start, min(start + _BLOCK, len(lengths) + 1), dtype="<i8"))
+            file.write(np.arange(start, min(start + _BLOCK, len(lengths) + 1), dtype="<i8").data)
 
 
 def _offsets(lengths: np.ndarray, itemsize: int) -> Iterator[np.ndarray]:

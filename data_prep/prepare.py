@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import manifest as manifests
-from .assemble import Assembly, Totals, assemble
+from .assemble import Assembler, Assembly
 from .documents import BadDocument, read_documents
-from .encoding import Reference, choose_encoder
+from .encoding import EncodersDiffer, Fast, Reference
 from .errors import UserError
 from .index import token_dtype
 from .manifest import Manifest, file_record
 from .progress import Progress
 from .sources import SourceOptions, Task, plan_tasks
 from .store import TokenStore
-from .tasks import EncodersDiffer, Filters, Job, Record, compile_pattern, finished, task_source
-from .tokenizer import adopt_tokenizer, end_of_document, load_tokenizer, train_tokenizer, vocabulary_size
-from .workers import run_here, run_processes
+from .tasks import Filters, Job, Record, compile_pattern, finished, task_source
+from .tokenizer import Vocabulary, adopt_tokenizer, train_tokenizer
+from .workers import run_executor, run_here, run_processes
 from .workspace import Workspace, disk_errors
 from .writer import ShardWriter
-
-SAMPLE_DOCUMENTS = 64  # on which the two encoders are compared before a job
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ class Options:
     quiet: bool = False
 
 
-def prepare(options: Options) -> TokenStore:
-    """Makes the store, or goes on making it where a killed run stopped. UserError on anything wrong in the input."""
+def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
+    """Makes the store, or goes on making it where a killed run stopped. UserError on anything wrong in the input.
+
+    `executor`: does the tasks instead of `options.workers` processes, on other hosts for instance.
+    """
     _refuse_early(options)
     tasks = plan_tasks(options.inputs, options.builtin, options.source)
     work = Workspace(options.output)
@@ -66,10 +71,28 @@ def prepare(options: Options) -> TokenStore:
         progress = Progress(sum(task.cost for task in tasks), options.quiet)
         if resumed:
             progress.say(f"going on with the unfinished work in {work.root}")
-        _ensure_tokenizer(options, tasks, work, progress)
-        records = _run(options, tasks, work, progress)
+        vocabulary = _ensure_tokenizer(options, tasks, work, progress)
+        job = Job(
+            parts=str(work.parts),
+            tokenizer=str(work.tokenizer),
+            encoder=work.encoder or Fast.name,
+            dtype=token_dtype(vocabulary.size).str,
+            eod_id=vocabulary.eod_id,
+            text_key=options.text_key,
+            on_error=options.on_error,
+            filters=options.filters,
+            memory=options.memory // max(1, options.workers),
+        )
+        try:
+            assembler = _run(options, job, tasks, work, progress, executor)
+        except EncodersDiffer as reason:
+            progress.say(f"{reason}: starting again with Hugging Face tokenizers, which is slower")
+            shutil.rmtree(work.parts)
+            work.encoder = Reference.name
+            assembler = _run(options, replace(job, encoder=Reference.name), tasks, work, progress, executor)
         progress.finish()
-        _write_store(options, tasks, records, work)
+        _refuse_empty(options, assembler)
+        _complete_store(options, tasks, vocabulary, assembler, work)
         work.publish()
     return TokenStore.open(options.output)
 
@@ -118,22 +141,25 @@ def _settings(options: Options) -> dict[str, Any]:
     }
 
 
-def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress) -> None:
+def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress) -> Vocabulary:
+    note = work.root / "vocabulary.json"
     if work.tokenizer.exists():
-        return
+        return Vocabulary(**json.loads(note.read_text("utf-8")))
     making = work.root / "tokenizer.making"
     shutil.rmtree(making, ignore_errors=True)
     if options.tokenizer is not None:
-        adopt_tokenizer(options.tokenizer, making, options.eod_token)
+        vocabulary = adopt_tokenizer(options.tokenizer, making, options.eod_token)
     else:
         assert options.train_tokenizer is not None
         progress.say(f"training a tokenizer of {options.train_tokenizer:,} tokens")
-        texts = (text.decode() for text in _spread(options, tasks, options.train_bytes))
-        train_tokenizer(texts, options.train_tokenizer, making, options.eod_token)
+        texts = (text.decode() for text in _sample(options, tasks, options.train_bytes))
+        vocabulary = train_tokenizer(texts, options.train_tokenizer, making, options.eod_token)
+    manifests.write_durably(note, json.dumps(asdict(vocabulary)))
     making.rename(work.tokenizer)
+    return vocabulary
 
 
-def _spread(options: Options, tasks: Sequence[Task], limit: int) -> Iterator[bytes]:
+def _sample(options: Options, tasks: Sequence[Task], limit: int) -> Iterator[bytes]:
     """Documents from evenly spread tasks, `limit` bytes in all or a little more; what is no document is passed over."""
     chosen = [tasks[len(tasks) * i // 16] for i in range(16)] if len(tasks) > 16 else tasks
     share = limit // max(1, len(chosen))
@@ -154,105 +180,75 @@ def _spread(options: Options, tasks: Sequence[Task], limit: int) -> Iterator[byt
                 break
 
 
-def _run(options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress) -> list[Record]:
-    """Has all tasks done, with the fast encoder if it is right for this input, and returns their records in order."""
-    try:
-        encoder = _chosen_encoder(options, tasks, work, progress)
-        return _run_tasks(options, tasks, work, progress, encoder)
-    except EncodersDiffer:
-        progress.say("gigatoken's tokens differ from Hugging Face's on this input: starting again with the latter")
-        shutil.rmtree(work.parts)
-        _remember_encoder(work, Reference.name)
-        return _run_tasks(options, tasks, work, progress, Reference.name)
-    except BadDocument as problem:
-        raise UserError(f"{problem} (--on-error skip passes over such documents)") from None
-
-
-def _chosen_encoder(options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress) -> str:
-    """Decided once per job: its parts must all come from one encoder."""
-    note = work.root / "encoder"
-    if note.exists():
-        return note.read_text()
-    sample = []
-    for document in _spread(options, tasks, 1 << 20):
-        sample.append(document)
-        if len(sample) == SAMPLE_DOCUMENTS:
-            break
-    encoder, reason = choose_encoder(work.tokenizer, sample)
-    if reason:
-        progress.say(f"{reason}: using Hugging Face tokenizers, which is slower")
-    _remember_encoder(work, encoder)
-    return encoder
-
-
-def _remember_encoder(work: Workspace, encoder: str) -> None:
-    manifests.write_durably(work.root / "encoder", encoder)
-
-
-def _run_tasks(
-    options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress, encoder: str
-) -> list[Record]:
+def _run(
+    options: Options, job: Job, tasks: Sequence[Task], work: Workspace, progress: Progress, executor: Executor | None
+) -> Assembler:
+    """Has the tasks done that are not done yet, and writes the shards from their parts meanwhile."""
     work.parts.mkdir(exist_ok=True)
-    records = {task.number: record for task in tasks if (record := finished(work.parts, task))}
-    pending = [task for task in tasks if task.number not in records]
-    progress.resume(sum(task.cost for task in tasks if task.number in records))
-    tokenizer = load_tokenizer(work.tokenizer)
-    job = Job(
-        parts=str(work.parts),
-        tokenizer=str(work.tokenizer),
-        encoder=encoder,
-        dtype=token_dtype(vocabulary_size(tokenizer)).str,
-        eod_id=end_of_document(work.tokenizer, tokenizer, options.eod_token)[1],
-        text_key=options.text_key,
-        on_error=options.on_error,
-        filters=options.filters,
-        memory=options.memory // max(1, options.workers),
-    )
-    cost = {task.number: task.cost for task in tasks}
-    for record in _records(options, job, pending, progress):
-        records[record.number] = record
-        progress.task(cost[record.number])
-    return [records[task.number] for task in tasks]
+    shutil.rmtree(work.store, ignore_errors=True)
+    work.store.mkdir()
+    costs = {task.number: task.cost for task in tasks}
+    pending = []
+    with ShardWriter(work.store, np.dtype(job.dtype), options.shard_bytes) as writer:
+        assembler = Assembler(work.parts, options.assembly, writer)
+        for task in tasks:
+            if record := finished(work.parts, task):
+                progress.resume(task.cost)
+                assembler.add(record)
+            else:
+                pending.append(task)
+        records = _records(options, job, pending, progress, executor)
+        try:
+            while not assembler.enough and (record := next(records, None)):
+                assembler.add(record)
+                progress.task(costs[record.number])
+        except BadDocument as problem:
+            raise UserError(f"{problem} (--on-error skip passes over such documents)") from None
+        finally:
+            records.close()
+        assembler.finish()
+    return assembler
 
 
-def _records(options: Options, job: Job, tasks: Sequence[Task], progress: Progress) -> Iterator[Record]:
+def _records(
+    options: Options, job: Job, tasks: Sequence[Task], progress: Progress, executor: Executor | None
+) -> Generator[Record]:
+    if executor is not None:
+        return run_executor(job, tasks, progress.batch, executor)
     if options.workers == 0 or not tasks:
         return run_here(job, tasks, progress.batch)
     return run_processes(job, tasks, progress.batch, options.workers, progress.say)
 
 
-def _write_store(options: Options, tasks: Sequence[Task], records: list[Record], work: Workspace) -> None:
-    """Shards, tokenizer and manifest, in the work folder."""
-    shutil.rmtree(work.store, ignore_errors=True)
-    work.store.mkdir()
-    tokenizer = load_tokenizer(work.tokenizer)
-    token, number = end_of_document(work.tokenizer, tokenizer, options.eod_token)
-    dtype = token_dtype(vocabulary_size(tokenizer))
-    with ShardWriter(work.store, dtype, options.shard_bytes) as writer:
-        totals = assemble(work.parts, records, options.assembly, writer)
-        _refuse_empty(options, records, totals)
+def _complete_store(
+    options: Options, tasks: Sequence[Task], vocabulary: Vocabulary, assembler: Assembler, work: Workspace
+) -> None:
+    """Adds the tokenizer and the manifest to the shards in the work folder."""
     shutil.copytree(work.tokenizer, work.store / "tokenizer")
+    totals = assembler.totals
     Manifest(
-        dtype=dtype.name,
-        vocab_size=vocabulary_size(tokenizer),
-        eod_token=token,
-        eod_id=number,
+        dtype=assembler.writer.dtype.name,
+        vocab_size=vocabulary.size,
+        eod_token=vocabulary.eod_token,
+        eod_id=vocabulary.eod_id,
         num_documents=totals.documents,
         num_tokens=totals.tokens,
         text_bytes=totals.text_bytes,
-        shards=writer.records,
+        shards=assembler.writer.records,
         tokenizer={path.name: file_record(path) for path in sorted((work.store / "tokenizer").iterdir())},
-        counts=_counts(records, totals),
+        counts=_counts(assembler),
         settings=_settings(options),
         sources=_sources(tasks),
     ).save(work.store)
 
 
-def _counts(records: list[Record], totals: Totals) -> dict[str, int]:
-    counts: Counter[str] = sum((record.counts for record in records), Counter())
-    counts["duplicates"] = totals.duplicates
-    counts["beyond --limit-documents"] = totals.beyond_limit
-    counts["kept"] = totals.documents
+def _counts(assembler: Assembler) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for record in assembler.records:
+        counts += record.counts
+    counts["duplicates"] = assembler.totals.duplicates
+    counts["beyond --limit-documents"] = assembler.totals.beyond_limit
+    counts["kept"] = assembler.totals.documents
     return {name: counts[name] for name in sorted(counts) if counts[name]}
 
 
@@ -264,8 +260,8 @@ def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"path": path, "bytes": size} for path, size in sizes.items()]
 
 
-def _refuse_empty(options: Options, records: list[Record], totals: Totals) -> None:
-    if totals.documents == 0:
-        counts = ", ".join(f"{number} {name}" for name, number in _counts(records, totals).items())
+def _refuse_empty(options: Options, assembler: Assembler) -> None:
+    if assembler.totals.documents == 0:
+        counts = ", ".join(f"{number} {name}" for name, number in _counts(assembler).items())
         where = options.builtin or ", ".join(options.inputs)
         raise UserError(f"{where}: no document to keep: the corpus is empty ({counts or 'nothing was read'})")

@@ -19,14 +19,13 @@ import numpy as np
 import xxhash
 
 from .documents import BadDocument, read_documents
-from .encoding import Fast, Reference, make_encoder, probe, same_tokens
+from .encoding import make_encoder
 from .errors import UserError
 from .sources import Task
 
 META = np.dtype([("tokens", "<i4"), ("bytes", "<i8"), ("digest", "<u8", 2)])
 BATCH_BYTES = 2 << 20
 BATCH_DOCUMENTS = 8192
-PROBES = 2  # documents of each batch whose beginning both encoders encode
 EXAMPLES = 3  # bad documents of a task that are described
 
 
@@ -67,17 +66,13 @@ class Record:
     digests: dict[str, str] = field(default_factory=dict)
 
 
-class EncodersDiffer(Exception):
-    """The fast encoder gave other tokens than the reference. Its parts are not to be trusted."""
-
-
 class Worker:
     """Runs tasks one after the other, keeping the encoder between them."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.encoder = make_encoder(job.encoder, Path(job.tokenizer))
-        self.reference = Reference(Path(job.tokenizer)) if isinstance(self.encoder, Fast) else None
+        self.encoder = make_encoder(job.encoder, Path(job.tokenizer), job.memory)
+        self.eod = np.array([job.eod_id])
         self.keep = compile_pattern("--keep-regex", job.filters.keep)
         self.drop = compile_pattern("--drop-regex", job.filters.drop)
 
@@ -150,30 +145,20 @@ class Worker:
 
     def _encode(self, batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens with an end-of-document token after each document, in the store's type; and the documents' META."""
-        tokens, offsets = self.encoder.encode(batch)
-        self._check(batch)
-        out = np.insert(tokens, offsets[1:], self.job.eod_id).astype(self.job.dtype)
+        rows = self.encoder.encode(batch)
+        pieces = [self.eod] * (2 * len(rows))
+        pieces[::2] = rows
+        tokens = np.concatenate(pieces, dtype=self.job.dtype, casting="unsafe")  # all are below the vocabulary size
         meta = np.empty(len(batch), META)
-        meta["tokens"] = np.diff(offsets) + 1
+        meta["tokens"] = [len(row) + 1 for row in rows]
         meta["bytes"] = [len(document) for document in batch]
-        digests = b"".join(xxhash.xxh3_128_digest(document) for document in batch)
+        digests = b"".join([xxhash.xxh3_128_digest(document) for document in batch])
         meta["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
-        return out, meta
-
-    def _check(self, batch: list[bytes]) -> None:
-        """Compares both encoders on the beginnings of a few documents, and empties the caches when they are large."""
-        if not isinstance(self.encoder, Fast):
-            return
-        step = max(1, len(batch) // PROBES)
-        sample = [probe(document) for document in batch[::step][:PROBES]]
-        if not same_tokens(self.encoder, self.reference, sample):
-            raise EncodersDiffer(sample)
-        if resident_memory() > self.job.memory:
-            self.encoder.recycle()
+        return tokens, meta
 
 
 def _write(file: BinaryIO, data: np.ndarray, digest: Any) -> None:
-    raw = np.ascontiguousarray(data).view(np.uint8)
+    raw = np.ascontiguousarray(data).view(np.uint8).data
     file.write(raw)
     digest.update(raw)
 
@@ -218,9 +203,3 @@ def compile_pattern(option: str, pattern: str | None) -> re.Pattern[str] | None:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(f"{option} {pattern!r}: not a valid regular expression: {error}") from None
-
-
-def resident_memory() -> int:
-    """Bytes of this process in memory."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

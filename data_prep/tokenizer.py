@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,16 @@ KEPT = (
 )
 
 
-def adopt_tokenizer(source: Path, target: Path, eod_token: str | None) -> None:
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the rest of a preparation needs to know of a tokenizer."""
+
+    size: int  # one more than the largest id, added tokens included
+    eod_token: str
+    eod_id: int
+
+
+def adopt_tokenizer(source: Path, target: Path, eod_token: str | None) -> Vocabulary:
     """Copies a tokenizer to `target`: a Hugging Face folder, a tokenizer.json, or vocab.json with merges.txt."""
     if source.is_file():
         source = _folder_of(source)
@@ -41,9 +51,11 @@ def adopt_tokenizer(source: Path, target: Path, eod_token: str | None) -> None:
     for name in kept:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if not (target / "tokenizer.json").exists():
-        _from_vocabulary(source).save(str(target / "tokenizer.json"))
-    complete_folder(target, eod_token)
+    if (target / "tokenizer.json").exists():
+        return complete_folder(target, load_tokenizer(target), eod_token)
+    tokenizer = _from_vocabulary(source)
+    tokenizer.save(str(target / "tokenizer.json"))
+    return complete_folder(target, tokenizer, eod_token)
 
 
 def _folder_of(file: Path) -> Path:
@@ -70,7 +82,7 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, target: Path, eod_token: str | None) -> None:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, target: Path, eod_token: str | None) -> Vocabulary:
     """Trains a byte-level BPE of `vocab_size` tokens, the end-of-document token included, and saves its folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -88,7 +100,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, target: Path, eod_tok
     tokenizer.train_from_iterator(_batches(texts), trainer)
     target.mkdir(parents=True)
     tokenizer.save(str(target / "tokenizer.json"))
-    complete_folder(target, eod_token)
+    return complete_folder(target, tokenizer, eod_token)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -102,10 +114,9 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def complete_folder(folder: Path, eod_token: str | None) -> None:
+def complete_folder(folder: Path, tokenizer: Tokenizer, eod_token: str | None) -> Vocabulary:
     """Adds a tokenizer_config.json where there is none, so that `AutoTokenizer` loads the folder."""
-    tokenizer = load_tokenizer(folder)
-    token, _ = end_of_document(folder, tokenizer, eod_token)
+    token, number = end_of_document(folder, tokenizer, eod_token)
     config = folder / "tokenizer_config.json"
     if not config.exists():
         content = {
@@ -114,6 +125,7 @@ def complete_folder(folder: Path, eod_token: str | None) -> None:
             "clean_up_tokenization_spaces": False,
         }
         config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    return Vocabulary(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, token, number)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -124,11 +136,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer that Hugging Face tokenizers can read: {error}") from None
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, added tokens included."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def end_of_document(folder: Path, tokenizer: Tokenizer, eod_token: str | None) -> tuple[str, int]:

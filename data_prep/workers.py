@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, as_completed
 from contextlib import suppress
+from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -20,16 +22,40 @@ ATTEMPTS = 3  # of one task, before its workers' deaths count as its fault
 Progress = Callable[[int, int], None]  # documents and tokens added
 
 
-def run_here(job: Job, tasks: Sequence[Task], progress: Progress) -> Iterator[Record]:
+def run_here(job: Job, tasks: Sequence[Task], progress: Progress) -> Generator[Record]:
     """In this process, one after the other."""
     worker = Worker(job)
     for task in tasks:
         yield worker.run(task, progress)
 
 
+def run_executor(job: Job, tasks: Sequence[Task], progress: Progress, executor: Executor) -> Generator[Record]:
+    """On a `concurrent.futures` executor, such as MPI ranks that serve through `mpi4py.futures`."""
+    futures = [executor.submit(run_task, job, task) for task in tasks]
+    try:
+        for future in as_completed(futures):
+            record = future.result()
+            progress(record.documents, record.tokens)
+            yield record
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def run_task(job: Job, task: Task) -> Record:
+    """One task in this process, with the worker of the task before if there was one."""
+    return _worker(job).run(task)
+
+
+@lru_cache(maxsize=1)
+def _worker(job: Job) -> Worker:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return Worker(job)
+
+
 def run_processes(
     job: Job, tasks: Sequence[Task], progress: Progress, workers: int, say: Callable[[str], None]
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """On `workers` processes. A worker that dies is reported and replaced, and its task given out again."""
     pool = _Pool(job, min(workers, len(tasks)), say)
     try:
@@ -55,7 +81,7 @@ class _Pool:
         theirs.close()
         return process, ours
 
-    def run(self, tasks: Sequence[Task], progress: Progress) -> Iterator[Record]:
+    def run(self, tasks: Sequence[Task], progress: Progress) -> Generator[Record]:
         waiting = deque((task, 1) for task in tasks)
         running: dict[Connection, tuple[Task, int]] = {}
         for _, pipe in self.workers:

@@ -28,6 +28,16 @@ class Workspace:
         self.store = self.root / "store"
         self._job = self.root / "job.json"
 
+    @property
+    def encoder(self) -> str | None:
+        """Name of the encoder that this job settled on, if it did. All parts must come from one."""
+        note = self.root / "encoder"
+        return note.read_text() if note.exists() else None
+
+    @encoder.setter
+    def encoder(self, name: str) -> None:
+        write_durably(self.root / "encoder", name)
+
     def begin(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Makes the folder ready for a job; True if an earlier run of the same job left work to go on with.
 

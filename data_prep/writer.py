@@ -70,7 +70,7 @@ class ShardWriter:
         self._tokens = 0
 
     def _write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        data = np.ascontiguousarray(tokens, self.dtype)
+        data = np.ascontiguousarray(tokens, self.dtype).data
         self._file.write(data)
         self._digest.update(data)
         self._lengths.append(np.array(lengths, np.int32))
