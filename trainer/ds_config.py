@@ -13,7 +13,7 @@ from .layout import Layout
 from .text_files import did_you_mean, dotted, parse_json, read_named
 
 AUTO = "auto"
-MICRO_BATCH_TOKENS = 8192
+MICRO_BATCH_TOKENS = 4096
 SCHEDULER_AUTO = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16_autocast"]
@@ -141,7 +141,7 @@ def fill_scheduler(resolved: dict[str, Any], total_steps: int, warmup_steps: int
 
 def default_micro_batch(per_rank: int, seq_len: int, pipeline: int = 1) -> int:
     """The micro batch where nobody states one: the largest divisor of a rank's share of the global batch that keeps
-    within 8,192 tokens and, with a pipeline, leaves four micro batches per stage to fill it (or as many as it can).
+    within 4,096 tokens and, with a pipeline, leaves four micro batches per stage to fill it (or as many as it can).
     """
     divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     fitting = [size for size in divisors if size * seq_len <= MICRO_BATCH_TOKENS] or [1]

@@ -29,6 +29,21 @@ ELSEWHERE = {
     "type": "optimizer.type of the DeepSpeed JSON",
 }
 
+# pydantic's kind of complaint: our words, where its own are not plain
+PLAIN = {
+    "model_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "list_type": "must be a list",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "string_pattern_mismatch": "must be parameters, uniform, measured or type:REGEX",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+}
+
 
 def explain(
     error: ValidationError, model: type[BaseModel], source: str, lines: Mapping[tuple[str | int, ...], int]
@@ -53,7 +68,7 @@ def _problem(detail: Any, model: type[BaseModel], lines: Mapping[tuple[str | int
         return f"{where}: {text}" if where else text
     if kind == "literal_error" and location[-1:] in (("objective",), ("adapter",)):
         return f"{where}: {value!r} is not available; use {detail['ctx']['expected']}"
-    message = detail["msg"].replace("Input should", "must").replace("a valid dictionary", "a mapping")
+    message = PLAIN.get(kind) or detail["msg"].replace("Input should", "must")
     return f"{where}: {message}, got {value!r}"
 
 
