@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import EXIT_DONE, UserError
+from .errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from .prepare import Options
+    from .store import TokenStore
 
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -24,6 +25,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     inspect.add_argument("--tokens", type=int, default=200, metavar="N", help="of each document, at most (200)")
     inspect.add_argument("--tokenizer", help="a Hugging Face folder, for a bare prefix")
     inspect.set_defaults(run=run_inspect)
+    verify = subparsers.add_parser("verify", help="check a token store: sizes, offsets, token ids, digests")
+    verify.add_argument("store", nargs="+", help="store directories or Megatron prefixes")
+    verify.add_argument("--vocab-size", type=int, metavar="N", help="for a prefix, which does not state its own")
+    verify.set_defaults(run=run_verify)
+    merge = subparsers.add_parser("merge", help="write one .bin/.idx pair from several stores or prefixes")
+    merge.add_argument("stores", nargs="+", help="store directories or Megatron prefixes, in order")
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="the store to make, of one shard")
+    merge.add_argument("--overwrite", action="store_true", help="replace what is there")
+    merge.set_defaults(run=run_merge)
 
 
 def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,6 +45,7 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     source = parser.add_argument_group("corpus")
     source.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, globs, folders, saved data sets")
     source.add_argument("--builtin", metavar="NAME", help="stdlib: the source code of this Python's standard library")
+    source.add_argument("--import", nargs="+", dest="imports", default=[], metavar="PREFIX", help="Megatron .bin/.idx")
     source.add_argument("--format", choices=("jsonl", "text", "parquet", "arrow"), help="instead of going by suffix")
     source.add_argument("--text-key", default="text", metavar="KEY", help="of the text, `a.b` for nested ones (text)")
     source.add_argument(
@@ -60,6 +71,7 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
     output.add_argument("--shard-size", type=size, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)")
     output.add_argument("--workers", type=int, metavar="N", help="processes (one per core; 0: none but this one)")
+    output.add_argument("--mpi", action="store_true", help="under mpirun: the other ranks do the tasks")
     output.add_argument("--memory", type=size, default=1_200_000_000, metavar="SIZE", help="for all workers (1.2G)")
     output.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run_prepare)
@@ -102,10 +114,25 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    from .inspection import summary
+    if args.imports:
+        if args.input or args.builtin or args.train_tokenizer:
+            raise UserError("--import takes token files that exist: it goes with neither --input nor --train-tokenizer")
+        from .adopt import import_prefixes
+
+        return _summarise(import_prefixes(args.imports, args.output, args.tokenizer, args.eod_token, args.overwrite))
     from .prepare import prepare
 
-    store = prepare(_options(args))
+    if not args.mpi:
+        return _summarise(prepare(_options(args)))
+    from .mpi import ranks
+
+    with ranks() as executor:
+        return EXIT_DONE if executor is None else _summarise(prepare(_options(args), executor))
+
+
+def _summarise(store: TokenStore) -> int:
+    from .inspection import summary
+
     print("\n".join(summary(store)))
     return EXIT_DONE
 
@@ -117,6 +144,23 @@ def run_inspect(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def run_verify(args: argparse.Namespace) -> int:
+    from .verify import verify
+
+    problems = [problem for store in args.store for problem in verify(store, args.vocab_size)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"whole: {', '.join(args.store)}")
+    return EXIT_USER_ERROR if problems else EXIT_DONE
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    from .adopt import merge
+
+    return _summarise(merge(args.stores, args.output, args.overwrite))
+
+
 def main(argv: list[str] | None = None) -> int:
     """This room's verbs alone: `python -m zeropipe.data_prep.cli prepare …`."""
     parser = argparse.ArgumentParser(prog="zeropipe")
@@ -126,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

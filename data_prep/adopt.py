@@ -1,0 +1,141 @@
+"""Stores made from token files that exist: `zeropipe prepare --import` and `zeropipe merge`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+from .manifest import FileRecord, Manifest, ShardRecord, file_record
+from .store import Shard, TokenStore
+from .tokenizer import adopt_tokenizer
+from .verify import require_whole
+from .workspace import Workspace, disk_errors
+from .writer import ShardWriter
+
+COPY_TOKENS = 8 << 20
+
+
+def import_prefixes(
+    prefixes: Sequence[str], output: Path, tokenizer: Path | None, eod_token: str | None, overwrite: bool = False
+) -> TokenStore:
+    """A store of existing Megatron or GPT-NeoX pairs (mmap v1), one shard each, the files unchanged.
+
+    They are hard links where the file system allows it, else copies. Indexes and token ids are checked first.
+    """
+    shards = [TokenStore.open(prefix).shards for prefix in prefixes]
+    pairs = [shard for group in shards for shard in group]
+    if len({shard.dtype for shard in pairs}) > 1:
+        kinds = ", ".join(f"{shard.prefix} ({shard.dtype.name})" for shard in pairs)
+        raise UserError(f"the files hold tokens of different types: {kinds}; import each into a store of its own")
+
+    def make(store: Path) -> Manifest:
+        vocabulary = adopt_tokenizer(tokenizer, store / "tokenizer", eod_token) if tokenizer else None
+        records = []
+        for number, shard in enumerate(pairs):
+            require_whole(shard, vocabulary.size if vocabulary else None)
+            name = f"shard-{number:05d}"
+            for source in (shard.bin, shard.idx):
+                _link(source, store / f"{name}{source.suffix}")
+            files = [file_record(store / f"{name}{suffix}") for suffix in (".bin", ".idx")]
+            records.append(ShardRecord(name, shard.num_documents, shard.num_tokens, files[0], files[1]))
+        return Manifest(
+            dtype=pairs[0].dtype.name,
+            vocab_size=vocabulary.size if vocabulary else None,
+            eod_token=vocabulary.eod_token if vocabulary else None,
+            eod_id=vocabulary.eod_id if vocabulary else None,
+            num_documents=sum(shard.num_documents for shard in pairs),
+            num_tokens=sum(shard.num_tokens for shard in pairs),
+            text_bytes=None,
+            shards=records,
+            tokenizer=_tokenizer_records(store),
+            settings={"import": list(prefixes)},
+        )
+
+    return _make_store(output, overwrite, make)
+
+
+def merge(paths: Sequence[str], output: Path, overwrite: bool = False) -> TokenStore:
+    """A store with one shard, whatever its size, of the documents of several stores or prefixes, in order.
+
+    UserError unless all were made with the same tokenizer (by digest, as far as they have manifests).
+    """
+    stores = [TokenStore.open(path) for path in paths]
+    first = stores[0]
+    for store in stores[1:]:
+        for what in ("dtype", "vocab_size", "eod_id"):
+            mine, other = getattr(first, what), getattr(store, what)
+            if mine != other:
+                raise UserError(f"{store.path} cannot be merged with {first.path}: its {what} is {other}, not {mine}")
+        if _tokenizer_of(store) != _tokenizer_of(first):
+            raise UserError(f"{store.path} cannot be merged with {first.path}: it was made with another tokenizer")
+
+    def make(target: Path) -> Manifest:
+        if first.tokenizer is not None:
+            shutil.copytree(first.tokenizer, target / "tokenizer")
+        with ShardWriter(target, first.dtype, 0, single="shard-00000") as writer:
+            for store in stores:
+                for shard in store.shards:
+                    _append(shard, writer)
+        bytes_of_text = [store.text_bytes for store in stores]
+        template = first.manifest or Manifest(first.dtype.name, None, None, None, 0, 0, None, [])
+        return replace(
+            template,
+            num_documents=sum(store.num_documents for store in stores),
+            num_tokens=sum(store.num_tokens for store in stores),
+            text_bytes=None if None in bytes_of_text else sum(filter(None, bytes_of_text)),
+            shards=writer.records,
+            counts={},
+            settings={"merge": list(map(str, paths))},
+            sources=[],
+        )
+
+    return _make_store(output, overwrite, make)
+
+
+def _append(shard: Shard, writer: ShardWriter) -> None:
+    """All documents of a shard, in pieces of bounded size but for single larger documents."""
+    first = 0
+    while first < shard.num_documents:
+        last = first + 1
+        starts = [shard.document_start(first), shard.document_start(last)]
+        while last < shard.num_documents and starts[-1] - starts[0] < COPY_TOKENS:
+            last += 1
+            starts.append(shard.document_start(last))
+        writer.append(shard.tokens[starts[0] : starts[-1]], np.diff(starts))
+        first = last
+
+
+def _make_store(output: Path, overwrite: bool, make: Callable[[Path], Manifest]) -> TokenStore:
+    work = Workspace(output)
+    with work.locked(), disk_errors(output):
+        if output.exists() and not overwrite:
+            raise UserError(f"{output}: exists already; choose another --output, or add --overwrite")
+        work.clear()
+        work.store.mkdir()
+        make(work.store).save(work.store)
+        work.publish()
+    return TokenStore.open(output)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _tokenizer_records(store: Path) -> dict[str, FileRecord]:
+    folder = store / "tokenizer"
+    return {path.name: file_record(path) for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
+def _tokenizer_of(store: TokenStore) -> str | None:
+    """Digest of the tokenizer.json; None for a bare prefix."""
+    record = store.manifest.tokenizer.get("tokenizer.json") if store.manifest else None
+    return record.sha256 if record else None

@@ -1,0 +1,112 @@
+"""`zeropipe verify`: everything about a store that opening it takes on trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+from .manifest import Manifest, file_record
+from .store import Shard, TokenStore
+
+BLOCK = 4 << 20  # index entries or tokens looked at together
+
+
+def verify(path: str | Path, vocab_size: int | None = None) -> list[str]:
+    """Every problem found, one line each; empty if the store is whole. `vocab_size`: for a prefix without a manifest.
+
+    UserError if it cannot even be opened. Reads all of it, in bounded memory.
+    """
+    store = TokenStore.open(path)
+    vocabulary = store.vocab_size or vocab_size
+    problems = []
+    for shard in store.shards:
+        structure = list(index_problems(shard))
+        problems += structure
+        problems += token_problems(shard, vocabulary, None if structure else store.eod_id)
+    if store.manifest is not None:
+        problems += digest_problems(store.path, store.manifest)
+    return problems
+
+
+def index_problems(shard: Shard) -> Iterator[str]:
+    """Offsets that are not the running sum of the lengths, and document entries that do not ascend from 0 to N."""
+    index, itemsize = shard.index, shard.dtype.itemsize
+    base = 0
+    for start in range(0, index.header.sequences, BLOCK):
+        lengths = index.lengths[start : start + BLOCK].astype(np.int64)
+        if (negative := np.flatnonzero(lengths < 0)).size:
+            yield f"{shard.idx}: sequence {start + negative[0]} has the length {lengths[negative[0]]}"
+            return
+        ends = base + np.cumsum(lengths) * itemsize
+        expected = np.concatenate([[base], ends[:-1]])
+        wrong = np.flatnonzero(index.offsets[start : start + BLOCK] != expected)
+        if wrong.size:
+            place = start + int(wrong[0])
+            yield (
+                f"{shard.idx}: sequence {place} begins at byte {index.offsets[place]} of the .bin, "
+                f"the lengths before it add up to {expected[wrong[0]]}"
+            )
+            return
+        base = int(ends[-1])
+    yield from _document_problems(shard)
+
+
+def _document_problems(shard: Shard) -> Iterator[str]:
+    documents, sequences = shard.index.documents, shard.index.header.sequences
+    if len(documents) == 0 or documents[0] != 0 or documents[-1] != sequences:
+        yield f"{shard.idx}: the document index does not run from 0 to {sequences}"
+        return
+    for start in range(0, len(documents) - 1, BLOCK):
+        steps = np.diff(documents[start : start + BLOCK + 1].astype(np.int64))
+        if (wrong := np.flatnonzero(steps < 0)).size:
+            yield f"{shard.idx}: the document index falls after entry {start + wrong[0]}"
+            return
+
+
+def token_problems(shard: Shard, vocab_size: int | None, eod_id: int | None) -> Iterator[str]:
+    """The first id outside the vocabulary, and the first document that does not end in the end-of-document token."""
+    if vocab_size is not None:
+        for start in range(0, shard.num_tokens, BLOCK):
+            block = shard.tokens[start : start + BLOCK]
+            if int(block.max()) < vocab_size and int(block.min()) >= 0:
+                continue
+            place = int(np.flatnonzero((block >= vocab_size) | (block < 0))[0])
+            yield (
+                f"{shard.bin}: token {start + place} has the id {block[place]}, the vocabulary has {vocab_size} "
+                f"(0 to {vocab_size - 1}): damaged, or made with another tokenizer"
+            )
+            break
+    if eod_id is not None:
+        for start in range(0, shard.index.header.sequences, BLOCK):
+            offsets = shard.index.offsets[start : start + BLOCK] // shard.dtype.itemsize
+            lasts = offsets + shard.index.lengths[start : start + BLOCK] - 1
+            if (wrong := np.flatnonzero(shard.tokens[lasts] != eod_id)).size:
+                yield f"{shard.bin}: document {start + wrong[0]} does not end in the end-of-document token {eod_id}"
+                break
+
+
+def digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Files whose size or SHA-256 is not what the manifest says."""
+    expected = {f"{shard.name}.bin": shard.bin for shard in manifest.shards}
+    expected |= {f"{shard.name}.idx": shard.idx for shard in manifest.shards}
+    expected |= {f"tokenizer/{name}": record for name, record in manifest.tokenizer.items()}
+    for name, record in sorted(expected.items()):
+        try:
+            found = file_record(path / name)
+        except OSError as error:
+            yield f"{path / name}: cannot read it: {error.strerror}"
+            continue
+        if found != record:
+            yield (
+                f"{path / name}: {found.bytes} bytes with SHA-256 {found.sha256}, "
+                f"the manifest says {record.bytes} bytes with {record.sha256}"
+            )
+
+
+def require_whole(shard: Shard, vocab_size: int | None) -> None:
+    """UserError with the first problem of a `.bin/.idx` pair from outside."""
+    for problem in (*index_problems(shard), *token_problems(shard, vocab_size, None)):
+        raise UserError(problem)
