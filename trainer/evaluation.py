@@ -119,6 +119,7 @@ def evaluate_model(
         UserError: nothing to evaluate on, or a token id beyond the model's vocabulary.
     """
     vocab_size = model.config.vocab_size
+    check_context(model, data.seq_len)
     lengths = byte_lengths(data.tokenizer, vocab_size) if data.tokenizer else None
     held_out = HeldOut(vocab_size)
     loss_sum, tokens, text_bytes, done = 0.0, 0, 0, 0
@@ -166,6 +167,12 @@ def loss_of(model: Any, batch: Batch) -> float:
         flat = logits.flatten(0, 1).float()
         losses = F.cross_entropy(flat, batch.labels.flatten(), ignore_index=IGNORE, reduction="none")
     return float(losses.double().sum())
+
+
+def check_context(model: Any, seq_len: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise UserError(f"sequences of {seq_len} tokens are longer than the model's context of {limit}; use --seq-len")
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, name: str) -> None:

@@ -25,9 +25,10 @@ from .run_directory import run_directory, run_precision, tokenizer_folder
 from .safetensors_stream import Entry, shards, write_tensors
 
 SHARD_BYTES = 4 * 10**9
-# max |difference| of logits over max |logit| between the live training engine and the reloaded export, by the coarser
-# of the two precisions; measured: see tests/unit/trainer/test_export.py
-BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Largest |difference| of logits over the largest |logit| between the live training engine and the reloaded export, by
+# the coarser of the two precisions. Measured between two attention kernels, and against float64, on GPT-2 and Llama of
+# 24 layers: 1.0e-6, 2.7e-3, 2.2e-2.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)

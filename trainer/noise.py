@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -41,6 +42,10 @@ def quiet() -> None:
             logger.addFilter(ErrorsOnly())
         # children (transformers.modeling_utils …) are not filtered by their parent, only levelled by it
         logger.setLevel(logging.ERROR)
+    if "transformers" in sys.modules:  # imported already: its progress bars no longer heed the environment
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     if "PYTHONWARNINGS" not in os.environ:
         warnings.simplefilter("ignore", category=DeprecationWarning)
         for category in (UserWarning, FutureWarning):
