@@ -18,7 +18,7 @@ DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # taken by DeepSpeed, unasked, where
 # DeepSpeed itself sends only PYTHON*, MLFLOW*, MV2*, UCX* and NCCL* to other hosts
 FORWARDED = re.compile(r"(OMP|GLOO|NCCL|DS|HF|TORCH|TRANSFORMERS|TOKENIZERS|ZEROPIPE|CUDA_LAUNCH)_\w+|LD_LIBRARY_PATH")
 SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")  # a command line is visible to everyone on a host
-NOT_FORWARDED = {"DS_ENV_FILE", "HF_HOME"}  # of this host only
+NOT_FORWARDED = {"DS_ENV_FILE", "DS_ACCELERATOR", "HF_HOME"}  # true of this host only
 QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -102,9 +102,10 @@ def remote_word(word: str) -> str:
 def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: int, cores: int) -> dict[str, str]:
     """What to add to the environment of the ranks; what the user has set stays."""
     wanted = {} if launch.verbose else dict(QUIET)
-    if not launch.remote and accelerators == 0:
+    if accelerators == 0:
         wanted["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for others and says that it found none
-        wanted["OMP_NUM_THREADS"] = str(max(1, cores // launch.devices))  # else every rank takes every core
+        if not launch.remote:
+            wanted["OMP_NUM_THREADS"] = str(max(1, cores // launch.devices))  # else every rank takes every core
     return {name: value for name, value in wanted.items() if name not in environ}
 
 

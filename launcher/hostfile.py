@@ -30,10 +30,11 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
         UserError: the file is missing (DeepSpeed would train on this machine alone) or empty, or a line is wrong.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"hostfile {path}: {reason}; write one {EXAMPLE} a line (see hostfile.example)") from None
+        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else None
+    except (OSError, UnicodeDecodeError):
+        text = None
+    if text is None:
+        raise UserError(f"hostfile {path}: no such text file; write one {EXAMPLE} a line (see hostfile.example)")
     lines: dict[str, int] = {}
     hosts = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -61,5 +61,5 @@ def test_an_empty_hostfile_is_an_error(tmp_path, text):
 
 
 def test_a_missing_hostfile_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: No such file"):
+    with pytest.raises(UserError, match=r"nowhere: no such text file"):
         read_hostfile(tmp_path / "nowhere")
