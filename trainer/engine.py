@@ -76,6 +76,10 @@ def build_engine(recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None
     Args:
         values: initial values of the parameters; None: random, by name.
     """
+    if plan.layout.pipeline > 1:
+        from .pipe_engine import PipeEngine
+
+        return PipeEngine(recipe, plan, ranks, values)
     return ZeroEngine(recipe, plan, ranks, values)
 
 

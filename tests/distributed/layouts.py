@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -62,24 +63,23 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
         "sequence_parallel_size": layout.sequence,
         **ds,
     }
-    return Plan(
-        recipe=recipe,
-        layout=layout,
-        precision="bf16" if "bf16" in ds else "fp32",
-        micro_batch=micro,
-        accumulation=accumulation,
-        global_batch=BATCH,
-        seq_len=reference.TIME,
-        vocab_size=config["vocab_size"],
-        padded_vocab_size=0,
-        model_config=config,
-        total_steps=STEPS,
-        warmup_steps=0,
-        decay_steps=0,
-        deepspeed=resolved,
-        parameters=None,
-        memory=None,
-    )
+    known = {
+        "recipe": recipe,
+        "layout": layout,
+        "precision": "bf16" if "bf16" in ds else "fp32",
+        "micro_batch": micro,
+        "accumulation": accumulation,
+        "global_batch": BATCH,
+        "seq_len": reference.TIME,
+        "vocab_size": config["vocab_size"],
+        "model_config": config,
+        "total_steps": STEPS,
+        "warmup_steps": 0,
+        "decay_steps": 0,
+        "deepspeed": resolved,
+    }
+    # the rest of a plan (data, memory) plays no part in training
+    return Plan(**{field.name: known.get(field.name) for field in fields(Plan)})  # type: ignore[arg-type]
 
 
 def start(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **ds: Any):
