@@ -1,12 +1,14 @@
 """The processes of one launch on this host, found by a mark in their environment; run on other hosts through ssh.
 
-`python -m zeropipe.launcher.processes MARK SIGNAL [ranks]` prints how many processes it has signalled.
+`python -m zeropipe.launcher.processes MARK KILL` kills them all, `… MARK SIGTERM` signals the ranks; prints how many.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+import time
 
 import psutil
 
@@ -40,5 +42,20 @@ def send(mark: str, number: int, ranks_only: bool = False) -> list[int]:
     return reached
 
 
+def kill(mark: str, seconds: float = 5) -> int:
+    """Kills every process of a launch, and those that they start meanwhile, and sees them gone; returns how many."""
+    killed = 0
+    deadline = time.monotonic() + seconds
+    while (found := find(mark)) and time.monotonic() < deadline:
+        for process in found:
+            with contextlib.suppress(psutil.Error, OSError):
+                process.kill()
+        killed += len(psutil.wait_procs(found, max(0.1, deadline - time.monotonic()))[0])
+    return killed
+
+
 if __name__ == "__main__":
-    print(len(send(sys.argv[1], signal.Signals[sys.argv[2]], "ranks" in sys.argv[3:])))
+    if sys.argv[2] == "KILL":
+        print(kill(sys.argv[1]))
+    else:
+        print(len(send(sys.argv[1], signal.Signals[sys.argv[2]], ranks_only=True)))

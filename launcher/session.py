@@ -21,7 +21,6 @@ from .preflight import CONNECT_SECONDS, ssh_command
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.2
-KILL_SECONDS = 5
 ENDED_BY_SIGTERM = {143, 241}  # 128 + 15, and -15 as an exit status: a rank that had nothing to save yet
 
 
@@ -73,7 +72,7 @@ class Session:
         """Tells the ranks that have not been told; those that are still starting are told in a later round."""
         if self.hosts:
             waiting = [host for host in self.hosts if host.name not in self.told]
-            answers = self._on_hosts(waiting, "SIGTERM", "ranks")
+            answers = self._on_hosts(waiting, "SIGTERM")
             self.told |= {host.name for host, told in zip(waiting, answers, strict=True) if told >= host.slots}
             return
         for process in processes.find(str(self.folder), ranks_only=True):
@@ -84,17 +83,14 @@ class Session:
     def _leave_nothing(self, process: subprocess.Popen) -> None:
         """Kills what is left of the launch, here and on every host; after a clean end there is nothing."""
         if process.returncode != EXIT_DONE:
-            processes.send(str(self.folder), signal.SIGKILL)
-            self._on_hosts(self.hosts, "SIGKILL")
-        try:
-            process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            processes.kill(str(self.folder))
+            self._on_hosts(self.hosts, "KILL")
 
-    def _on_hosts(self, hosts: Sequence[Host], name: str, *which: str) -> list[int]:
+    def _on_hosts(self, hosts: Sequence[Host], name: str) -> list[int]:
         """Signals the launch's processes on hosts; how many there were on each, 0 where the host did not answer."""
-        words = [sys.executable, "-m", "zeropipe.launcher.processes", str(self.folder), name, *which]
+        words = [sys.executable, "-m", "zeropipe.launcher.processes", str(self.folder), name]
         command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
         with ThreadPoolExecutor(32) as pool:
             return list(pool.map(lambda host: _answer(ssh_command(host.name, self.ssh_port, command)), hosts))
@@ -142,8 +138,10 @@ def verdict(status: int, notes: Mapping[int, int], ranks: int, stop_requested: b
         return EXIT_USER_ERROR
     if said == {EXIT_DONE} and len(notes) == ranks and status == 0:
         return EXIT_DONE
-    if said <= {EXIT_STOPPED, EXIT_DONE} and EXIT_STOPPED in said and len(notes) == ranks:
-        return EXIT_STOPPED
+    if said <= {EXIT_STOPPED, EXIT_DONE} and EXIT_STOPPED in said:
+        return (
+            EXIT_STOPPED  # no rank gets there before all have saved; DeepSpeed's launcher may then end the slower ones
+        )
     if stop_requested and not notes and status in ENDED_BY_SIGTERM:
         return EXIT_STOPPED
     return EXIT_RANK_FAILED

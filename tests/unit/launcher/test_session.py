@@ -135,7 +135,8 @@ def test_what_failed_is_said(tmp_path, capfd):
         (1, {0: 2}, False, 2),
         (4, {0: 4, 1: 4}, True, 4),
         (241, {0: 4, 1: 4}, True, 4),  # the launcher took a rank that was just leaving
-        (4, {0: 4}, True, 3),  # the other rank died while saving
+        (4, {0: 4}, True, 4),  # as above, before that rank could leave its note
+        (4, {0: 4, 1: 3}, True, 3),
         (4, {0: 4, 1: 4}, False, 4),  # a signal sent to the ranks by someone else, such as Slurm
         (143, {}, True, 4),  # asked to stop before there was anything to save
         (143, {}, False, 3),
