@@ -9,7 +9,7 @@ from tests.unit.trainer.runs import make_store, train_run
 
 @pytest.fixture(scope="session")
 def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 kB of the standard library with a byte-level BPE of 512 tokens of its own."""
+    """17 files of the standard library with a byte-level BPE of 512 tokens of its own."""
     return make_store(tmp_path_factory.mktemp("text") / "store")
 
 

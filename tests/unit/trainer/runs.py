@@ -25,8 +25,17 @@ CONFIGS = {
 }
 
 
-def make_store(path: Path) -> Path:
-    words = ["prepare", "--builtin", "stdlib", "--limit-bytes", "300000", "--train-tokenizer", str(VOCAB), "--quiet"]
+def make_store(path: Path, documents: int = 17) -> Path:
+    words = [
+        "prepare",
+        "--builtin",
+        "stdlib",
+        "--limit-documents",
+        str(documents),
+        "--train-tokenizer",
+        str(VOCAB),
+        "--quiet",
+    ]
     assert main([*words, "--output", str(path)]) == 0
     return path
 
