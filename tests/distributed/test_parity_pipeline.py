@@ -14,17 +14,17 @@ from zeropipe.trainer.layout import Layout
 pytestmark = pytest.mark.distributed
 
 MODELS = {
-    "gpt2": gpt2(),
+    "gpt2": gpt2(n_layer=3),
     "gpt2-untied": gpt2(tie_word_embeddings=False),
     "llama": llama(),
-    "llama-tied": llama(tie_word_embeddings=True, num_key_value_heads=1),
+    "llama-tied": llama(tie_word_embeddings=True, num_key_value_heads=1, num_hidden_layers=3),
 }
 LAYOUTS = {
     "pp2": Layout(world=2, data=1, pipeline=2, zero_stage=1),
     "pp2-zero0": Layout(world=2, data=1, pipeline=2, zero_stage=0),
     "pp2-dp2": Layout(world=4, data=2, pipeline=2, zero_stage=1),
     "pp2-tp2": Layout(world=4, data=1, tensor=2, pipeline=2, zero_stage=1),
-    "pp4": Layout(world=4, data=1, pipeline=4, zero_stage=1),
+    "pp3": Layout(world=3, data=1, pipeline=3, zero_stage=1),
 }
 
 
@@ -36,12 +36,12 @@ def truth(model: str) -> reference.Curve:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", ["gpt2", "llama-tied"])
 def test_tied(model, layout):
-    for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout]):
+    for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout], timeout=60):
         assert_same(curve, truth(model))
 
 
 @pytest.mark.parametrize("layout", ["pp2", "pp2-tp2"])
 @pytest.mark.parametrize("model", ["gpt2-untied", "llama"])
 def test_untied(model, layout):
-    for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout]):
+    for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout], timeout=60):
         assert_same(curve, truth(model))
