@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole road on this machine: text → tokens → plan → pretraining on two ranks → a kill → resume → evaluation → export →
-# generated text. usage: scripts/demo.sh [DIR] (default: demo), which is emptied first. About five minutes on two CPU cores.
+# generated text. usage: scripts/demo.sh [DIR [key=value …]]; DIR (default: demo) is emptied first.
 set -euo pipefail
 
 dir=${1:-demo}
+overrides=("${@:2}")
 started=$SECONDS
 title() { printf '\n\033[1m== %s\033[0m  (%ds)\n' "$1" $((SECONDS - started)); }
 run() {
@@ -14,7 +15,7 @@ fail() {
   echo "demo: $1" >&2
   exit 1
 }
-launch=(launch demo --deepspeed_config demo --devices 2)
+launch=(launch demo --deepspeed_config demo --devices 2 "${overrides[@]}")
 
 # Starts the training, kills rank 0 without warning once the run has a checkpoint and has gone on from it.
 train_and_kill() {
@@ -44,7 +45,7 @@ title "prepare: this Python's standard library, 16 MB of source code, and a toke
 run prepare --builtin stdlib --limit-bytes 16M --train-tokenizer 2048 --output data/demo
 run inspect data/demo --document 3 --tokens 40
 title "plan: what the recipe and the DeepSpeed JSON come to; no torch, no GPU"
-run plan demo --deepspeed_config demo --devices 2
+run plan demo --deepspeed_config demo --devices 2 "${overrides[@]}"
 title "pretrain on two ranks, and kill one of them"
 train_and_kill
 title "the same command resumes from the newest checkpoint"

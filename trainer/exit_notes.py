@@ -1,4 +1,4 @@
-"""How a rank tells the launcher why it ended: launchers in between lose exit codes, or make a failure of a clean stop."""
+"""How a rank tells `zeropipe launch` why it ended: the launchers in between lose exit codes or change them."""
 
 from __future__ import annotations
 
