@@ -53,7 +53,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"zeropipe {version('zeropipe')}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True, parser_class=Parser)
-    for room in (init_command, data_prep_verbs, plan_command, launch_command, trainer_verbs):
+    for room in (data_prep_verbs, plan_command, launch_command, trainer_verbs, init_command):
         room.register(verbs)
     return parser, dict(verbs.choices)
 
