@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..data_prep.errors import UserError
 from .config import Recipe
 from .distributed import Ranks
 from .ledger import digest, sample_ids
@@ -90,8 +91,30 @@ def sample_order(recipe: Recipe, windows: Sequence[Windows]) -> SampleOrder:
     return SampleOrder([Source(w.fingerprint, len(w), w.part.weight) for w in windows], recipe.seed)
 
 
-def make_batch(rows: Sequence[tuple[Windows, int] | None], seq_len: int, document_mask: bool) -> Batch:
-    """A micro batch of samples; a row of None carries no loss (evaluation's last batch)."""
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is cut: global batch = micro batch x data parallel ranks x accumulation, in sequences."""
+
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    seq_len: int
+    vocab_size: int  # token ids at or above it are refused
+    document_mask: bool = False
+
+    def rows(self, ranks: Ranks, micro: int) -> range:
+        """Places in the global batch that this rank's micro batch number `micro` takes."""
+        first = (micro * ranks.data_size + ranks.data) * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+
+def make_batch(rows: Sequence[tuple[Windows, int] | None], shape: BatchShape) -> Batch:
+    """A micro batch of samples; a row of None carries no loss (evaluation's last batch).
+
+    Raises:
+        UserError: a sample holds a token id that the model's vocabulary does not.
+    """
+    seq_len, document_mask = shape.seq_len, shape.document_mask
     tokens = np.zeros((len(rows), seq_len + 1), dtype=np.int64)
     ignored = np.zeros((len(rows), seq_len), dtype=bool)
     positions = np.broadcast_to(np.arange(seq_len), ignored.shape).copy() if document_mask else None
@@ -101,6 +124,11 @@ def make_batch(rows: Sequence[tuple[Windows, int] | None], seq_len: int, documen
             continue
         windows, number = sample
         tokens[row] = windows.tokens(number)
+        if tokens[row].max() >= shape.vocab_size:
+            raise UserError(
+                f"{windows.part.store.path}: sample {number} holds token {tokens[row].max()}, but "
+                f"the model's vocabulary has {shape.vocab_size}; prepare the data with the model's tokenizer"
+            )
         if positions is not None:
             starts = windows.document_starts(number)
             for begin in starts[starts < seq_len]:
@@ -113,22 +141,6 @@ def make_batch(rows: Sequence[tuple[Windows, int] | None], seq_len: int, documen
         torch.from_numpy(labels),
         None if positions is None else torch.from_numpy(positions),
     )
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """How a global batch is cut: global batch = micro batch x data parallel ranks x accumulation, in sequences."""
-
-    micro_batch: int
-    accumulation: int
-    global_batch: int
-    seq_len: int
-    document_mask: bool = False
-
-    def rows(self, ranks: Ranks, micro: int) -> range:
-        """Places in the global batch that this rank's micro batch number `micro` takes."""
-        first = (micro * ranks.data_size + ranks.data) * self.micro_batch
-        return range(first, first + self.micro_batch)
 
 
 class BatchStream:
@@ -150,6 +162,11 @@ class BatchStream:
         self._ahead = step.stop, self._reader.submit(self._read, step.stop)
         return step
 
+    def drawn(self) -> dict[str, int]:
+        """Samples consumed so far from each source, by the path of its store."""
+        counts = self._order.counts(self.samples_consumed)
+        return {str(windows.part.store.path): count for windows, count in zip(self._windows, counts, strict=True)}
+
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
@@ -160,7 +177,7 @@ class BatchStream:
             positions = first + np.array(shape.rows(self._ranks, micro))
             sources, samples = self._order.sample(positions)
             rows = [(self._windows[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
-            micro_batches.append(make_batch(rows, shape.seq_len, shape.document_mask))
+            micro_batches.append(make_batch(rows, shape))
             ledger = (ledger + digest(positions, sample_ids(sources, samples))) % 2**64
         return StepBatch(tuple(micro_batches), first, first + shape.global_batch, ledger)
 
@@ -178,4 +195,4 @@ def evaluation_batches(
         for micro in range(shape.accumulation):
             places = [first + place for place in shape.rows(ranks, micro)]
             rows = [samples[place] if place < len(samples) else None for place in places]
-            yield make_batch(rows, shape.seq_len, shape.document_mask)
+            yield make_batch(rows, shape)

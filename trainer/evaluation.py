@@ -81,17 +81,45 @@ class Evaluation:
     entropies: Entropies | None
 
 
-def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_token: float | None = None) -> EvalResult:
+def evaluate(engine: Engine, batches: Iterable[Batch], lengths: np.ndarray | None = None) -> EvalResult:
     """Evaluates the model that is being trained. Collective over all ranks.
 
     Args:
         batches: this rank's micro batches.
-        bytes_per_token: UTF-8 bytes of the held-out text per token, for bits per byte (`mean_bytes`).
+        lengths: UTF-8 bytes of each token, for bits per byte (`token_bytes`).
     """
-    loss_sum, tokens = engine.eval_loss(batches)
+    mine = np.zeros(2)  # predicted tokens and their bytes on this rank
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            if lengths is not None:
+                labels = batch.labels[batch.labels >= 0].numpy()
+                mine[:] += len(labels), lengths[labels].sum()
+            yield batch
+
+    loss_sum, tokens = engine.eval_loss(counted())
     if not tokens:
         raise UserError("eval: no token to evaluate on: the valid split holds less than one sample of data.seq_len")
-    return EvalResult(loss_sum / tokens, tokens, bytes_per_token)
+    # ranks that share their samples count them alike, so the ratio holds
+    seen, text_bytes = engine.ranks.all_sum(mine.tolist())
+    return EvalResult(loss_sum / tokens, tokens, text_bytes / seen if seen else None)
+
+
+def token_bytes(tokenizer: str | Path | None, windows: Sequence[Windows], vocab_size: int) -> np.ndarray | None:
+    """UTF-8 bytes of the text of each token: exact integers for a byte-level tokenizer, else the stores' mean.
+
+    Args:
+        tokenizer: a Hugging Face folder; None: that of the first store.
+
+    Returns:
+        [vocab_size], int64 where exact, else float64; None where the stores do not record their text either.
+    """
+    folder = tokenizer or (windows[0].part.store.tokenizer if windows else None)
+    exact = byte_lengths(Path(folder), vocab_size) if folder else None
+    if exact is not None:
+        return exact
+    mean = mean_bytes(windows)
+    return None if mean is None else np.full(vocab_size, mean)
 
 
 def mean_bytes(windows: Sequence[Windows]) -> float | None:
@@ -120,37 +148,36 @@ def evaluate_model(
     """
     vocab_size = model.config.vocab_size
     check_context(model, data.seq_len)
-    lengths = byte_lengths(data.tokenizer, vocab_size) if data.tokenizer else None
+    lengths = token_bytes(data.tokenizer, data.windows, vocab_size)
     held_out = HeldOut(vocab_size)
-    loss_sum, tokens, text_bytes, done = 0.0, 0, 0, 0
+    loss_sum, tokens, text_bytes, done = 0.0, 0, 0.0, 0
     total = sum(len(windows) for windows in data.windows)
     total = total if batches is None else min(total, batches * data.global_batch)
     rows = min(32, max(1, LOGIT_BYTES // (4 * data.seq_len * vocab_size)))
-    for batch in held_out_batches(data, batches, rows):
+    for batch in held_out_batches(data, batches, rows, vocab_size):
         ids, labels = batch.input_ids.numpy(), batch.labels.numpy()
-        check_vocabulary(ids, vocab_size, data.name)
         loss_sum += loss_of(model, batch)
         tokens += batch.tokens
         held_out.add(ids, labels)
         if lengths is not None:
-            text_bytes += int(lengths[labels[labels >= 0]].sum())
+            text_bytes += float(lengths[labels[labels >= 0]].sum())
         done = min(total, done + len(ids))
         progress(done, total)
     if not tokens:
         raise UserError(f"{data.name}: no token to evaluate on: it holds less than one sample of {data.seq_len} tokens")
-    per_token = text_bytes / tokens if lengths is not None else mean_bytes(data.windows)
-    result = EvalResult(loss_sum / tokens, tokens, per_token)
-    return Evaluation(data.name, result, lengths is not None, yardsticks(held_out, data.train))
+    result = EvalResult(loss_sum / tokens, tokens, text_bytes / tokens if lengths is not None else None)
+    exact = lengths is not None and lengths.dtype == np.int64
+    return Evaluation(data.name, result, exact, yardsticks(held_out, data.train))
 
 
-def held_out_batches(data: HeldOutData, batches: int | None, rows: int) -> Iterator[Batch]:
+def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_size: int) -> Iterator[Batch]:
     """Micro batches, of at most `rows`, of the first global batches: the samples that the training run evaluates on."""
     from .data import BatchShape, evaluation_batches
     from .distributed import Ranks
 
     micro = max(n for n in range(1, rows + 1) if data.global_batch % n == 0)
     accumulation = data.global_batch // micro
-    shape = BatchShape(micro, accumulation, data.global_batch, data.seq_len, data.document_mask)
+    shape = BatchShape(micro, accumulation, data.global_batch, data.seq_len, vocab_size, data.document_mask)
     return evaluation_batches(data.windows, shape, Ranks(), batches)
 
 
@@ -173,14 +200,6 @@ def check_context(model: Any, seq_len: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise UserError(f"sequences of {seq_len} tokens are longer than the model's context of {limit}; use --seq-len")
-
-
-def check_vocabulary(ids: np.ndarray, vocab_size: int, name: str) -> None:
-    if ids.max() >= vocab_size:
-        raise UserError(
-            f"{name}: token {ids.max()} is beyond the model's vocabulary of {vocab_size}: "
-            "the store was made with another tokenizer than the model"
-        )
 
 
 def yardsticks(held_out: HeldOut, train: Sequence[Windows]) -> Entropies | None:

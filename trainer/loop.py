@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 
+from ..data_prep.errors import UserError
 from .checkpoint import Checkpoint, check_same_run, load, resolve_resume, save
 from .config import Recipe
 from .data import BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
 from .distributed import Ranks
 from .engine import Engine, StepOutput, build_engine
 from .environment import describe_host
-from .evaluation import evaluate
+from .evaluation import evaluate, token_bytes
 from .metrics import RunLog
 from .models.build import FolderValues, Values
 from .plan import Plan
@@ -54,17 +56,34 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks) -> TrainState:
         with RunLog(recipe.output, plan, recipe, ranks.is_main, ranks.gather_objects(describe_host())) as log:
             state = resume_or_start(engine, stream, recipe, plan, log)
             record_configuration(recipe, plan, ranks)
+            lengths = token_bytes(recipe.tokenizer, held_out, plan.vocab_size)
             while state.step < plan.total_steps and not state.stopped:
                 output = engine.train_step(stream, state.step, stop=signals.asked)
                 state.advance(output)
+                check_finite(output, state, recipe)
                 log.step(state, output, data_seconds=output.data_seconds)
                 if eval_due(recipe, plan, state, held_out):
                     batches = evaluation_batches(held_out, batch_shape(recipe, plan), ranks, recipe.eval.batches)
-                    log.eval(state, evaluate(engine, batches))
+                    log.eval(state, evaluate(engine, batches, lengths))
                 if save_due(recipe, plan, state):
-                    log.event("save", state.step, path=str(save_run(engine, state, recipe, plan)))
+                    path = save_run(engine, state, recipe, plan)
+                    log.event("save", state.step, path=str(path), drawn=stream.drawn())
             stream.close()
     return state
+
+
+def check_finite(output: StepOutput, state: TrainState, recipe: Recipe) -> None:
+    """Stops a run whose loss is no number: every later step and checkpoint would be worthless.
+
+    Raises:
+        UserError: on every rank; checkpoints are as they were.
+    """
+    if not math.isfinite(output.loss):
+        raise UserError(
+            f"step {state.step}: the loss is {output.loss} (samples {output.samples[0]} to {output.samples[1] - 1}, lr "
+            f"{output.lr:.3g}); lower optimizer.lr, warm up longer or use bf16 instead of fp16. Checkpoints in "
+            f"{recipe.output} are from before"
+        )
 
 
 def eval_due(recipe: Recipe, plan: Plan, state: TrainState, held_out: Sequence[Windows]) -> bool:
@@ -82,7 +101,8 @@ def save_due(recipe: Recipe, plan: Plan, state: TrainState) -> bool:
 
 
 def batch_shape(recipe: Recipe, plan: Plan) -> BatchShape:
-    return BatchShape(plan.micro_batch, plan.accumulation, plan.global_batch, plan.seq_len, recipe.data.document_mask)
+    cut = plan.micro_batch, plan.accumulation, plan.global_batch
+    return BatchShape(*cut, plan.seq_len, plan.vocab_size, recipe.data.document_mask)
 
 
 def initial_values(recipe: Recipe) -> Values | None:

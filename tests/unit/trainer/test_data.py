@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import EOD, GPT2, LLAMA, NO_DROPOUT, VOCAB, tiny_recipe, tiny_store
+from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.config import Recipe
 from zeropipe.trainer.data import BatchShape, BatchStream, evaluation_batches, make_batch, open_windows, sample_order
 from zeropipe.trainer.distributed import Ranks
@@ -18,6 +19,7 @@ from zeropipe.trainer.models.build import build_model
 from zeropipe.trainer.objectives import IGNORE, CausalLM
 
 SEQ = 48
+SHAPE = BatchShape(4, 1, 4, SEQ, VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_splits_are_whole_documents_and_cover_the_store_once(store, stream):
 
 def test_a_batch_predicts_the_next_token_everywhere(store, stream):
     windows = open_windows(recipe(store), "train")
-    batch = make_batch([(windows[0], 2), None, (windows[0], 0)], SEQ, document_mask=False)
+    batch = make_batch([(windows[0], 2), None, (windows[0], 0)], SHAPE)
     assert batch.input_ids[0].tolist() == stream[2 * SEQ : 3 * SEQ].tolist()
     assert batch.labels[0].tolist() == stream[2 * SEQ + 1 : 3 * SEQ + 1].tolist()
     assert (batch.labels[1] == IGNORE).all() and batch.tokens == 2 * SEQ
@@ -62,7 +64,7 @@ def test_every_sample_once_an_epoch_whatever_the_ranks(store):
     steps = len(windows[0]) // 8
 
     def consumed(world: int, micro: int) -> list[list[list[int]]]:
-        shape = BatchShape(micro, 8 // micro // world, 8, SEQ)
+        shape = BatchShape(micro, 8 // micro // world, 8, SEQ, VOCAB)
         streams = [BatchStream(windows, order, shape, Ranks(rank=r, data=r, data_size=world)) for r in range(world)]
         taken = []
         for _ in range(steps):
@@ -85,7 +87,7 @@ def test_every_sample_once_an_epoch_whatever_the_ranks(store):
 
 def test_a_stream_goes_on_from_any_place(store):
     windows = open_windows(recipe(store), "train")
-    order, shape = sample_order(recipe(store), windows), BatchShape(4, 1, 4, SEQ)
+    order, shape = sample_order(recipe(store), windows), BatchShape(4, 1, 4, SEQ, VOCAB)
     whole, part = (BatchStream(windows, order, shape, Ranks()) for _ in range(2))
     steps = [whole.next_step() for _ in range(5)]
     part.next_step()
@@ -100,7 +102,7 @@ def test_a_stream_goes_on_from_any_place(store):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_covers_a_split_once(store, world):
     windows = open_windows(recipe(store), "valid")
-    shape = BatchShape(2, 2, 4 * world, SEQ)
+    shape = BatchShape(2, 2, 4 * world, SEQ, VOCAB)
     rows, counts = [], set()
     for rank in range(world):
         batches = list(evaluation_batches(windows, shape, Ranks(rank=rank, data=rank, data_size=world)))
@@ -117,7 +119,7 @@ def test_packed_documents_train_as_each_alone(store, model):
     config = {**model, "vocab_size": VOCAB, "bos_token_id": EOD, "eos_token_id": EOD}
     net = CausalLM(build_model(config, None, 5, torch.float32, Ranks()), VOCAB, Ranks()).double()
     samples = [(windows, n) for n in range(4)]
-    packed = make_batch(samples, SEQ, document_mask=True)
+    packed = make_batch(samples, replace(SHAPE, document_mask=True))
     logits = net(packed.input_ids, None, packed.position_ids)
     net(packed.input_ids, packed.labels, packed.position_ids).backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -138,7 +140,7 @@ def test_packed_documents_train_as_each_alone(store, model):
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
     assert boundaries >= 4  # or the test says nothing
-    plain = make_batch(samples, SEQ, document_mask=False)
+    plain = make_batch(samples, SHAPE)
     assert not torch.allclose(net(plain.input_ids), logits, atol=1e-4)  # without the mask documents see each other
 
 
@@ -150,3 +152,9 @@ def test_the_order_depends_on_the_data(store):
     (windows,) = open_windows(recipe(store), "train")
     shorter = replace(windows, seq_len=SEQ // 2)
     assert windows.fingerprint != shorter.fingerprint
+
+
+def test_a_token_beyond_the_vocabulary_is_named(store):
+    windows = open_windows(recipe(store), "train")
+    with pytest.raises(UserError, match=r"store: sample 0 holds token \d+, the model's vocabulary has 40 "):
+        make_batch([(windows[0], 0)], replace(SHAPE, vocab_size=40))
