@@ -156,5 +156,5 @@ def test_the_order_depends_on_the_data(store):
 
 def test_a_token_beyond_the_vocabulary_is_named(store):
     windows = open_windows(recipe(store), "train")
-    with pytest.raises(UserError, match=r"store: sample 0 holds token \d+, the model's vocabulary has 40 "):
+    with pytest.raises(UserError, match=r"store: sample 0 holds token \d+, but the model's vocabulary has 40;"):
         make_batch([(windows[0], 0)], replace(SHAPE, vocab_size=40))
