@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.launcher.test_command import NASTY
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 # runs on node1; the trainer is replaced by one that writes down what it was told

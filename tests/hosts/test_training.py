@@ -12,7 +12,7 @@ import pytest
 
 from .netns import VirtualHost
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
 STEPS = 6
 RECIPE = """
