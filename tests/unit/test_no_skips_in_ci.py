@@ -25,7 +25,7 @@ def test_d(): pass
 
 
 @pytest.mark.parametrize(
-    ("ci", "code", "counts"), [("true", 1, "2 failed, 1 passed, 1 xfailed"), ("", 0, "1 passed, 2 skipped")]
+    ("ci", "code", "counts"), [("true", 1, "1 failed, 1 passed, 1 xfailed, 1 error"), ("", 0, "1 passed, 2 skipped")]
 )
 def test_a_skipped_test_fails(tmp_path, ci, code, counts):
     shutil.copy(CONFTEST, tmp_path)
