@@ -90,7 +90,9 @@ def activation_bytes(
     else:
         total = tokens * layers * block * in_flight
     if head:
-        total += tokens * width * (4 + widths.stream + widths.compute)  # final norm and what the head reads
+        normed = 4 if model["model_type"] == "llama" else 0  # RMSNorm keeps its normed input beside the input
+        cast = widths.compute if widths.compute < widths.stream else 0
+        total += tokens * width * (2 * widths.stream + normed + cast)  # final norm and what the head reads
         total += head_bytes(tokens, padded_vocab, tensor)
     return total
 

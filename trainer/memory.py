@@ -23,17 +23,17 @@ class MemoryEstimate:
     """Bytes on one rank. All but `host` are on the accelerator; on a CPU both are the same memory."""
 
     parameters: int  # the weights that compute, whole or this rank's part of them
-    gradients: int  # at the end of the backward pass
+    gradients: int  # at the end of the backward pass, before ranks exchange them
     optimizer: int  # fp32 master weights and both moments
-    buffers: int  # of communication, and parameters gathered by ZeRO-3, during the backward pass
+    buffers: int  # of communication, and parameters gathered by ZeRO-3
     activations: int  # at the peak of the backward pass
-    update: int  # copies that the optimizer's step makes, when activations and buffers are gone
+    update: int  # gradients that are left and their copies in the optimizer's step, when activations are gone
     host: int  # offloaded
 
     @property
     def peak(self) -> int:
         """The most that is held at once on the accelerator."""
-        return self.parameters + self.gradients + self.optimizer + max(self.buffers + self.activations, self.update)
+        return self.parameters + self.optimizer + max(self.gradients + self.buffers + self.activations, self.update)
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def _no_zero(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any]
     """Everything whole on every rank; the all-reduce copies gradients into flat buckets."""
     elements, width = sum(sizes.all), _width(precision)
     master = 4 * elements if width == 2 else 0
-    update = width * min(elements, BUCKET) if layout.data * layout.sequence > 1 else 0
+    copies = width * min(elements, BUCKET) if layout.data * layout.sequence > 1 else 0
     return {
         "parameters": width * elements,
         "gradients": width * elements,
         "optimizer": 8 * elements + master,
         "buffers": 0,
-        "update": max(update, 4 * elements if width == 2 else 0),
+        "update": width * elements + max(copies, master),
         "host": 0,
     }
 
@@ -127,9 +127,8 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str,
     gradients = whole if layout.zero_stage == 1 else width * owned * (1 + accumulates)
     states = {"parameters": width * sum(flats), "buffers": buckets}
     if not layout.offload_optimizer:
-        # the step copies one group's gradients into one fp32 tensor at a time
-        update = max((4 + (width if width == 2 else 0)) * partition for partition in partitions)
-        update += width * owned if layout.zero_stage == 1 else 0
+        # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
+        update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
         return {**states, "gradients": gradients, "optimizer": 12 * part, "update": update, "host": 0}
     largest = max(sizes.all)
     on_host = (4 + 8 + 4 + width) * part + width * largest + (width * owned if accumulates else 0)
@@ -139,16 +138,16 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str,
 
 
 def _zero_3(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any]) -> dict[str, int]:
-    """runtime/zero/stage3.py: each parameter is cut into equal partitions; in fp32 the partition is its own master
-    weight; small parameters stay whole beside their partition."""
+    """runtime/zero/stage3.py: each parameter is cut into equal partitions; small ones stay whole beside theirs. In fp32
+    the partition could be its own master weight, but DeepSpeed compares a device with a string and copies it."""
     width, ranks = _width(precision), layout.data * layout.sequence
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
     threshold = _number(ds, "stage3_param_persistence_threshold", 100_000)
     persistent = sum(size for size in sizes.all if size <= threshold)
-    shared = width == 4 and not layout.offload_optimizer and not layout.offload_param
-    states = (8 if shared else 12) * part
+    states = 12 * part
     gradients = width * part
+    bucket = width * _number(ds, "reduce_bucket_size", BUCKET)
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
     on_host = (width * part if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
@@ -157,8 +156,8 @@ def _zero_3(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any])
         "parameters": width * (persistent + (0 if layout.offload_param else part)),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": width * (_number(ds, "reduce_bucket_size", BUCKET) + _gathered(sizes, persistent, ds)),
-        "update": 0 if layout.offload_optimizer else copies,
+        "buffers": bucket + width * _gathered(sizes, persistent, ds),
+        "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }
 
