@@ -46,7 +46,7 @@ def build_model(
     fill = values or RandomValues(seed)
     made: dict[str, nn.Parameter] = {}
     for prefix, module in _modules_with_tensors(model):
-        _materialise_buffers(model, module)
+        _materialise_buffers(model, module, ranks.device)
         fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
         if not fresh:
             continue
@@ -95,7 +95,7 @@ def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield (f"{name}." if name else ""), module
 
 
-def _materialise_buffers(model: nn.Module, module: nn.Module) -> None:
+def _materialise_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
     """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration."""
     buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
     if not buffers:
@@ -103,6 +103,8 @@ def _materialise_buffers(model: nn.Module, module: nn.Module) -> None:
     for name, buffer in buffers.items():
         module._buffers[name] = torch.empty_like(buffer, device="cpu")
     model._init_weights(module)  # type: ignore[operator]
+    for name in buffers:
+        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
 
 
 def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int) -> Values:

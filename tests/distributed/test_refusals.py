@@ -1,0 +1,148 @@
+"""What a training process refuses, as its user sees it: exit code 2, one clear line, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import RankGroup, run_ranks
+from tests.tiny import GPT2, tiny_json, tiny_recipe, tiny_store, train_on_ranks, write_pair
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("data") / "store")
+
+
+def trainer(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of this rank's trainer."""
+    from zeropipe.trainer.__main__ import main
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = main(arguments)
+    return code, errors.getvalue()
+
+
+def refused(folder: Path, recipe: dict, ds: dict, world: int = 2) -> str:
+    """Trains on `world` ranks; returns the one line that rank 0 said while all ended with code 2."""
+    files = write_pair(folder, recipe, ds)
+    results = run_ranks(world, trainer, ["--run", str(files[0]), "--deepspeed_config", str(files[1])])
+    assert [code for code, _ in results] == [2] * world
+    said = [line for _, errors in results for line in errors.splitlines()]
+    assert len(said) == 1 and said[0].startswith("error: "), said
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory) -> dict:
+    """The recipe of a run of two steps with a checkpoint of each."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    recipe = tiny_recipe(store, output, duration={"steps": 2}, save={"every": 1, "keep": 2}, schedule={"warmup": 0})
+    train_on_ranks(2, recipe, tiny_json("zero1"))
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 99}, "seed was 1234, this run says 99"),
+        ({"data": {"seq_len": 16}}, "seq_len was 32, this run says 16"),
+        ({"data": {"split": "80,20"}}, "data was"),
+        ({"model": {"config": {**GPT2, "n_embd": 32}}}, "model_config was"),
+    ],
+    ids=["seed", "seq_len", "data", "model"],
+)
+def test_resuming_another_run(finished, change, words, tmp_path):
+    kept = [path for path in Path(finished["output"]).rglob("*") if path.suffix in (".yaml", ".safetensors", ".json")]
+    before = {path: path.read_bytes() for path in kept if path.name != "environment.json"}
+    recipe = {**finished, "duration": {"steps": 4}}
+    for key, value in change.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+    assert words in refused(tmp_path, recipe, tiny_json("zero1"))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_resume_from_a_path_without_a_checkpoint(finished, store, tmp_path):
+    recipe = {**finished, "output": str(tmp_path / "new"), "resume": str(tmp_path / "nowhere")}
+    assert "holds no checkpoint" in refused(tmp_path, recipe, tiny_json("zero1"))
+
+
+def test_a_flipped_byte_in_the_only_checkpoint(store, tmp_path):
+    recipe = tiny_recipe(store, tmp_path / "run", duration={"steps": 1}, schedule={"warmup": 0})
+    train_on_ranks(2, recipe, tiny_json("zero1"))
+    (file, *_) = (tmp_path / "run" / "checkpoints").rglob("*rank*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    said = refused(tmp_path, {**recipe, "duration": {"steps": 2}}, tiny_json("zero1"))
+    assert "no whole checkpoint" in said and file.name in said
+
+
+def _hold(output: str) -> None:
+    import fcntl
+
+    Path(output).mkdir()
+    lock = (Path(output) / ".lock").open("w")
+    lock.write("process 1 on elsewhere\n")
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    time.sleep(60)
+
+
+def test_two_runs_in_one_directory(store, tmp_path):
+    holder = RankGroup(1, _hold, str(tmp_path / "run"))
+    try:
+        while not (tmp_path / "run" / ".lock").exists() or not (tmp_path / "run" / ".lock").read_text():
+            time.sleep(0.05)
+        said = refused(tmp_path, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1"))
+        assert "is in use by process 1 on elsewhere" in said
+        assert not list((tmp_path / "run").glob("*.yaml"))
+    finally:
+        holder.kill()
+
+
+def test_an_output_that_cannot_be_made(store, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    recipe = tiny_recipe(store, tmp_path / "file" / "run")
+    assert "cannot be written" in refused(tmp_path, recipe, tiny_json("zero1"))
+
+
+def test_what_only_one_rank_finds_wrong_is_told_by_rank_0(store, tmp_path):
+    """One host's copy of the data is another: its rank alone finds out, and nobody hangs."""
+    run = run_ranks(2, _train_on_other_data, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1"), str(tmp_path))
+    assert len(set(run)) == 1 and "holds token 900" in run[0] and "(on rank 1)" in run[0]
+
+
+def _train_on_other_data(recipe: dict, ds: dict, folder: str) -> str:
+    from tests.tiny import _train
+    from zeropipe.data_prep.errors import UserError
+    from zeropipe.trainer import data
+
+    real = data.make_batch
+
+    def spoilt(rows, shape):
+        if int(os.environ["RANK"]) == 1:
+            raise UserError("sample 5 holds token 900, but the model's vocabulary has 500")
+        return real(rows, shape)
+
+    data.make_batch = spoilt
+    try:
+        _train(recipe, ds)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
+    recipe = tiny_recipe(store, tmp_path / "run", optimizer={"lr": 1e30}, schedule={"type": "constant", "warmup": 0})
+    said = refused(tmp_path, recipe, tiny_json("zero1"))
+    assert "the loss is nan" in said and "lower optimizer.lr" in said
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
