@@ -99,6 +99,10 @@ class ZeroEngine:
         if "activation_checkpointing" in config:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks).train()
+        if ranks.sequence_size > 1:
+            from .models.sequence_parallel import SequenceParallel
+
+            self.module = SequenceParallel(self.module, ranks).train()
         self.deepspeed: Any = deepspeed.initialize(
             model=self.module,
             model_parameters=parameter_groups(self.module, config),  # type: ignore[arg-type]
@@ -116,14 +120,14 @@ class ZeroEngine:
         for number, micro in enumerate(batch.micro_batches):
             self._seed(step, number)
             loss = self._forward(micro)
-            # DeepSpeed averages gradients over the data-parallel ranks; the loss is a mean over all tokens
-            self.deepspeed.backward(loss * (self.ranks.data_size / tokens), scale_wrt_gas=False)
+            # DeepSpeed averages gradients over the replicas; the loss is a mean over all tokens
+            self.deepspeed.backward(loss * (self.ranks.replicas / tokens), scale_wrt_gas=False)
             norm = self._unpartitioned_norm() if number + 1 == len(batch.micro_batches) else None
             lr = self.deepspeed.optimizer.param_groups[0]["lr"]
             self.deepspeed.step()
             losses.append(loss.detach())
-        loss_sum = float(torch.stack(losses).double().sum())
-        loss_sum, low, high = self._data_sum([loss_sum, *split(batch.ledger)])
+        (loss_sum,) = self._replica_sum([float(torch.stack(losses).double().sum())])
+        low, high = self._data_sum(split(batch.ledger))
         asked = not self.ranks.all_true(not stop)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
@@ -147,7 +151,7 @@ class ZeroEngine:
                 loss_sum += float(self._forward(micro))
                 tokens += micro.tokens
         self.deepspeed.train()
-        loss_sum, total = self._data_sum([loss_sum, float(tokens)])
+        (loss_sum,), (total,) = self._replica_sum([loss_sum]), self._data_sum([float(tokens)])
         return loss_sum, int(total)
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -165,7 +169,11 @@ class ZeroEngine:
         return self.deepspeed(micro.input_ids, micro.labels, micro.position_ids)
 
     def _data_sum(self, values: list[float]) -> list[float]:
-        """Sums over the data-parallel ranks: the ranks of a tensor-parallel group all computed the same."""
+        """Sums over the data-parallel ranks: those of a tensor- or sequence-parallel group read the same samples."""
+        return self._replica_sum(values if self.ranks.sequence == 0 else [0.0] * len(values))
+
+    def _replica_sum(self, values: list[float]) -> list[float]:
+        """Sums over ranks that saw different tokens: the ranks of a tensor-parallel group all computed the same."""
         counted = self.ranks.tensor == 0
         return self.ranks.all_sum([value if counted else 0.0 for value in values])
 
@@ -179,7 +187,8 @@ class ZeroEngine:
 
     def _seed(self, step: int, micro: int) -> None:
         """Dropout's randomness follows from where it is drawn, so that there is no generator state to save."""
-        torch.manual_seed(key64(self._recipe.seed, "forward", step, micro, self.ranks.data) >> 1)
+        place = step, micro, self.ranks.data, *([self.ranks.sequence] if self.ranks.sequence else [])
+        torch.manual_seed(key64(self._recipe.seed, "forward", *place) >> 1)
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""
