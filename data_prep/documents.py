@@ -200,8 +200,44 @@ def open_stream(part: Slice) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(lzma.open(part.path), BUFFER))
     if part.compression == "bz2":
         return cast(BinaryIO, io.BufferedReader(bz2.open(part.path), BUFFER))
-    import zstandard
+    return cast(BinaryIO, io.BufferedReader(_Zstandard(part.path), BUFFER))
 
-    source = open(part.path, "rb")  # noqa: SIM115, the reader closes it
-    reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True, closefd=True)
-    return cast(BinaryIO, io.BufferedReader(reader, BUFFER))
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses frames one after the other. The library's own reader takes a truncated file for a whole one."""
+
+    def __init__(self, path: str) -> None:
+        import zstandard
+
+        self._file = open(path, "rb")  # noqa: SIM115, closed with this object
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._error = zstandard.ZstdError
+        self._ready = memoryview(b"")
+        self._packed = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._packed or self._file.read(BUFFER)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except self._error as error:
+                raise EOFError(str(error)) from None
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

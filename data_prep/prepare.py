@@ -70,7 +70,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
         resumed = work.begin(_identity(options, tasks), options.overwrite)
         progress = Progress(sum(task.cost for task in tasks), options.quiet)
         if resumed:
-            progress.say(f"going on with the unfinished work in {work.root}")
+            progress.inform(f"going on with the unfinished work in {work.root}")
         vocabulary = _ensure_tokenizer(options, tasks, work, progress)
         job = Job(
             parts=str(work.parts),
@@ -91,7 +91,9 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
             work.encoder = Reference.name
             assembler = _run(options, replace(job, encoder=Reference.name), tasks, work, progress, executor)
         progress.finish()
-        _refuse_empty(options, assembler)
+        if assembler.totals.documents == 0:
+            work.clear()
+            raise UserError(_empty(options, assembler))
         _complete_store(options, tasks, vocabulary, assembler, work)
         work.publish()
     return TokenStore.open(options.output)
@@ -109,6 +111,8 @@ def _refuse_early(options: Options) -> None:
         raise UserError("give either --input or --builtin")
     if (options.tokenizer is None) == (options.train_tokenizer is None):
         raise UserError("give either --tokenizer FOLDER or --train-tokenizer N")
+    if options.train_tokenizer is not None and options.train_tokenizer < 257:
+        raise UserError(f"--train-tokenizer {options.train_tokenizer}: a byte-level vocabulary needs 257 or more")
 
 
 def _identity(options: Options, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -151,7 +155,7 @@ def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, 
         vocabulary = adopt_tokenizer(options.tokenizer, making, options.eod_token)
     else:
         assert options.train_tokenizer is not None
-        progress.say(f"training a tokenizer of {options.train_tokenizer:,} tokens")
+        progress.inform(f"training a tokenizer of {options.train_tokenizer:,} tokens")
         texts = (text.decode() for text in _sample(options, tasks, options.train_bytes))
         vocabulary = train_tokenizer(texts, options.train_tokenizer, making, options.eod_token)
     manifests.write_durably(note, json.dumps(asdict(vocabulary)))
@@ -260,8 +264,7 @@ def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"path": path, "bytes": size} for path, size in sizes.items()]
 
 
-def _refuse_empty(options: Options, assembler: Assembler) -> None:
-    if assembler.totals.documents == 0:
-        counts = ", ".join(f"{number} {name}" for name, number in _counts(assembler).items())
-        where = options.builtin or ", ".join(options.inputs)
-        raise UserError(f"{where}: no document to keep: the corpus is empty ({counts or 'nothing was read'})")
+def _empty(options: Options, assembler: Assembler) -> str:
+    counts = ", ".join(f"{number} {name}" for name, number in _counts(assembler).items())
+    where = options.builtin or ", ".join(options.inputs)
+    return f"{where}: no document to keep: the corpus is empty ({counts or 'nothing was read'})"

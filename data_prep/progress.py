@@ -48,6 +48,10 @@ class Progress:
             f"{self.bytes / seconds / 1e6:,.1f} MB/s  {self.tokens / seconds:,.0f} tokens/s  {eta}"
         )
 
+    def inform(self, text: str) -> None:
+        if not self.quiet:
+            self.say(text)
+
     def say(self, text: str) -> None:
         """A line of its own, above the progress."""
         if self.terminal:

@@ -52,10 +52,12 @@ def adopt_tokenizer(source: Path, target: Path, eod_token: str | None) -> Vocabu
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (target / "tokenizer.json").exists():
-        return complete_folder(target, load_tokenizer(target), eod_token)
-    tokenizer = _from_vocabulary(source)
-    tokenizer.save(str(target / "tokenizer.json"))
-    return complete_folder(target, tokenizer, eod_token)
+        tokenizer = load_tokenizer(source)
+    else:
+        tokenizer = _from_vocabulary(source)
+        tokenizer.save(str(target / "tokenizer.json"))
+    token, number = end_of_document(source, tokenizer, eod_token)
+    return _complete_folder(target, tokenizer, token, number)
 
 
 def _folder_of(file: Path) -> Path:
@@ -83,11 +85,9 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, target: Path, eod_token: str | None) -> Vocabulary:
-    """Trains a byte-level BPE of `vocab_size` tokens, the end-of-document token included, and saves its folder."""
+    """Trains a byte-level BPE of `vocab_size` tokens (257 at least), the end-of-document token included; saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(f"--train-tokenizer {vocab_size}: a byte-level vocabulary needs at least 257 tokens")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,7 +100,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, target: Path, eod_tok
     tokenizer.train_from_iterator(_batches(texts), trainer)
     target.mkdir(parents=True)
     tokenizer.save(str(target / "tokenizer.json"))
-    return complete_folder(target, tokenizer, eod_token)
+    return _complete_folder(target, tokenizer, *end_of_document(target, tokenizer, eod_token))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -114,9 +114,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def complete_folder(folder: Path, tokenizer: Tokenizer, eod_token: str | None) -> Vocabulary:
+def _complete_folder(folder: Path, tokenizer: Tokenizer, token: str, number: int) -> Vocabulary:
     """Adds a tokenizer_config.json where there is none, so that `AutoTokenizer` loads the folder."""
-    token, number = end_of_document(folder, tokenizer, eod_token)
     config = folder / "tokenizer_config.json"
     if not config.exists():
         content = {

@@ -66,14 +66,15 @@ class Workspace:
             elif path.name != "lock":
                 path.unlink()
 
-    def tidy(self) -> None:
+    def tidy(self) -> bool:
         """After a failure: keeps finished parts for the next run, and removes everything if there are none."""
         if any(self.parts.glob("*.json")):
             for path in self.parts.glob("*.tmp"):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.store, ignore_errors=True)
-        else:
-            shutil.rmtree(self.root, ignore_errors=True)
+            return True
+        shutil.rmtree(self.root, ignore_errors=True)
+        return False
 
     def publish(self) -> None:
         """Puts the finished store in its place at one stroke and removes the work."""
@@ -106,8 +107,9 @@ class Workspace:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
-        except UserError:
-            self.tidy()
+        except UserError as error:
+            if self.tidy():
+                raise UserError(f"{error}; what is finished stays in {self.root}") from None
             raise
         finally:
             os.close(descriptor)
