@@ -73,8 +73,8 @@ class RunLog:
         hosts: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Opens nothing yet. `hosts` is `environment.describe_host()` of every rank."""
-        self.directory, self.plan, self.is_main, self.hosts = run_directory, plan, is_main, list(hosts)
-        self.every = recipe.log.every
+        self.directory, self.plan, self.recipe = run_directory, plan, recipe
+        self.is_main, self.hosts = is_main, list(hosts)
         self.run = secrets.token_hex(4)
         self.progress = Progress(plan.total_steps)
         self._file: Any = None
@@ -108,7 +108,8 @@ class RunLog:
             }
         )
         self.progress.step(state.step, output.tokens, output.seconds)
-        if state.step % self.every == 0 or state.step == self.plan.total_steps:
+        first = self.progress.steps == 1  # a sign of life, however long `log.every` is
+        if first or state.step % self.recipe.log.every == 0 or state.step == self.plan.total_steps:
             self._report(state, output)
 
     def eval(self, state: StateLike, result: EvalResult, split: str = "valid") -> None:
@@ -126,6 +127,7 @@ class RunLog:
         if self._file is None:
             return
         if event in ("start", "resume"):
+            self.progress.say(heading(self.recipe, self.plan))
             fields |= {"total_steps": self.plan.total_steps, "layout": vars(self.plan.layout), "hosts": self.hosts}
         self._write({"kind": "event", "event": event, "step": step, **fields})
         os.fsync(self._file.fileno())
@@ -142,7 +144,9 @@ class RunLog:
         if self._board is not None:
             self._board.close()
         if error is None:
-            self.progress.say(closing(self.directory, self._last_step, self.plan, self.progress.clock))
+            hosts = len({host["host"] for host in self.hosts})
+            step, started = self._last_step, self.progress.clock
+            self.progress.say(closing(self.directory, step, self.plan, self.recipe, hosts, started))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._board is None:
@@ -243,17 +247,25 @@ def _resumed_from(first: Mapping[str, Any]) -> int:
     return first["step"] - (first["kind"] == "train")
 
 
-def closing(directory: Path, step: int, plan: Plan, started: float) -> str:
+def heading(recipe: Recipe, plan: Plan) -> str:
+    size = f"{plan.parameters / 1e6:,.1f}M parameters, " if plan.parameters else ""
+    batch = f"{plan.total_steps:,} steps of {plan.global_batch} x {plan.seq_len} tokens"
+    return f"{recipe.name}: {size}{batch}, {plan.precision}, {plan.layout}"
+
+
+def closing(directory: Path, step: int, plan: Plan, recipe: Recipe, hosts: int, started: float) -> str:
     """What to do with a run that has ended: commands to copy."""
     run = shlex.quote(str(directory))
     took = duration(time.monotonic() - started)
-    launch = f"zeropipe launch {run}/recipe.yaml --deepspeed_config {run}/deepspeed.json"
+    where = " --hostfile HOSTFILE" if hosts > 1 else f" --devices {plan.layout.world}" if plan.layout.world > 1 else ""
+    launch = f"zeropipe launch {run}/recipe.yaml --deepspeed_config {run}/deepspeed.json{where}"
     if step < plan.total_steps:
         return f"stopped after step {step} of {plan.total_steps} ({took}). Go on with:\n  {launch}"
+    (key, amount), *_ = recipe.duration.model_dump(exclude_none=True).items()
     return (
         f"finished: {step} steps in {took}. What now?\n"
         f"  evaluate  zeropipe eval {run}\n"
         f"  generate  zeropipe generate {run} --prompt 'Once upon a time'\n"
         f"  export    zeropipe export {run}\n"
-        f"  train on  {launch} duration.steps={2 * plan.total_steps}"
+        f"  train on  {launch} duration.{key}={2 * amount}"
     )

@@ -37,10 +37,12 @@ class Progress:
     clock: float = field(default_factory=time.monotonic)
     first: tuple[int, float] | None = None  # step and time of the first step seen: later ones set the pace
     since: tuple[int, float] = (0, 0.0)  # tokens and seconds since the last line
+    steps: int = 0  # taken by this process
     open_line: bool = False
 
     def step(self, step: int, tokens: int, seconds: float) -> None:
         """Counts a step, printed or not."""
+        self.steps += 1
         if self.first is None:
             self.first = (step, time.monotonic())  # the first step compiles and warms up: it sets no pace
         self.since = (self.since[0] + tokens, self.since[1] + seconds)

@@ -14,8 +14,11 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.tiny import tiny_recipe
 from zeropipe.data_prep.errors import UserError
+from zeropipe.trainer.config import Recipe
 from zeropipe.trainer.evaluation import EvalResult
+from zeropipe.trainer.layout import Layout
 from zeropipe.trainer.metrics import RunLog, read_lines, read_metrics
 from zeropipe.trainer.progress import Progress, duration
 
@@ -45,9 +48,13 @@ class Output:
     extra: dict = field(default_factory=dict)
 
 
-def open_log(directory: Path, steps: int = 6, every: int = 2, main: bool = True) -> RunLog:
-    plan = SimpleNamespace(total_steps=steps, layout=SimpleNamespace(world=1, data=1))
-    return RunLog(directory, plan, SimpleNamespace(log=SimpleNamespace(every=every)), main)  # type: ignore[arg-type]
+def open_log(directory: Path, steps: int = 6, every: int = 2, main: bool = True, world: int = 1) -> RunLog:
+    recipe = Recipe.model_validate(
+        tiny_recipe(Path("none"), directory, log={"every": every}, duration={"steps": steps})
+    )
+    shape = {"global_batch": 4, "seq_len": 16, "precision": "bf16", "parameters": 1_500_000}
+    plan = SimpleNamespace(total_steps=steps, layout=Layout(world=world, data=world), **shape)
+    return RunLog(directory, plan, recipe, main)  # type: ignore[arg-type]
 
 
 def take(log: RunLog, first: int, last: int, base: float = 9.0) -> None:
@@ -168,20 +175,24 @@ def test_environment_names_versions_and_command(tmp_path):
 
 def test_progress_lines_are_plain_without_a_terminal(tmp_path, capsys):
     with open_log(tmp_path, every=2) as log:
+        log.event("start", 0)
         take(log, 1, 6)
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line.startswith("step")]
-    assert [line.split()[1] for line in steps] == ["2/6", "4/6", "6/6"]
-    assert "loss 9.0556" in steps[2] and "256 tokens/s" in steps[2] and "grad 0.300" in steps[2]
+    assert [line.split()[1] for line in steps] == ["1/6", "2/6", "4/6", "6/6"]
+    assert "loss 9.0556" in steps[3] and "256 tokens/s" in steps[3] and "grad 0.300" in steps[3]
+    assert lines[0] == "tiny: 1.5M parameters, 6 steps of 4 x 16 tokens, bf16, data 1, ZeRO-0"
     assert "\r" not in "".join(lines)
     assert any("zeropipe eval" in line for line in lines) and any("zeropipe export" in line for line in lines)
+    assert any(line.endswith("duration.steps=12") for line in lines)
 
 
 def test_a_run_that_stops_early_says_how_to_go_on(tmp_path, capsys):
-    with open_log(tmp_path) as log:
+    with open_log(tmp_path, world=4) as log:
         take(log, 1, 2)
     out = capsys.readouterr().out
     assert "stopped after step 2 of 6" in out and f"zeropipe launch {tmp_path}/recipe.yaml" in out
+    assert "--devices 4" in out
 
 
 def test_a_failure_is_recorded(tmp_path):
