@@ -239,15 +239,17 @@ def resolve_resume(output: Path, resume: str, ranks: Ranks) -> Path | None:
     candidates: list[Path] = ranks.gather_objects(step_folders(root) if ranks.is_main else None)[0]
     if not candidates and resume != "auto":
         raise UserError(f"resume: {root} holds no checkpoint (expected a run directory or a step-… folder)")
+    damaged: list[str] = []
     for path in candidates:
         problems = _shared_problems(path, ranks)
         if not problems:
+            for line in damaged if ranks.is_main else []:
+                print(f"warning: damaged checkpoint: {line}; resuming from {path.name}", file=sys.stderr, flush=True)
             return path
-        if ranks.is_main:
-            print(f"warning: damaged checkpoint: {'; '.join(problems)}", file=sys.stderr, flush=True)
-    if candidates:
+        damaged.append("; ".join(problems))
+    if damaged:
         raise UserError(
-            f"resume: none of the {len(candidates)} checkpoints in {candidates[0].parent} is whole (see the warnings); "
-            "restore one, or start afresh with resume: never"
+            f"resume: no whole checkpoint in {root}: {'; '.join(damaged)}. "
+            "Restore one, or start afresh with resume: never"
         )
     return None

@@ -102,7 +102,7 @@ def write_bytes(path: Path, data: bytes) -> Digest:
 
 
 def write_json(path: Path, value: object) -> Digest:
-    return write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+    return write_bytes(path, json.dumps(value, indent=1).encode())  # no last line end: every byte counts
 
 
 def write_pieces(
@@ -189,7 +189,7 @@ class Manifest:
             found = body.pop("self", None)
         except FileNotFoundError:
             raise DamagedError(f"{path}: missing") from None
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, TypeError):
             raise DamagedError(f"{path}: not a JSON object") from None
         if found != _digest_of(body):
             raise DamagedError(f"{path}: does not match its own digest")

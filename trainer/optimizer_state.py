@@ -202,8 +202,11 @@ def create_state(engine: Any, kinds: Sequence[str], scalars: Mapping[str, float]
         dtype = torch.float32 if getattr(base, "fp32_optimizer_states", False) else flat.dtype
         state: dict[str, Any] = {kind: torch.zeros_like(flat, dtype=dtype, requires_grad=False) for kind in kinds}
         base.state[flat] = state | {key: _scalar(base, flat, value) for key, value in scalars.items()}
-    if hasattr(zero, "_hp_optimizer_states_linked"):
-        zero._hp_optimizer_states_linked = False  # links to the moments are made anew at the next step
+    if hasattr(zero, "_hp_optimizer_states_linked"):  # its links still hold the old moments: cut until the next step
+        zero._hp_optimizer_states_linked = False
+        for p in engine.module.parameters():
+            if getattr(p, "_hp_mapping", None) is not None:
+                p._hp_mapping.optim_fragment = None
 
 
 def _scalar(base: torch.optim.Optimizer, flat: Tensor, value: float) -> Tensor | int:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
-from zeropipe.trainer.distributed import Ranks, init_distributed
+from zeropipe.trainer.distributed import init_distributed
 from zeropipe.trainer.models.build import build_model
 
 VOCAB = 101  # padded to 128
@@ -88,12 +88,10 @@ def ds_config(layout: Layout) -> dict:
 class TinyEngine:
     """A DeepSpeed engine over a tiny Hugging Face model, trained on batches that follow from the step's number."""
 
-    def __init__(self, layout: Layout, ranks: Ranks | None = None, seed: int = 7, width: int = 64) -> None:
-        self.layout, self.ranks = layout, ranks or init_distributed()
+    def __init__(self, layout: Layout, seed: int = 7, vocab: int = VOCAB) -> None:
+        self.layout, self.ranks = layout, init_distributed()
         config = ds_config(layout)
-        model_config = dict(CONFIGS[layout.family])
-        if width != 64:
-            model_config["n_embd"] = width
+        model_config = CONFIGS[layout.family] | {"vocab_size": vocab}
         dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
         zero3 = config if layout.zero == 3 else None
         model = build_model(model_config, None, seed, dtype, self.ranks, zero3).train()
@@ -152,7 +150,12 @@ class TinyEngine:
             with deepspeed.zero.GatheredParameters([p]):
                 return p.detach().float().view(p.spec.padded_shape).clone()
         if not hasattr(p, "ds_id") and not hasattr(p, "_hp_mapping"):
-            return p.detach() if kind == "master" else self.deepspeed.optimizer.state[p][kind]
+            optimizer = self.deepspeed.optimizer
+            if hasattr(optimizer, "fp32_groups"):  # the fp16 wrapper: one master per parameter
+                groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+                masters = {own: master for group in groups for own, master in zip(*group, strict=True)}
+                optimizer, p = optimizer.optimizer, masters[p]
+            return p.detach() if kind == "master" else optimizer.state[p][kind]
         full = safe_get_full_fp32_param(p) if kind == "master" else safe_get_full_optimizer_state(p, kind)
         return full.view(p.spec.padded_shape)
 

@@ -3,11 +3,13 @@
 It makes tensor-, pipeline- and sequence-parallel layouts, and quick saves to be killed, without a model.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from zeropipe.trainer.distributed import Ranks
-from zeropipe.trainer.models.parameters import ParamSpec, parameter_seed, parameter_table
+from zeropipe.trainer.models.parameters import ParamSpec, parameter_seed
 from zeropipe.trainer.models.slices import local_slice
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -30,10 +32,10 @@ def known(spec: ParamSpec, kind: str, version: int = 0) -> Tensor:
 
 
 class PlainEngine:
-    def __init__(self, ranks: Ranks, config: dict, version: int | None) -> None:
+    def __init__(self, ranks: Ranks, table: Sequence[ParamSpec], version: int | None) -> None:
         """`version` of the known tensors, or None: other values and no moments, as before a load."""
         self.ranks = ranks
-        self.parameters = [(spec.name, self._parameter(spec, version)) for spec in self._stage(config)]
+        self.parameters = [(spec.name, self._parameter(spec, version)) for spec in self._stage(table)]
         self.optimizer = torch.optim.AdamW([p for _, p in self.parameters], lr=0.5 if version is None else 1e-3)
         if version is not None:
             for _, p in self.parameters:
@@ -42,11 +44,10 @@ class PlainEngine:
         self.lr_scheduler = None
         self.global_steps = self.global_samples = self.skipped_steps = version or 0
 
-    def _stage(self, config: dict) -> list[ParamSpec]:
+    def _stage(self, table: Sequence[ParamSpec]) -> list[ParamSpec]:
         """This pipeline stage's share of the table; the embedding, tied to the head, on the first and the last."""
-        table = parameter_table(config, self.ranks.tensor_size)
         stages, stage = self.ranks.pipeline_size, self.ranks.pipeline
-        own = table[len(table) * stage // stages : len(table) * (stage + 1) // stages]
+        own = list(table)[len(table) * stage // stages : len(table) * (stage + 1) // stages]
         tied = [table[0]] if 0 < stage == stages - 1 else []
         return sorted(own + tied, key=lambda spec: spec.name)
 

@@ -20,7 +20,7 @@ VERSION = 3
 
 def _save(config: dict, layout: tuple, output: Path):
     tensor, sequence, pipeline, _ = layout
-    engine = PlainEngine(init_distributed(tensor, sequence, pipeline), config, VERSION)
+    engine = PlainEngine(init_distributed(tensor, sequence, pipeline), parameter_table(config, tensor), VERSION)
     return save(engine, engine.parameters, engine.ranks, output, {"step": 10})
 
 
@@ -29,7 +29,7 @@ def _load(config: dict, layout: tuple, paths: list[Path]):
     ranks = init_distributed(tensor, sequence, pipeline)
     wrong = []
     for path in paths:
-        engine = PlainEngine(ranks, config, None)
+        engine = PlainEngine(ranks, parameter_table(config, tensor), None)
         load(engine, engine.parameters, ranks, path)
         wrong.append(engine.wrong(VERSION))
         group = engine.optimizer.param_groups[0]

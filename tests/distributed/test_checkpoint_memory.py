@@ -1,0 +1,68 @@
+"""Saving and loading need little memory: at most one whole parameter beyond a rank's own share."""
+
+import ctypes
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.checkpoint_engine import Layout, TinyEngine
+from tests.harness import run_ranks
+from zeropipe.trainer.checkpoint import load, save
+
+pytestmark = pytest.mark.distributed
+
+VOCAB = 65_536  # times 64 fp32: a parameter of 16 MiB, and hardly anything else
+PARAMETER = VOCAB * 64 * 4
+SLACK = 8 << 20  # bytes; what the interpreter and the allocator take
+
+
+def _anonymous() -> int:
+    """Bytes of this process's own memory; mapped files, which the kernel can drop, are not counted."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+def _growth(action: Callable[[], object]) -> int:
+    """Highest memory while `action` runs, above that before it, in bytes."""
+    gc.collect()
+    before = peak = _anonymous()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    action()
+    peak = max(peak, _anonymous())
+    done.set()
+    watcher.join()
+    return peak - before
+
+
+def _measure(layout: Layout, output: Path) -> tuple[int, int]:
+    ctypes.CDLL(None).mallopt(
+        -3, 1 << 20
+    )  # M_MMAP_THRESHOLD: what is freed goes back, and does not blur the next figure
+    engine = TinyEngine(layout, vocab=VOCAB)
+    engine.step(0)
+    arguments = (engine.deepspeed, engine.parameters, engine.ranks)
+    saving = _growth(lambda: save(*arguments, output, {"step": 1}))
+    path = output / "checkpoints" / "step-00000001"
+    load(*arguments, path)  # warms the allocator up
+    loading = _growth(lambda: load(*arguments, path))
+    return saving, loading
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_rank_holds_at_most_one_parameter_beyond_its_share(tmp_path, zero):
+    for saving, loading in run_ranks(2, _measure, Layout(zero, 2), tmp_path):
+        assert saving < SLACK, f"saving took {saving >> 20} MiB beside the engine"
+        assert loading < PARAMETER + SLACK, f"loading took {loading >> 20} MiB beside the engine"
