@@ -71,6 +71,7 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
     output.add_argument("--shard-size", type=size, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)")
     output.add_argument("--workers", type=int, metavar="N", help="processes (one per core; 0: none but this one)")
+    output.add_argument("--task-size", type=size, default=32 << 20, metavar="SIZE", help="of input at a time (32Mi)")
     output.add_argument("--mpi", action="store_true", help="under mpirun: the other ranks do the tasks")
     output.add_argument("--memory", type=size, default=1_200_000_000, metavar="SIZE", help="for all workers (1.2G)")
     output.add_argument("--quiet", action="store_true", help="no progress")
@@ -96,7 +97,7 @@ def _options(args: argparse.Namespace) -> Options:
         output=args.output,
         inputs=tuple(args.input),
         builtin=args.builtin,
-        source=SourceOptions(args.format, unit, args.limit_bytes),
+        source=SourceOptions(args.format, unit, args.limit_bytes, args.task_size),
         text_key=args.text_key,
         on_error=args.on_error,
         filters=Filters(args.min_bytes, args.max_bytes, args.keep_regex, args.drop_regex),

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.data_prep.samples import documents_of, megatron_files, random_documents, write_jsonl, write_prefix
+from zeropipe.data_prep import adopt
+from zeropipe.data_prep.adopt import import_prefixes, merge
+from zeropipe.data_prep.cli import main
+from zeropipe.data_prep.errors import UserError
+from zeropipe.data_prep.store import TokenStore
+from zeropipe.data_prep.verify import verify
+
+
+@pytest.fixture
+def prefixes(tmp_path: Path) -> tuple[Path, Path]:
+    one = write_prefix(tmp_path / "one_text_document", random_documents(40, 1), 1000)
+    return one, write_prefix(tmp_path / "two_text_document", random_documents(60, 2), 1000)
+
+
+def test_files_of_megatron_are_adopted_unchanged(tmp_path: Path, prefixes: tuple[Path, Path], tokenizer: Path) -> None:
+    store = import_prefixes([str(prefix) for prefix in prefixes], tmp_path / "store", tokenizer, None)
+    assert (store.vocab_size, store.eod_id, store.tokenizer) == (1000, 0, tmp_path / "store/tokenizer")
+    assert documents_of(store) == [*random_documents(40, 1), *random_documents(60, 2)]
+    for number, prefix in enumerate(prefixes):
+        for suffix in ("bin", "idx"):
+            adopted = tmp_path / f"store/shard-0000{number}.{suffix}"
+            assert adopted.read_bytes() == Path(f"{prefix}.{suffix}").read_bytes()
+
+
+def test_adopted_files_are_checked_first(tmp_path: Path, prefixes: tuple[Path, Path], tokenizer: Path) -> None:
+    write_prefix(tmp_path / "wrong", [[1, 2, 1000]], 1001)
+    with pytest.raises(UserError, match=r"wrong\.bin: token 2 has the id 1000"):
+        import_prefixes([str(prefixes[0]), str(tmp_path / "wrong")], tmp_path / "store", tokenizer, None)
+    write_prefix(tmp_path / "wide", [[1, 2, 3]], 70_000)
+    with pytest.raises(UserError, match="tokens of different types"):
+        import_prefixes([str(prefixes[0]), str(tmp_path / "wide")], tmp_path / "store", tokenizer, None)
+    (tmp_path / "old.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(50))
+    (tmp_path / "old.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="old non-mmap format"):
+        import_prefixes([str(tmp_path / "old")], tmp_path / "store", tokenizer, None)
+    assert not (tmp_path / "store").exists() and not list(tmp_path.glob(".store*"))
+
+
+@pytest.mark.parametrize("piece", [10, 8 << 20])
+def test_merging_writes_one_pair(
+    tmp_path: Path, prefixes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(adopt, "COPY_TOKENS", piece)
+    store = merge([str(prefix) for prefix in prefixes], tmp_path / "merged")
+    documents = [*random_documents(40, 1), *random_documents(60, 2)]
+    binary, index = megatron_files(documents, 1000)
+    assert (tmp_path / "merged/shard-00000.bin").read_bytes() == binary
+    assert (tmp_path / "merged/shard-00000.idx").read_bytes() == index
+    assert len(store.shards) == 1 and not verify(store.path)
+
+
+def test_merging_stores_keeps_what_they_know(tmp_path: Path, tokenizer: Path) -> None:
+    for name in ("a", "b"):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {number}" for number in range(200)])
+        arguments = ["--input", corpus, "--tokenizer", tokenizer, "--shard-size", 300, "--workers", 0, "--quiet"]
+        assert main(["prepare", *map(str, arguments), "--output", str(tmp_path / name)]) == 0
+    stores = [TokenStore.open(tmp_path / name) for name in "ab"]
+    assert len(stores[0].shards) > 2
+    assert main(["merge", *(str(store.path) for store in stores), "--output", str(tmp_path / "c")]) == 0
+    merged = TokenStore.open(tmp_path / "c")
+    assert documents_of(merged) == documents_of(stores[0]) + documents_of(stores[1])
+    assert merged.text_bytes == sum(store.text_bytes or 0 for store in stores)
+    assert (merged.vocab_size, merged.eod_id, len(merged.shards)) == (1000, 0, 1)
+    assert merged.tokenizer is not None and (merged.tokenizer / "tokenizer.json").exists()
+    assert not verify(merged.path)
+
+
+def test_what_does_not_fit_together_is_not_merged(tmp_path: Path, prefixes: tuple[Path, Path]) -> None:
+    wide = write_prefix(tmp_path / "wide", [[1, 2, 3]], 70_000)
+    with pytest.raises(UserError, match=r"wide cannot be merged with .*document: its dtype is int32, not uint16"):
+        merge([str(prefixes[0]), str(wide)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
