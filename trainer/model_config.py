@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from ..data_prep.errors import UserError
 from .config import Recipe
 from .models.parameters import TABLES, parameter_table
-from .splits import Part
 from .text_files import did_you_mean, parse_json, read_text, words
 
 # transformers takes any key without a word, and ignores those it does not know
@@ -76,8 +75,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def resolve_model(recipe: Recipe, parts: Sequence[Part]) -> dict[str, Any]:
-    """The model's configuration with vocab_size (no padding) and the ids of the store's end-of-document token.
+def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[str, Any]:
+    """The model's configuration with vocab_size (no padding) and the ids of the end-of-document token.
+
+    Args:
+        vocab, eod: what the stores say of their vocabulary; None where they say nothing.
 
     Raises:
         UserError: unknown keys, a pretrained folder that cannot be read or has another shape, or a vocabulary that does
@@ -86,7 +88,6 @@ def resolve_model(recipe: Recipe, parts: Sequence[Part]) -> dict[str, Any]:
     own = _checked(recipe.model.config)
     base = pretrained_config(Path(recipe.model.init)) if recipe.model.init != "random" else {}
     config = {**base, **own}
-    vocab, eod = _stores_vocabulary(parts)
     _vocabulary(config, vocab, pretrained=bool(base))
     if eod is not None and not base:
         config = {"bos_token_id": eod, "eos_token_id": eod, **config}
@@ -148,18 +149,6 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise UserError("; ".join(problems))
     return {family.aliases.get(key, key): value for key, value in config.items()}
-
-
-def _stores_vocabulary(parts: Sequence[Part]) -> tuple[int | None, int | None]:
-    """Vocabulary and end-of-document id that the stores agree on; None where none of them records it."""
-    found = {}
-    for part in parts:
-        if part.store.vocab_size is not None:
-            found.setdefault((part.store.vocab_size, part.store.eod_id), part.store.path)
-    if len(found) > 1:
-        listed = "; ".join(f"{path}: vocabulary {size}, end of document {eod}" for (size, eod), path in found.items())
-        raise UserError(f"data: the stores were prepared with different tokenizers: {listed}")
-    return next(iter(found), (None, None))
 
 
 def _vocabulary(config: dict[str, Any], vocab: int | None, pretrained: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data_prep.errors import UserError
+from ..data_prep.store import TokenStore
 from .config import Recipe
 from .ds_config import checkpoints_activations, fill_scheduler, precision_of, reconcile, unknown_keys
 from .layout import Layout
@@ -15,7 +16,8 @@ from .legality import check, layout_of
 from .memory import BUCKET, MemoryEstimate, estimate_memory
 from .model_config import resolve_model
 from .models.parameters import TABLES, padded_vocab, parameter_table
-from .splits import Part, open_split
+from .splits import Part, Split, open_split
+from .vocabulary import vocabulary_of
 
 __all__ = ["Layout", "MemoryEstimate", "Plan", "make_plan"]
 
@@ -63,7 +65,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     layout = layout_of(recipe, ds, devices)
     resolved = reconcile(recipe, ds, layout)
     parts = open_split(recipe.data, "train")
-    model = resolve_model(recipe, parts)
+    model = resolve_model(recipe, *vocabulary_of(_stores(recipe, parts), recipe.tokenizer))
     check(recipe, resolved, layout, model)
     global_batch = resolved["train_batch_size"]
     samples = _samples(recipe, parts, global_batch)
@@ -94,6 +96,12 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         parameters=parameters,
         memory=None if parameters is None else _memory(recipe, resolved, layout, model),
     )
+
+
+def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
+    """All stores of a run: those of the train split, and those that validation and test have of their own."""
+    own: list[Split] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
+    return [part.store for part in (*parts, *(part for split in own for part in open_split(recipe.data, split)))]
 
 
 def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:

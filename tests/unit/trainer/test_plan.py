@@ -1,8 +1,10 @@
 """The plan: layouts, batches, steps and what is refused, without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from tests.tiny import GPT2, LLAMA, VOCAB, plan_of, tiny_json, tiny_recipe, tiny_store, write_pair
 from zeropipe.data_prep.errors import UserError
+from zeropipe.data_prep.manifest import Manifest, file_record
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.plan import Layout, Plan
 
@@ -338,3 +341,40 @@ def test_the_command_prints_the_resolved_json(store: Path, tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out)["train_batch_size"] == 8
     assert main(["plan", str(paths[0]), "--deepspeed_config", "zero9"]) == 2
     assert capsys.readouterr().err.startswith("error: zero9: no such file")
+
+
+def tokenizer_folder(path: Path, words: list[str]) -> Path:
+    from tokenizers import Tokenizer, models
+
+    path.mkdir(parents=True)
+    vocab = {word: number for number, word in enumerate(["<|endoftext|>", *words])}
+    Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>")).save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_tokenizer_and_stores_must_belong_together(store: Path, tmp_path: Path):
+    bare = next(store.glob("shard-*.idx")).with_suffix("")
+    words = [f"w{number}" for number in range(VOCAB - 1)]
+    folder = tokenizer_folder(tmp_path / "tokenizer", words)
+    made = plan_of({**tiny_recipe(bare, tmp_path), "tokenizer": str(folder)}, {}, 1)
+    assert (made.vocab_size, made.model_config["eos_token_id"]) == (VOCAB, 0)
+
+    with_tokenizer = shutil.copytree(store, tmp_path / "with")
+    record = file_record(tokenizer_folder(with_tokenizer / "tokenizer", words) / "tokenizer.json")
+    replace(Manifest.load(store), tokenizer={"tokenizer.json": record}).save(with_tokenizer)
+    own = {**tiny_recipe(with_tokenizer, tmp_path), "tokenizer": str(folder)}
+    assert plan_of(own, {}, 1).vocab_size == VOCAB
+    other = tokenizer_folder(tmp_path / "other", words[::-1])
+    message = refusal(lambda: plan_of({**own, "tokenizer": str(other)}, {}, 1))
+    assert "different tokenizers; use the one that prepared the data" in message
+    message = refusal(lambda: plan_of({**own, "tokenizer": str(tmp_path / "nowhere")}, {}, 1))
+    assert "nowhere/tokenizer.json: cannot be read" in message
+
+
+def test_validation_stores_are_checked_too(store: Path, tmp_path: Path):
+    other = tiny_store(tmp_path / "valid", documents=20, vocab=300)
+    recipe = tiny_recipe(store, tmp_path)
+    recipe["data"] = {"train": [{"store": str(store)}], "valid": [{"store": str(other)}], "seq_len": 32}
+    assert "different tokenizers" in refusal(lambda: plan_of(recipe, {}, 1))
+    recipe["data"]["valid"] = [{"store": str(tmp_path / "gone")}]
+    assert "gone: no token store here" in refusal(lambda: plan_of(recipe, {}, 1))
