@@ -76,7 +76,11 @@ def precision_of(ds: Mapping[str, Any]) -> Precision:
     Raises:
         UserError: more than one of bf16, fp16 and torch_autocast is on, or autocast to something else than bfloat16.
     """
-    on = [key for key in ("bf16", "fp16", "torch_autocast") if stated(ds, key, "enabled")]
+    modes = ("bf16", "fp16", "torch_autocast")
+    for key in modes:
+        if (enabled := stated(ds, key, "enabled")) not in (None, True, False):
+            raise UserError(f"DeepSpeed JSON: {key}.enabled must be true or false, got {enabled!r}")
+    on = [key for key in modes if stated(ds, key, "enabled")]
     if len(on) > 1:
         raise UserError(f"DeepSpeed JSON: {' and '.join(on)} are both enabled; enable one")
     if on == ["torch_autocast"]:

@@ -94,8 +94,10 @@ def _offload(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
     if ratio is not None and ratio < 1 and layout.zero_stage != 3:
         yield f"offload_optimizer.ratio {ratio} with ZeRO-{layout.zero_stage}: needs stage 3; or use ratio 1.0"
     for key in ("offload_optimizer", "offload_param"):
-        if _device(ds, key) == "nvme":
+        if (device := _device(ds, key)) == "nvme":
             yield f"zero_optimization.{key}.device nvme: checkpoints cannot read it; use cpu"
+        elif device not in ("cpu", "none"):
+            yield f"zero_optimization.{key}.device {device!r}: use cpu or none"
 
 
 def _pipeline(ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
@@ -114,7 +116,7 @@ def _pipeline(ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -
     if stated(ds, "zero_optimization", "overlap_comm"):
         yield "zero_optimization.overlap_comm with a pipeline: set it to false"
     if layout.offload_optimizer:
-        yield "offload_optimizer with a pipeline: leave it out, or use parallel.pipeline=1"
+        yield "offload_optimizer with a pipeline: untried; leave it out, or use parallel.pipeline=1"
     if model["model_type"] not in PIPELINE_FAMILIES:
         yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(PIPELINE_FAMILIES)}"
         return

@@ -121,7 +121,7 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str,
     partitions = [flat // ranks for flat in flats]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
     accumulates = ds["gradient_accumulation_steps"] > 1
-    bucket = width * (stated(ds, "zero_optimization", "reduce_bucket_size") or BUCKET)
+    bucket = width * _number(ds, "reduce_bucket_size", BUCKET)
     buckets = bucket * (2 if stated(ds, "zero_optimization", "overlap_comm") else 1)
     whole = width * sum(sizes.all)
     gradients = whole if layout.zero_stage == 1 else width * owned * (1 + accumulates)

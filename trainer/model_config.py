@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
         UserError: unknown keys, a pretrained folder that cannot be read or has another shape, or a vocabulary that does
             not match the stores.
     """
-    own = _checked(recipe.model.config)
     base = pretrained_config(Path(recipe.model.init)) if recipe.model.init != "random" else {}
-    config = {**base, **own}
+    own = recipe.model.config
+    _known_to_transformers(own.get("model_type") or base["model_type"])
+    config = {**base, **_checked(own, own.get("model_type") or base["model_type"])}
     _vocabulary(config, vocab, pretrained=bool(base))
     if eod is not None and not base:
         config = {"bos_token_id": eod, "eos_token_id": eod, **config}
@@ -134,9 +136,24 @@ def pretrained_config(folder: Path) -> dict[str, Any]:
     raise UserError(f"model.init: {folder}: no config.json (Hugging Face) and no checkpoints/step-* (a run) in it")
 
 
-def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+def _known_to_transformers(model_type: Any) -> None:
+    """Refuses a misspelt family, where transformers is installed: it has a folder for each, some for several."""
+    found = find_spec("transformers")
+    if not isinstance(model_type, str):
+        raise UserError(f"model.config.model_type: must be text, got {model_type!r}")
+    if found is None or found.origin is None or model_type in FAMILIES:
+        return
+    folders = [entry.name for entry in (Path(found.origin).parent / "models").iterdir() if entry.is_dir()]
+    if not any(model_type.replace("-", "_").startswith(folder) for folder in folders):
+        raise UserError(
+            f"model.config.model_type: transformers has no {model_type!r}"
+            + (did_you_mean(model_type, FAMILIES) or did_you_mean(model_type, folders))
+        )
+
+
+def _checked(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """The stated configuration in the family's own spelling."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    family = FAMILIES.get(model_type)
     if family is None:
         return dict(config)
     known = family.keys | set(family.aliases)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..data_prep.errors import UserError
 from ..data_prep.store import TokenStore
 from .config import Recipe
@@ -16,6 +18,7 @@ from .legality import check, layout_of
 from .memory import BUCKET, MemoryEstimate, estimate_memory
 from .model_config import resolve_model
 from .models.parameters import TABLES, padded_vocab, parameter_table
+from .recipe_errors import explain
 from .splits import Part, Split, open_split
 from .vocabulary import vocabulary_of
 
@@ -171,4 +174,7 @@ def _resolved_recipe(recipe: Recipe, resolved: Mapping[str, Any]) -> Recipe:
     values["batch"] = {"global": resolved["train_batch_size"]}
     if "scheduler" not in resolved:
         values["schedule"] = recipe.schedule
-    return Recipe.model_validate(values)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, "recipe, with the values of the DeepSpeed JSON", {})) from None

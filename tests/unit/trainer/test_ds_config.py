@@ -286,6 +286,8 @@ def test_precision():
     assert resolved["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     with pytest.raises(UserError, match="bf16 and fp16 are both enabled"):
         precision_of({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+    with pytest.raises(UserError, match=r"bf16.enabled must be true or false, got 'yes'"):
+        precision_of({"bf16": {"enabled": "yes"}})
     with pytest.raises(UserError, match=r"torch_autocast.dtype 'float16': use bfloat16"):
         precision_of({"torch_autocast": {"enabled": True, "dtype": "float16"}})
 

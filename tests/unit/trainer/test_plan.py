@@ -165,6 +165,21 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         {},
         "ratio 0.5 with ZeRO-2: needs stage 3",
     ),
+    ("device", 1, zero(2, offload_optimizer={"device": "gpu"}), {}, "offload_optimizer.device 'gpu': use cpu or none"),
+    (
+        "min lr",
+        1,
+        {"optimizer": {"params": {"lr": 1e-6}}},
+        {"optimizer": None, "schedule": {"min_lr": 1e-5}},
+        "min_lr 1e-05 is above optimizer",
+    ),
+    (
+        "json lr",
+        1,
+        {"optimizer": {"params": {"lr": "x"}}},
+        {"optimizer": None, "schedule": {"min_lr": 1e-5}},
+        "optimizer.lr: must be a number",
+    ),
     ("nvme", 1, zero(3, offload_optimizer={"device": "nvme"}), {}, "device nvme: checkpoints cannot read it; use cpu"),
     ("sp pp", 4, {**zero(1), "sequence_parallel_size": 2}, PIPELINE, "sequence parallel 2 with pipeline 2"),
     ("sp tp", 4, {**zero(1), "sequence_parallel_size": 2, "tensor_parallel": {"autotp_size": 2}}, {}, "untried"),
@@ -232,6 +247,9 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({**GPT2, "n_layers": 3}, "model.config.n_layers: unknown key, did you mean 'n_layer'?"),
     ({**LLAMA, "n_embd": 3}, "model.config.n_embd: unknown key"),
     ({**GPT2, "hidden_size": 64}, "model.config.hidden_size and n_embd are two names of one size; keep one"),
+    ({"model_type": "gtp2"}, "model.config.model_type: transformers has no 'gtp2', did you mean 'gpt2'?"),
+    ({"model_type": "mistal"}, "transformers has no 'mistal', did you mean 'mistral'?"),
+    ({"model_type": 5}, "model.config.model_type: must be text, got 5"),
     ({**GPT2, "n_head": 5}, "model.config.n_head 5 does not divide n_embd 64; numbers that do: 1, 2, 4, 8, 16, 32, 64"),
     ({**GPT2, "n_layer": 0}, "model.config.n_layer: must be a positive whole number, got 0"),
     ({**LLAMA, "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
@@ -284,12 +302,14 @@ def test_pretrained_folders(plan, tmp_path: Path):
     assert (made.model_config["eos_token_id"], made.model_config["resid_pdrop"]) == (7, 0.3)
     small = hugging_face_folder(tmp_path / "small", vocab_size=400)
     (tmp_path / "bare").mkdir()
-    (folder / "model.safetensors").rename(tmp_path / "bare" / "model.bin")
+    pickled = hugging_face_folder(tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     for init, config, message in (
         (small, {}, "prepare the data with the tokenizer of the model"),
         (small, {"n_layer": 3, "vocab_size": 500}, "changes the shape of the weights"),
         (small, {"model_type": "llama", "vocab_size": 500}, "model_type is 'llama', "),
-        (folder, {}, "holds no *.safetensors"),
+        (folder, {"resid_drop": 0.1}, "model.config.resid_drop: unknown key, did you mean 'resid_pdrop'?"),
+        (pickled, {}, "holds no *.safetensors"),
         (tmp_path / "bare", {}, "no config.json (Hugging Face) and no checkpoints/step-*"),
         (tmp_path / "nowhere", {}, "no such folder"),
     ):
