@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class PipeEngine:
     def __init__(self, recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
         import deepspeed
 
+        from .models.layer_costs import layer_seconds, step_seconds
+        from .models.partition import stage_costs
         from .models.pipeline import Builder, Stages
 
         self.ranks, self._recipe, self._plan = ranks, recipe, plan
@@ -35,9 +38,11 @@ class PipeEngine:
         # at stage 0 in fp32 DeepSpeed clips by the norm of the first stage alone; stage 1 computes the same update
         config["zero_optimization"]["stage"] = max(1, plan.layout.zero_stage)
         arguments = plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, plan.activation_checkpointing
-        self._vocab_size, self._step = plan.vocab_size, 0
+        self._vocab_size, self._step, self._steps_run = plan.vocab_size, 0, 0
         with hushed():
-            self._stages: Any = Stages(Builder(*arguments), recipe.parallel.partition)
+            builder, method = Builder(*arguments), recipe.parallel.partition
+            costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
+            self._stages: Any = Stages(builder, method, costs)
             self._stages.before_forward = self._seed
             self.module: nn.Module = self._stages
             self.deepspeed: Any = deepspeed.initialize(
@@ -45,6 +50,10 @@ class PipeEngine:
                 model_parameters=parameter_groups(self._stages, config),  # type: ignore[arg-type]
                 config=config,
             )[0]
+        # of a step, by the measured costs of the layers; None unless they were measured
+        self.predicted_seconds = None
+        if costs is not None:
+            self.predicted_seconds = step_seconds(stage_costs(costs, self._stages.bounds), plan.accumulation)
 
     def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
         started = time.perf_counter()
@@ -60,6 +69,7 @@ class PipeEngine:
         micro_batches = iter([((b.input_ids, _positions(b)), b.labels) for b in batch.micro_batches])
         loss = float(self.deepspeed.train_batch(micro_batches))
         norm = self.deepspeed.get_global_grad_norm()
+        self._compare_prediction(time.perf_counter() - started - data_seconds)
         return StepOutput(
             loss=loss,
             grad_norm=None if norm is None else float(norm),
@@ -139,6 +149,17 @@ class PipeEngine:
         if self.deepspeed.lr_scheduler is None:
             for group in self.deepspeed.optimizer.param_groups:
                 group["lr"] = planned_rate(self._recipe, self._plan, step)
+
+    def _compare_prediction(self, seconds: float) -> None:
+        """Says once, at the third step of this process, what the measured partition promised and what came."""
+        self._steps_run += 1
+        if self.predicted_seconds is not None and self._steps_run == 3 and self.ranks.is_main:
+            layers = ", ".join(f"{start}-{stop - 1}" for start, stop in pairwise(self._stages.bounds))
+            print(
+                f"pipeline: layers {layers}; a step was predicted to take {self.predicted_seconds:.3g} s by "
+                f"its measured layers and took {seconds:.3g} s",
+                flush=True,
+            )
 
     def _seed(self, micro: int) -> None:
         """As without a pipeline: from where the randomness is drawn. Stages must not repeat each other's masks."""

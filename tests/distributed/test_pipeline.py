@@ -49,3 +49,23 @@ def test_masks_are_built_once_per_stage_and_micro_batch():
     config = llama(num_hidden_layers=4)
     expected = [reference.micro_batch(config, 0, 0, 1, micro, 2)[2].tolist() for micro in range(2)]
     assert run_ranks(2, _seen, config, PP2) == [expected, expected]
+
+
+def _measured(config: dict):
+    engine = layouts.start(config, PP2, "measured")
+    stream, outputs = layouts.Stream(config, engine.ranks, 2), []
+    for step in range(3):
+        outputs.append(engine.train_step(stream, step).loss)
+    return engine.module.bounds, engine.predicted_seconds, outputs
+
+
+def test_the_measured_partition_counts_the_head(capfd):
+    """Eight thin blocks and a head of 40,000 words: the head alone outweighs the blocks."""
+    config = gpt2(n_layer=8, vocab_size=40_000)
+    [truth] = run_ranks(1, reference.train, config, 3)
+    (bounds, predicted, losses), (other, _, _) = run_ranks(2, _measured, config)
+    assert bounds == other
+    assert bounds[1] > 6, f"layers of the first stage: {bounds}"
+    assert predicted > 0
+    assert losses == pytest.approx(truth.losses, rel=1e-6)
+    assert "predicted to take" in capfd.readouterr().out
