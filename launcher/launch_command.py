@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
 from .command import (
@@ -23,6 +24,9 @@ from .command import (
 from .devices import count_accelerators, cpu_cores, visible_devices
 from .hostfile import is_this_machine, read_hostfile
 from .processes import MARK
+
+if TYPE_CHECKING:
+    from ..trainer.plan import Plan
 
 EPILOG = """\
 examples:
@@ -76,11 +80,12 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     launch = plan_launch(args)
-    output = checked_plan(args, launch.devices)
+    plan = checked_plan(args, launch.devices)
     if args.dry_run:
         print_dry_run(launch)
         return 0
-    return start(launch, output)
+    print(summary(launch, plan), flush=True)
+    return start(launch, plan.recipe.output)
 
 
 def plan_launch(args: argparse.Namespace) -> Launch:
@@ -138,8 +143,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def checked_plan(args: argparse.Namespace, devices: int) -> Path:
-    """Plans the run, as `zeropipe plan` does; returns its run directory.
+def summary(launch: Launch, plan: Plan) -> str:
+    """One line on what is about to start: the ranks take a while to say their first word."""
+    where = f"{len(launch.hosts)} hosts" if launch.remote else "this machine"
+    ranks = f"{launch.devices} rank{'s' if launch.devices > 1 else ''} on {where} ({plan.layout}, {plan.precision})"
+    return f"{plan.recipe.name}: {ranks}, {plan.total_steps:,} steps of {plan.global_batch} x {plan.seq_len} tokens"
+
+
+def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
+    """Plans the run, as `zeropipe plan` does.
 
     Raises:
         UserError: whatever is wrong with the recipe, the JSON, the data or the layout.
@@ -149,8 +161,7 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Path:
     from ..trainer.plan import make_plan
 
     recipe = load_recipe(args.recipe, args.overrides)
-    make_plan(recipe, load_ds_config(args.deepspeed_config), devices)
-    return recipe.output
+    return make_plan(recipe, load_ds_config(args.deepspeed_config), devices)
 
 
 def print_dry_run(launch: Launch) -> None:

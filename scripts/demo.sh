@@ -7,8 +7,15 @@ dir=${1:-demo}
 overrides=("${@:2}")
 started=$SECONDS
 title() { printf '\n\033[1m== %s\033[0m  (%ds)\n' "$1" $((SECONDS - started)); }
+say() { # the command, quoted only where a shell needs it
+  local word line="$ zeropipe"
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./=-]+$ ]] && line+=" $word" || line+=" '$word'"
+  done
+  echo "$line"
+}
 run() {
-  printf '$ zeropipe %s\n' "$*"
+  say "$@"
   zeropipe "$@"
 }
 fail() {
@@ -19,7 +26,7 @@ launch=(launch demo --deepspeed_config demo --devices 2 "${overrides[@]}")
 
 # Starts the training, kills rank 0 without warning once the run has a checkpoint and has gone on from it.
 train_and_kill() {
-  printf '$ zeropipe %s\n' "${launch[*]}"
+  say "${launch[@]}"
   zeropipe "${launch[@]}" &
   local launcher=$! status=0
   until [ -e runs/demo/checkpoints/latest ] && gone_on; do
@@ -42,7 +49,7 @@ cd "$dir"
 touch .demo
 
 title "prepare: this Python's standard library, 16 MB of source code, and a tokenizer trained on it"
-run prepare --builtin stdlib --limit-bytes 16M --train-tokenizer 2048 --output data/demo
+run prepare --builtin stdlib --limit-bytes 16M --shuffle 1 --train-tokenizer 2048 --output data/demo
 run inspect data/demo --document 3 --tokens 40
 title "plan: what the recipe and the DeepSpeed JSON come to; no torch, no GPU"
 run plan demo --deepspeed_config demo --devices 2 "${overrides[@]}"
