@@ -53,11 +53,14 @@ def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
     from .run_directory import is_hf_folder, load_run_recipe, run_directory, tokenizer_folder
 
     tokenizer = tokenizer_folder(source)
-    if is_hf_folder(source):
-        if args.store is None:
-            raise UserError(f"{source}: a Hugging Face folder has no data of its own; name a token store with --store")
-        return store_data(args.store, args.seq_len or _context(source), tokenizer)
     run = run_directory(source)
+    if is_hf_folder(source):
+        if args.store is not None:
+            return store_data(args.store, args.seq_len or _context(source), tokenizer)
+        if run is None:
+            raise UserError(f"{source}: a Hugging Face folder has no data of its own; name a token store with --store")
+        recipe = load_run_recipe(run)  # of the run that it was exported from
+        return run_data(recipe, args.split, tokenizer, recipe.batch.global_batch or 8)
     if args.store is not None:
         recipe = load_run_recipe(run) if run else None
         seq_len = args.seq_len or Checkpoint.open(source, verify=False).state["seq_len"]

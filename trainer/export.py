@@ -135,6 +135,7 @@ def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype
     if generation.pad_token_id is None:  # batches of prompts need one; attention masks it
         end = generation.eos_token_id
         generation.pad_token_id = end[0] if isinstance(end, list) else end
+    generation._from_model_config = False  # the file is what counts from here on
     generation.save_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
 
 from ..data_prep.errors import UserError
 from .environment import environment, write_environment
@@ -61,7 +61,8 @@ class RunLog:
     Every step is a line of metrics.jsonl, flushed before `step` returns, so that a kill loses nothing and a record is
     on disk before a checkpoint of its step can be. TensorBoard and the progress line follow `log.every`. A resumed run
     appends; each line carries the id of its process group (`run`), by which `read_metrics` leaves out what a dead
-    run did beyond the step that was resumed from. So the first record must be the event "start" or "resume".
+    run did beyond the step that was resumed from. So the first record must be the event "start" or "resume"; nothing is
+    written before it, for a run that is refused must leave the record of an earlier one as it was.
     """
 
     def __init__(
@@ -77,20 +78,20 @@ class RunLog:
         self.is_main, self.hosts = is_main, list(hosts)
         self.run = secrets.token_hex(4)
         self.progress = Progress(plan.total_steps)
-        self._file: Any = None
+        self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
         self._last_step = 0
 
     def __enter__(self) -> RunLog:
-        if self.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_environment(self.directory / "environment.json", environment(self.run, self.hosts))
-            self._file = open_for_append(self.directory / "metrics.jsonl")
         return self
 
     def step(self, state: StateLike, output: OutputLike, **extra: Any) -> None:
-        """Records one step; `extra` goes into the record as it is (plain JSON values)."""
-        if self._file is None:
+        """Records one step; `extra` goes into the record as it is (plain JSON values).
+
+        Raises:
+            UserError: the run directory cannot be written, on the main rank.
+        """
+        if not self.is_main:
             return
         self._write(
             {
@@ -113,7 +114,7 @@ class RunLog:
             self._report(state, output)
 
     def eval(self, state: StateLike, result: EvalResult, split: str = "valid") -> None:
-        if self._file is None:
+        if not self.is_main:
             return
         self._write({"kind": "eval", "step": state.step, "split": split, **result.record()})
         self._scalar(f"eval/{split}_loss", result.loss, state.step)
@@ -124,13 +125,13 @@ class RunLog:
 
         What has been written so far is forced to disk.
         """
-        if self._file is None:
+        if not self.is_main:
             return
         if event in ("start", "resume"):
             self.progress.say(heading(self.recipe, self.plan))
             fields |= {"total_steps": self.plan.total_steps, "layout": vars(self.plan.layout), "hosts": self.hosts}
-        self._write({"kind": "event", "event": event, "step": step, **fields})
-        os.fsync(self._file.fileno())
+        file = self._write({"kind": "event", "event": event, "step": step, **fields})
+        os.fsync(file.fileno())
         if message:
             self.progress.say(message)
 
@@ -148,17 +149,26 @@ class RunLog:
             step, started = self._last_step, self.progress.clock
             self.progress.say(closing(self.directory, step, self.plan, self.recipe, hosts, started))
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._board is None:
-            self._open_board(record)
+    def _write(self, record: dict[str, Any]) -> TextIO:
+        path = self.directory / "metrics.jsonl"
+        try:
+            file = self._file or self._open(path, record)
+            # json writes floats with repr, which reads back bit for bit; one write per line, so lines never mix
+            file.write(json.dumps({**record, "run": self.run, "time": time.time()}) + "\n")
+        except OSError as error:
+            where = error.filename or path
+            raise UserError(f"{where}: the run's record cannot be written: {error.strerror}") from error
         self._last_step = record["step"]
-        # json writes floats with repr, which reads back bit for bit; one write per line, so lines never mix
-        self._file.write(json.dumps({**record, "run": self.run, "time": time.time()}) + "\n")
+        return file
 
-    def _open_board(self, record: Mapping[str, Any]) -> None:
+    def _open(self, path: Path, first: Mapping[str, Any]) -> TextIO:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=_resumed_from(record) + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open_for_append(path)
+        write_environment(self.directory / "environment.json", environment(self.run, self.hosts))
+        self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=_resumed_from(first) + 1)
+        return self._file
 
     def _report(self, state: StateLike, output: OutputLike) -> None:
         rate = output.tokens / output.seconds if output.seconds else math.nan
@@ -181,7 +191,7 @@ def peak_memory() -> int:
     return accelerator.max_memory_allocated()
 
 
-def open_for_append(path: Path) -> Any:
+def open_for_append(path: Path) -> TextIO:
     """Opens metrics.jsonl line-buffered; a line that a kill cut short is taken off first."""
     if path.exists():
         with path.open("rb+") as file:
@@ -190,7 +200,7 @@ def open_for_append(path: Path) -> Any:
     return path.open("a", buffering=1)
 
 
-def _end_of_last_line(file: Any, block: int = 1 << 16) -> int:
+def _end_of_last_line(file: IO[bytes], block: int = 1 << 16) -> int:
     """Offset behind the last newline: the file is read backwards, since it may be large."""
     position = file.seek(0, os.SEEK_END)
     while position > 0:

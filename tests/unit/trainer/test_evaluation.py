@@ -77,6 +77,10 @@ def test_a_hugging_face_folder_on_a_store(gpt2_run, text_store, tmp_path, capsys
     model = AutoModelForCausalLM.from_pretrained(folder)
     loss, predicted = plain_loss(model, raw_tokens(text_store), 48, windows=3 * 8)
     assert found["loss"] == pytest.approx(loss, rel=1e-6) and found["eval_tokens"] == len(predicted)
+    with pytest.raises(AssertionError):
+        evaluate(capsys, str(folder))  # it knows of no data
+    inside = export(gpt2_run, gpt2_run / "inside").folder
+    assert evaluate(capsys, str(inside)) == evaluate(capsys, str(gpt2_run))
 
 
 def test_masked_documents_are_evaluated_apart(text_store, tmp_path, capsys):

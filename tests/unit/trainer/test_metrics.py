@@ -164,6 +164,29 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_is_refused_leaves_the_record_as_it_was(tmp_path):
+    with open_log(tmp_path) as log:
+        log.event("start", 0)
+        take(log, 1, 3)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    log = open_log(tmp_path).__enter__()
+    log.__exit__(UserError, UserError("another seed"), None)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_record_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*the run's record cannot be written"):
+        open_log(tmp_path / "file" / "run").event("start", 0)
+    log = open_log(tmp_path / "run")
+    log.event("start", 0)
+    log._file.close()
+    log._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (the log closes it)
+    with pytest.raises(UserError, match="No space left"):
+        log.step(State(1), Output(1.0, (0, 4)))
+
+
 def test_environment_names_versions_and_command(tmp_path):
     with open_log(tmp_path) as log:
         take(log, 1, 1)
