@@ -19,14 +19,17 @@ BUFFER = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
 
-class BadDocument(Exception):
-    """A piece of input that is not a document. Says where it is and why."""
+class BadDocument(UserError):
+    """A piece of input that is not a document: where it is and why."""
 
     def __init__(self, path: str, reason: str, *, offset: int | None = None, line: int | None = None) -> None:
         super().__init__(path, reason)
         self.path, self.reason, self.offset, self.line = path, reason, offset, line
 
     def __str__(self) -> str:
+        return f"{self.describe()}; --on-error skip passes over such documents"
+
+    def describe(self) -> str:
         line = self.line
         if line is None and self.offset is not None:
             line = line_number(self.path, self.offset)
@@ -116,7 +119,7 @@ def key_reason(record: Any, text_key: str, text: Any) -> str:
     if text is not None:
         return f"the value of {text_key!r} is {_kind(text)}, a string was expected"
     keys = ", ".join(repr(key) for key in key_paths(record)) or "none"
-    return f"no text at the key {text_key!r}; the keys there are: {keys} (name one with --text-key)"
+    return f"no text at the key {text_key!r}; the keys there are: {keys}; name one with --text-key"
 
 
 def key_paths(record: dict[str, Any], prefix: str = "") -> list[str]:

@@ -91,6 +91,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
             work.encoder = Reference.name
             assembler = _run(options, replace(job, encoder=Reference.name), tasks, work, progress, executor)
         progress.finish()
+        _warn_of_invalid(assembler, progress)
         if assembler.totals.documents == 0:
             work.clear()
             raise UserError(_empty(options, assembler))
@@ -206,8 +207,6 @@ def _run(
             while not assembler.enough and (record := next(records, None)):
                 assembler.add(record)
                 progress.task(costs[record.number])
-        except BadDocument as problem:
-            raise UserError(f"{problem} (--on-error skip passes over such documents)") from None
         finally:
             records.close()
         assembler.finish()
@@ -262,6 +261,13 @@ def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
         for part in task.slices:
             sizes[part.path] += part.cost
     return [{"path": path, "bytes": size} for path, size in sizes.items()]
+
+
+def _warn_of_invalid(assembler: Assembler, progress: Progress) -> None:
+    invalid = sum(record.counts["invalid"] for record in assembler.records)
+    if invalid:
+        examples = [example for record in assembler.records for example in record.examples]
+        progress.say(f"{invalid:,} invalid documents were passed over, such as {'; '.join(examples[:3])}")
 
 
 def _empty(options: Options, assembler: Assembler) -> str:

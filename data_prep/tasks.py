@@ -119,7 +119,7 @@ class Worker:
                 raise problem
             record.counts["invalid"] += 1
             if len(record.examples) < EXAMPLES:
-                record.examples.append(str(problem))
+                record.examples.append(problem.describe())
 
         filters, counts, active = self.job.filters, record.counts, self.job.filters != Filters()
         for part in task.slices:

@@ -48,6 +48,7 @@ def test_lines_of_a_corpus(folder: Path, tokenizer: Path, capsys: pytest.Capture
         error = refused(capsys, *prepare, "--input", "bad.jsonl")
         assert message in error and "--on-error skip" in error
     assert main([str(word) for word in (*prepare, "--input", "bad.jsonl", "--on-error", "skip")]) == 0
+    assert "1 invalid documents were passed over, such as bad.jsonl, line 3: no text" in capsys.readouterr().err
     store = TokenStore.open("store")
     assert store.manifest is not None and store.manifest.counts == {"invalid": 1, "kept": 3, "read": 3}
     Path("latin.txt").write_bytes(b"caf\xe9")

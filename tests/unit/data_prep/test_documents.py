@@ -131,7 +131,7 @@ def test_a_null_in_a_column_is_a_bad_document(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "b"]}), tmp_path / "corpus.parquet")
     problems: list[BadDocument] = []
     assert read_raw([tmp_path / "corpus.parquet"], "text", problems.append) == [b"a", b"b"]
-    assert [str(problem) for problem in problems] == [
+    assert [problem.describe() for problem in problems] == [
         f"{tmp_path}/corpus.parquet: row 2: the value of 'text' is null, a string was expected"
     ]
 
@@ -201,7 +201,7 @@ def test_lines_that_are_no_document(tmp_path: Path, line: bytes, reason: str) ->
     for size in (16, 60, 10_000):  # the number is right from whichever slice
         problems: list[BadDocument] = []
         assert read_raw([path], "text", problems.append, task_bytes=size) == [b"good"] * 8
-        assert [str(problem).split(": ")[0] for problem in problems] == [f"{path}, line 9"]
+        assert [problem.describe().split(": ")[0] for problem in problems] == [f"{path}, line 9"]
 
 
 def test_invalid_utf8_in_text_files(tmp_path: Path) -> None:
