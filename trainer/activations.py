@@ -72,6 +72,7 @@ def activation_bytes(
     head: bool = True,
     padded_vocab: int = 0,
     tensor: int = 1,
+    chunks: bool = True,
 ) -> int:
     """Bytes of activations at the peak of one rank's backward pass.
 
@@ -81,6 +82,7 @@ def activation_bytes(
         in_flight: micro batches whose activations this rank holds at once (a pipeline's first stages hold several).
         head: whether the final norm, the output embedding and the loss are on this rank.
         padded_vocab: columns of the whole output embedding.
+        chunks: whether the loss is computed in chunks; a pipeline's head makes all logits of a micro batch.
     """
     width = model.get("n_embd", 768) if model["model_type"] == "gpt2" else model.get("hidden_size", 4096)
     widths = WIDTHS[precision]
@@ -93,11 +95,11 @@ def activation_bytes(
         normed = 4 if model["model_type"] == "llama" else 0  # RMSNorm keeps its normed input beside the input
         cast = widths.compute if widths.compute < widths.stream else 0
         total += tokens * width * (2 * widths.stream + normed + cast)  # final norm and what the head reads
-        total += head_bytes(tokens, padded_vocab, tensor)
+        total += head_bytes(tokens, padded_vocab, tensor, chunks)
     return total
 
 
-def head_bytes(tokens: int, padded_vocab: int, tensor: int = 1) -> int:
+def head_bytes(tokens: int, padded_vocab: int, tensor: int = 1, chunks: bool = True) -> int:
     """Logits, log-probabilities and their gradients of one chunk of the loss: three fp32 numbers a column."""
-    rows = min(tokens, max(1, HEAD_CHUNK_BYTES // (4 * padded_vocab)))
+    rows = min(tokens, max(1, HEAD_CHUNK_BYTES // (4 * padded_vocab))) if chunks else tokens
     return rows * 12 * padded_vocab // tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,6 +94,14 @@ class Parallel(_Section):
     """Pipeline stages. Data parallel is what is left; tensor and sequence parallel come from the DeepSpeed JSON."""
     partition: str = Field(default="parameters", pattern=r"^(parameters|uniform|measured|type:.+)$")
     """How layers are shared out over the stages: parameters, uniform, measured or type:REGEX."""
+
+    @model_validator(mode="after")
+    def _expression_is_one(self) -> Parallel:
+        try:
+            re.compile(self.partition.removeprefix("type:"))
+        except re.error as error:
+            raise ValueError(f"partition {self.partition!r}: not a regular expression: {error}") from None
+        return self
 
 
 class Batch(_Section):

@@ -83,6 +83,7 @@ def estimate_memory(
             head=number == layout.pipeline - 1,
             padded_vocab=padded_vocab(model["vocab_size"], layout.tensor),
             tensor=layout.tensor,
+            chunks=layout.pipeline == 1,
         )
         estimates.append(MemoryEstimate(**states, activations=activations))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)

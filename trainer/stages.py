@@ -1,4 +1,4 @@
-"""Which layers of a model each pipeline stage holds."""
+"""Which parameters each pipeline stage holds. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .models.parameters import ParamSpec
+from .models.partition import stage_bounds
 
 _BLOCK = re.compile(r"\.(?:h|layers)\.(\d+)\.")
 
@@ -20,8 +21,14 @@ class Stage:
     blocks: int
 
 
-def layers_of(table: Sequence[ParamSpec]) -> list[list[ParamSpec]]:
-    """The layers of a pipeline: embeddings, every block, final norm and head. A tied head has the embedding again."""
+@dataclass(frozen=True)
+class Layer:
+    kind: str  # as `models.pipeline` calls it: Embedding, Positions, Block, Norm, Head
+    specs: tuple[ParamSpec, ...]
+
+
+def layers_of(table: Sequence[ParamSpec]) -> list[Layer]:
+    """The layers of a pipeline, in order. A tied head holds the embedding's weight again."""
     blocks: dict[int, list[ParamSpec]] = {}
     before, after = [], []
     for spec in table:
@@ -29,52 +36,31 @@ def layers_of(table: Sequence[ParamSpec]) -> list[list[ParamSpec]]:
             blocks.setdefault(int(found[1]), []).append(spec)
         else:
             (after if blocks else before).append(spec)
-    if not any(spec.kind == "vocab" for spec in after):
-        after.append(replace(before[0], name=before[0].name + " (tied)"))
-    return [before, *(blocks[index] for index in sorted(blocks)), after]
-
-
-def split_layers(table: Sequence[ParamSpec], stages: int, partition: str = "parameters") -> list[Stage]:
-    """The layers shared out over `stages`, as DeepSpeed does it: by parameters, or (`uniform`) by count.
-
-    Other ways of partitioning are planned as if by parameters.
-    """
-    if stages == 1:
-        return [Stage(tuple(table), sum(map(_is_block, layers_of(table))))]
-    layers = layers_of(table)
-    weights = [1 if partition == "uniform" else sum(spec.numel for spec in layer) for layer in layers]
-    bounds = balanced_bounds(weights, stages)
+    head = [spec for spec in after if spec.kind == "vocab"] or [replace(before[0], name=before[0].name + " (tied)")]
+    norm = [spec for spec in after if spec.kind != "vocab"]
     return [
-        Stage(tuple(spec for layer in layers[first:last] for spec in layer), sum(map(_is_block, layers[first:last])))
-        for first, last in pairwise(bounds)
+        *(Layer("Embedding" if spec.kind == "vocab" else "Positions", (spec,)) for spec in before),
+        *(Layer("Block", tuple(blocks[index])) for index in sorted(blocks)),
+        Layer("Norm", tuple(norm)),
+        Layer("Head", tuple(head)),
     ]
 
 
-def _is_block(layer: Sequence[ParamSpec]) -> bool:
-    return bool(_BLOCK.search(layer[0].name))
+def split_layers(table: Sequence[ParamSpec], stages: int, partition: str = "parameters") -> list[Stage]:
+    """The layers as `stages` share them; `measured`, which needs the machine, is planned as if by parameters.
 
-
-def balanced_bounds(weights: Sequence[int], parts: int) -> list[int]:
-    """Bounds of `parts` runs of `weights` whose heaviest is as light as can be, none of them empty."""
-    low, high = max(weights), sum(weights)
-    while low < high:
-        limit = (low + high) // 2
-        if _runs(weights, limit, parts) is None:
-            low = limit + 1
-        else:
-            high = limit
-    bounds = _runs(weights, low, parts)
-    assert bounds is not None
-    return bounds
-
-
-def _runs(weights: Sequence[int], limit: int, parts: int) -> list[int] | None:
-    bounds, load = [0], 0
-    for index, weight in enumerate(weights):
-        must_leave = len(weights) - index == parts - len(bounds)  # one item for each part that is left
-        if index > bounds[-1] and (load + weight > limit or must_leave):
-            bounds.append(index)
-            load = 0
-        load += weight
-    bounds.append(len(weights))
-    return bounds if len(bounds) <= parts + 1 else None
+    Raises:
+        UserError: the partition does not fit the model.
+    """
+    layers = layers_of(table)
+    if stages == 1:
+        return [Stage(tuple(table), sum(layer.kind == "Block" for layer in layers))]
+    sizes = [sum(spec.numel for spec in layer.specs) for layer in layers]
+    bounds = stage_bounds(partition, [layer.kind for layer in layers], sizes, stages)
+    return [
+        Stage(
+            tuple(spec for layer in layers[first:last] for spec in layer.specs),
+            sum(layer.kind == "Block" for layer in layers[first:last]),
+        )
+        for first, last in pairwise(bounds)
+    ]

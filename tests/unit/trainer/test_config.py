@@ -123,6 +123,7 @@ REFUSALS = {
     "schedule.decay=5": "schedule: decay is for type wsd only; cosine ignores it, so leave it out",
     "schedule={type: wsd, warmup: -1}": "schedule.warmup: must be steps (a whole number) or a fraction of all steps",
     "parallel.partition=even": "parallel.partition: must be parameters, uniform, measured or type:REGEX, got 'even'",
+    "parallel.partition=type:(": "partition 'type:(': not a regular expression",
     "model.config={n_layer: 3}": "model (line 1): config.model_type is missing",
     "data.train=[]": "data.train: must not be empty, got []",
     "model=gpt2": "model: must be a mapping of keys, got 'gpt2'",

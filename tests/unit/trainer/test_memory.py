@@ -1,6 +1,5 @@
 """The memory plan against what torch and DeepSpeed really hold: tensors counted by storage, not by their own books."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from zeropipe.trainer.activations import activation_bytes, head_bytes
 from zeropipe.trainer.layout import Layout
 from zeropipe.trainer.memory import MemoryEstimate, estimate_memory, tidy
 from zeropipe.trainer.models.parameters import parameter_table
-from zeropipe.trainer.stages import balanced_bounds, split_layers
+from zeropipe.trainer.stages import layers_of, split_layers
 
 BUCKET = 50_000  # elements: as the JSONs below state it
 SLACK = 5_000  # bytes: Adam's step counters, losses, token ids and the like
@@ -202,17 +201,6 @@ def test_stages_tensor_ranks_and_checkpointing_divide_memory():
     assert half.activations == pytest.approx(whole.activations / 2, rel=0.15)  # the head works in chunks
 
 
-def test_layers_are_shared_out_as_deepspeed_does_it():
-    from deepspeed.runtime.utils import partition_balanced
-
-    for weights, parts in (([5, 1, 1, 1, 5], 3), ([38, *[7] * 12, 38], 4), ([1] * 9, 4), ([9, 1, 1], 2), ([3, 3], 2)):
-        bounds = balanced_bounds(weights, parts)
-        theirs = [int(bound) for bound in partition_balanced(weights, parts)]
-        heaviest = max(sum(weights[a:b]) for a, b in pairwise(theirs))
-        assert max(sum(weights[a:b]) for a, b in pairwise(bounds)) == heaviest
-        assert len(bounds) == parts + 1 and all(a < b for a, b in pairwise(bounds))
-
-
 def test_every_parameter_is_on_a_stage_and_the_tied_one_on_two():
     table = parameter_table({**GPT2, "vocab_size": 500})
     stages = split_layers(table, 2)
@@ -223,6 +211,21 @@ def test_every_parameter_is_on_a_stage_and_the_tied_one_on_two():
     assert split_layers(table, 1)[0].specs == tuple(table)
     untied = split_layers(parameter_table({**LLAMA, "vocab_size": 500}), 2)
     assert not any("tied" in spec.name for stage in untied for spec in stage.specs)
+
+
+def test_layers_are_those_of_the_pipeline():
+    from zeropipe.trainer.distributed import Ranks
+    from zeropipe.trainer.legality import PIPELINE_FAMILIES
+    from zeropipe.trainer.models.pipeline import PARTS, Builder
+
+    assert set(PARTS) == set(PIPELINE_FAMILIES)
+    import torch
+
+    for config in ({**GPT2, "vocab_size": 500}, {**LLAMA, "vocab_size": 500}):
+        builder = Builder(config, None, 0, torch.float32, Ranks())
+        layers = layers_of(parameter_table(config))
+        assert [layer.kind for layer in layers] == builder.layer_kinds()
+        assert [sum(spec.numel for spec in layer.specs) for layer in layers] == builder.layer_sizes()
 
 
 def test_sizes_as_people_read_them():

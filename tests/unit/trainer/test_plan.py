@@ -149,6 +149,7 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         {"parallel": {"pipeline": 3}, "batch": {"global": 9}},
         "than the model has layers.*at most 2",
     ),
+    ("pp type", 2, zero(1), {"parallel": {"pipeline": 2, "partition": "type:moe"}}, "matches 0 layers, too few for 2"),
     ("pp offload", 2, zero(1, offload_optimizer={"device": "cpu"}), PIPELINE, "offload_optimizer with a pipeline"),
     (
         "offload 0",
