@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
 
 from ..data_prep.errors import UserError
 from .environment import environment, write_environment
+from .exit_notes import LAUNCH_FOLDER
 from .progress import Progress, duration
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class RunLog:
         if not self.is_main:
             return
         if event in ("start", "resume"):
-            self.progress.say(heading(self.recipe, self.plan))
+            if LAUNCH_FOLDER not in os.environ:  # `zeropipe launch` has said so already
+                self.progress.say(heading(self.recipe, self.plan))
             fields |= {"total_steps": self.plan.total_steps, "layout": vars(self.plan.layout), "hosts": self.hosts}
         file = self._write({"kind": "event", "event": event, "step": step, **fields})
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from tests.tiny import tiny_recipe
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.config import Recipe
 from zeropipe.trainer.evaluation import EvalResult
+from zeropipe.trainer.exit_notes import LAUNCH_FOLDER
 from zeropipe.trainer.layout import Layout
 from zeropipe.trainer.metrics import RunLog, read_lines, read_metrics
 from zeropipe.trainer.progress import Progress, duration
@@ -196,7 +197,8 @@ def test_environment_names_versions_and_command(tmp_path):
     assert record["run"] == read_metrics(tmp_path)[0]["run"]
 
 
-def test_progress_lines_are_plain_without_a_terminal(tmp_path, capsys):
+def test_progress_lines_are_plain_without_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(LAUNCH_FOLDER, raising=False)
     with open_log(tmp_path, every=2) as log:
         log.event("start", 0)
         take(log, 1, 6)
