@@ -36,7 +36,7 @@ verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
 
 bench: setup
-	@for bench in benchmarks/[a-z]*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+	@for bench in $$(grep -l __main__ benchmarks/*.py); do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
 
 clean:
 	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis
