@@ -22,6 +22,7 @@ from .distributed import Ranks
 from .models.parameters import ParamSpec
 
 _HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
+_SCHEDULED = ("lr", "initial_lr", "betas", "momentum")  # what DeepSpeed's schedulers move
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -178,9 +179,7 @@ def read_scalars(engine: Any) -> dict[str, Any]:
         "optimizer": type(base).__name__,
         "kinds": moment_kinds(engine),
         "scalars": {key: values.pop() for key, values in numbers.items()},
-        "groups": [
-            {key: group[key] for key in (*_HYPERPARAMETERS, "name") if key in group} for group in base.param_groups
-        ],
+        "groups": [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in base.param_groups],
         "counters": {key: getattr(engine, key) for key in _COUNTERS},
         "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
         "loss_scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
@@ -218,16 +217,16 @@ def _scalar(base: torch.optim.Optimizer, flat: Tensor, value: float) -> Tensor |
 
 
 def write_scalars(engine: Any, saved: Mapping[str, Any]) -> None:
-    """Puts back what `read_scalars` read, except the optimizer's own step (`create_state`)."""
+    """Puts back what `read_scalars` read, except the optimizer's own step (`create_state`).
+
+    Of the hyperparameters, the learning rate, and what else a scheduler of the JSON moves. The others are as
+    configured now, so that a resumed run may change them.
+    """
     for key in _COUNTERS:
         setattr(engine, key, saved["counters"][key])
     if saved["scheduler"] is not None and engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved["scheduler"])
-    named = {group["name"]: group for group in saved["groups"] if "name" in group}
-    for index, group in enumerate(base_optimizer(engine).param_groups):
-        # a pipeline stage may lack a group that rank 0 has, so names go before positions
-        source = named.get(group.get("name")) or dict(enumerate(saved["groups"])).get(index, {})
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k in group})
+    _write_hyperparameters(engine, saved["groups"])
     scaler = _loss_scaler(engine)
     if scaler is not None and getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)):
         for key, value in saved["loss_scaler"].items():
@@ -236,6 +235,19 @@ def write_scalars(engine: Any, saved: Mapping[str, Any]) -> None:
     autocast_scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
     if autocast_scaler is not None and saved["autocast_scaler"] is not None:
         autocast_scaler.load_state_dict(saved["autocast_scaler"])
+
+
+def _write_hyperparameters(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
+    """A scheduler's `load_state_dict` does not set the learning rate of the step to come."""
+    keys = _SCHEDULED if engine.lr_scheduler is not None else ("lr",)
+    groups = base_optimizer(engine).param_groups
+    for index, group in enumerate(groups):
+        # a pipeline stage may have fewer groups than rank 0; schedules treat all alike
+        source = saved[index if len(groups) == len(saved) else 0]
+        for key in keys:
+            if key in source and key in group:
+                value = source[key]
+                group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _loss_scaler(engine: Any) -> Any:

@@ -61,31 +61,34 @@ def test_parameters_with_different_step_counts_are_refused():
         read_scalars(engine)
 
 
-def test_hyperparameters_and_counters_survive_json_exactly():
-    first, second = _parameters()
-    groups = [{"params": [first], "weight_decay": 0.1}, {"params": [second], "weight_decay": 0.0}]
-    source = _engine(torch.optim.AdamW(groups, lr=0.1 + 0.2, betas=(0.9, 0.95), eps=1e-7))
-    saved = json.loads(json.dumps(read_scalars(source)))
-    first, second = _parameters()
-    target = _engine(torch.optim.AdamW([{"params": [first]}, {"params": [second]}], lr=1.0, weight_decay=0.5))
+def _scheduler() -> SimpleNamespace:
+    return SimpleNamespace(state_dict=lambda: {"last_batch_iteration": 4}, load_state_dict=lambda state: None)
+
+
+def _two_groups(lr: float, betas: tuple, decay: float) -> torch.optim.AdamW:
+    groups = [{"params": _parameters(1), "weight_decay": decay}, {"params": _parameters(1), "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_what_a_schedule_moved_comes_back_and_what_is_configured_stays(scheduled):
+    source, target = _engine(_two_groups(0.1 + 0.2, (0.8, 0.95), 0.1)), _engine(_two_groups(1.0, (0.9, 0.99), 0.5))
     target.global_steps = target.global_samples = target.skipped_steps = 0
-    write_scalars(target, saved)
-    for group, expected in zip(target.optimizer.param_groups, (0.1, 0.0), strict=True):
-        assert (group["lr"], group["betas"], group["eps"]) == (0.1 + 0.2, (0.9, 0.95), 1e-7)
-        assert group["weight_decay"] == expected
+    if scheduled:
+        source.lr_scheduler, target.lr_scheduler = _scheduler(), _scheduler()
+    write_scalars(target, json.loads(json.dumps(read_scalars(source))))
+    for group, decay in zip(target.optimizer.param_groups, (0.5, 0.0), strict=True):
+        assert group["lr"] == 0.1 + 0.2
+        assert group["betas"] == ((0.8, 0.95) if scheduled else (0.9, 0.99))
+        assert group["weight_decay"] == decay
     assert (target.global_steps, target.global_samples, target.skipped_steps) == (5, 40, 1)
 
 
-def test_groups_are_matched_by_name_where_they_have_one():
-    """A pipeline stage may lack the first group."""
-    groups = [
-        {"params": _parameters(1), "weight_decay": 0.1, "name": "decay"},
-        {"params": _parameters(1), "weight_decay": 0.0, "name": "no_decay"},
-    ]
-    saved = read_scalars(_engine(torch.optim.AdamW(groups, lr=1e-3)))
-    stage = _engine(torch.optim.AdamW([{"params": _parameters(1), "weight_decay": 9.0, "name": "no_decay"}], lr=1.0))
+def test_a_pipeline_stage_may_have_fewer_groups_than_the_first():
+    saved = read_scalars(_engine(_two_groups(3e-4, (0.9, 0.95), 0.1)))
+    stage = _engine(torch.optim.AdamW(_parameters(1), lr=1.0, weight_decay=0.0))
     write_scalars(stage, saved)
-    assert [group["weight_decay"] for group in stage.optimizer.param_groups] == [0.0]
+    assert [(group["lr"], group["weight_decay"]) for group in stage.optimizer.param_groups] == [(3e-4, 0.0)]
 
 
 def _scaler() -> DynamicLossScaler:
