@@ -139,13 +139,14 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str,
 
 
 def _zero_3(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any]) -> dict[str, int]:
-    """runtime/zero/stage3.py: each parameter is cut into equal partitions; small ones stay whole beside theirs. In fp32
-    the partition could be its own master weight, but DeepSpeed compares a device with a string and copies it."""
+    """runtime/zero/stage3.py: each parameter is cut into equal partitions; small ones stay whole beside theirs, unless
+    there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
+    string and makes a copy."""
     width, ranks = _width(precision), layout.data * layout.sequence
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
     threshold = _number(ds, "stage3_param_persistence_threshold", 100_000)
-    persistent = sum(size for size in sizes.all if size <= threshold)
+    persistent = sum(size for size in sizes.all if size <= threshold) if ranks > 1 else 0
     states = 12 * part
     gradients = width * part
     bucket = width * _number(ds, "reduce_bucket_size", BUCKET)
@@ -157,7 +158,7 @@ def _zero_3(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any])
         "parameters": width * (persistent + (0 if layout.offload_param else part)),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": bucket + width * _gathered(sizes, persistent, ds),
+        "buffers": bucket + (width * _gathered(sizes, persistent, ds) if ranks > 1 else 0),
         "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }
