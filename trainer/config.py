@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..data_prep.errors import UserError
+from .overrides import apply_override
 from .recipe_errors import explain
-from .text_files import dotted, parse_yaml, read_named, yaml_lines
+from .text_files import parse_yaml, read_named, yaml_lines
 
 
 def _whole(value: Any) -> Any:
@@ -20,6 +22,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _from_home(value: Any) -> Any:
+    """No shell expands a ~ inside a recipe or after key=."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Place = Annotated[str, Field(min_length=1), BeforeValidator(_from_home)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 CountOrNever = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -42,7 +50,7 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    init: str = "random"
+    init: Place = "random"
     """"random", a Hugging Face folder (safetensors), or a run directory of ours to continue from."""
     config: dict[str, Any] = Field(default_factory=dict)
     """transformers' own configuration names, e.g. {model_type: gpt2, n_layer: 12}. vocab_size comes from the store."""
@@ -55,7 +63,7 @@ class Model(_Section):
 
 
 class Source(_Section):
-    store: str = Field(min_length=1)
+    store: Place
     """A token store, or a bare Megatron prefix."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the mixture, relative to the other sources."""
@@ -182,10 +190,10 @@ class Recipe(_Section):
     """Name of the run; the file's own name if left out."""
     seed: int = Field(default=1234, ge=0)
     """Everything random comes from it."""
-    output: Annotated[Path, Field(strict=False)] = Path("runs/run")
+    output: Annotated[Path, Field(strict=False), BeforeValidator(_from_home)] = Path("runs/run")
     """The run directory; runs/NAME if left out."""
     model: Model
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """A Hugging Face tokenizer folder; the one recorded in the store if left out."""
     data: Data
     objective: Literal["causal_lm"] = "causal_lm"
@@ -198,7 +206,7 @@ class Recipe(_Section):
     log: Log = Log()
     eval: Eval = Eval()
     save: Save = Save()
-    resume: str = Field(default="auto", min_length=1)
+    resume: Place = "auto"
     """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
 
     @model_validator(mode="before")
@@ -243,7 +251,7 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{source}: a recipe is a mapping of sections; got {type(values).__name__}")
     lines = yaml_lines(text)
     for override in overrides:
-        lines = _override(values, override, lines)
+        lines = apply_override(values, override, lines)
     values.setdefault("name", Path(source).stem)
     try:
         return Recipe.model_validate(values)
@@ -264,34 +272,3 @@ def dump_recipe(recipe: Recipe) -> str:
     if "split" not in recipe.data.model_fields_set and recipe.data.shares == (1, 0, 0):
         values["data"].pop("split")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _override(
-    values: dict[str, Any], override: str, lines: dict[tuple[str | int, ...], int]
-) -> dict[tuple[str | int, ...], int]:
-    """Sets one `section.key=value` in place; returns `lines` without the lines that no longer speak of it."""
-    key, equals, text = override.partition("=")
-    path: list[str | int] = [int(part) if part.isdigit() else part for part in key.strip().split(".")]
-    if not equals or not all(path[0:1]) or "" in path:
-        raise UserError(f"{override!r}: overrides are written section.key=value, such as optimizer.lr=3e-4")
-    place: Any = values
-    for depth, part in enumerate(path):
-        _check_step(place, part, path[:depth], override)
-        if depth == len(path) - 1:
-            place[part] = parse_yaml(text, f"override {override!r}")
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
-        else:
-            place = place[part]
-    return {known: line for known, line in lines.items() if list(known[: len(path)]) != path}
-
-
-def _check_step(place: Any, part: str | int, above: list[str | int], override: str) -> None:
-    if isinstance(place, dict) and isinstance(part, str):
-        return
-    if isinstance(place, list) and isinstance(part, int) and part < len(place):
-        return
-    what = f"a list of {len(place)}" if isinstance(place, list) else "a plain value"
-    if isinstance(place, dict):
-        what = "a mapping, and takes names"
-    raise UserError(f"override {override!r}: {dotted(above) or 'the recipe'} is {what}; there is no {part!r} in it")

@@ -75,6 +75,14 @@ def test_overrides(recipe):
     assert loaded.output == Path("/tmp/a=b")
 
 
+def test_the_home_folder_is_found_in_paths(recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ("output=~/runs", "data.train.0.store=~/data/x", "tokenizer=~/t", "resume=~/old", "model.init=~/m")
+    loaded = recipe(MINIMAL, *words)
+    found = (loaded.output, loaded.data.train[0].store, loaded.tokenizer, loaded.resume, loaded.model.init)
+    assert [str(path) for path in found] == [f"/home/me/{name}" for name in ("runs", "data/x", "t", "old", "m")]
+
+
 def test_warmup_is_steps_or_a_fraction(recipe):
     assert recipe(MINIMAL, "schedule.warmup=100").schedule.warmup == 100
     assert recipe(MINIMAL, "schedule.warmup=0.25").schedule.warmup == 0.25
