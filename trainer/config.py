@@ -132,7 +132,8 @@ class Duration(_Section):
     def _exactly_one(self) -> Duration:
         stated = [key for key in ("steps", "tokens", "epochs") if getattr(self, key) is not None]
         if len(stated) != 1:
-            raise ValueError(f"state exactly one of steps, tokens, epochs; got {', '.join(stated) or 'none'}")
+            hint = f" (duration.{stated[0]}=null takes one away)" if stated else ""
+            raise ValueError(f"state exactly one of steps, tokens, epochs; got {', '.join(stated) or 'none'}{hint}")
         return self
 
 
