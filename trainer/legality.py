@@ -159,6 +159,9 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
     heads = config_value(model, family.heads) if family else model.get("num_attention_heads") or size
     if heads % size:
         yield f"sequence parallel {size} does not divide the {heads} heads; sizes that do: {_divisors(heads)}"
+    kv_heads = model.get("num_key_value_heads") or heads
+    if kv_heads % size and size % kv_heads:
+        yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads"
 
 
 def _settings(ds: Mapping[str, Any]) -> Iterator[str]:

@@ -122,7 +122,7 @@ REFUSALS = {
     "optimizer.betas=[0.9, 1.0]": "optimizer.betas.1: must be less than 1, got 1.0",
     "save.every=true": "save.every: must be a whole number, got True",
     "seed=1.5": "seed: must be a whole number, got 1.5",
-    "duration.tokens=5": "duration (line 3): state exactly one of steps, tokens, epochs; got steps, tokens (duration.steps=null",
+    "duration.tokens=5": "exactly one of steps, tokens, epochs; got steps, tokens (duration.steps=null takes one away)",
     "duration={}": "duration: state exactly one of steps, tokens, epochs; got none",
     "data.split=most": "split must be shares of train, valid and test, such as '949,50,1'; got 'most'",
     'data.split="0,1,1"': "split must be shares",

@@ -193,6 +193,27 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         {},
         "8 does not divide the 4 heads; sizes that do: 1, 2, 4",
     ),
+    (
+        "sp kv heads",
+        4,
+        {**zero(1), "sequence_parallel_size": 4},
+        {"model": {"config": {**LLAMA, "num_attention_heads": 12, "hidden_size": 96, "num_key_value_heads": 6}}},
+        "sequence parallel 4 neither divides nor is a multiple of the 6 key-value heads",
+    ),
+    (
+        "tp kv heads",
+        4,
+        {**zero(1), "tensor_parallel": {"autotp_size": 4}},
+        {"model": {"config": {**LLAMA, "num_attention_heads": 12, "hidden_size": 96, "num_key_value_heads": 6}}},
+        "tensor parallel 4 neither divides nor is a multiple of the 6 key-value heads",
+    ),
+    (
+        "tp mlp",
+        4,
+        {**zero(1), "tensor_parallel": {"autotp_size": 4}},
+        {"model": {"config": {**GPT2, "n_inner": 90}}},
+        "tensor parallel 4 does not divide the 90 units of the MLP",
+    ),
     ("tp heads", 3, {**zero(1), "tensor_parallel": {"autotp_size": 3}}, {}, "does not divide the 4 heads"),
     (
         "tp odd",
