@@ -10,6 +10,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import logging
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer as muon  # imported by every ZeRO engine, and drags in inductor
 import torch
 import transformers
 from transformers.models.gpt2 import modeling_gpt2
@@ -20,4 +21,4 @@ from zeropipe.trainer.distributed import prepare_backend
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 prepare_backend()
-PRELOADED = (deepspeed, transformers, modeling_gpt2, modeling_llama)
+PRELOADED = (deepspeed, muon, transformers, modeling_gpt2, modeling_llama)
