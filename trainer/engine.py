@@ -112,35 +112,32 @@ class ZeroEngine:
 
     def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
         started = time.perf_counter()
-        batch = next_batch(stream, self.ranks)
+        batch, totals = next_batch(stream, self.ranks, stop)
         data_seconds = time.perf_counter() - started
-        (tokens,) = self._data_sum([float(batch.tokens)])
         self._set_learning_rate(step)
         losses = []
         for number, micro in enumerate(batch.micro_batches):
             self._seed(step, number)
             loss = self._forward(micro)
             # DeepSpeed averages gradients over the replicas; the loss is a mean over all tokens
-            self.deepspeed.backward(loss * (self.ranks.replicas / tokens), scale_wrt_gas=False)
+            self.deepspeed.backward(loss * (self.ranks.replicas / totals.tokens), scale_wrt_gas=False)
             norm = self._unpartitioned_norm() if number + 1 == len(batch.micro_batches) else None
             lr = self.deepspeed.optimizer.param_groups[0]["lr"]
             self.deepspeed.step()
             losses.append(loss.detach())
         (loss_sum,) = self._replica_sum([float(torch.stack(losses).double().sum())])
-        low, high = self._data_sum(split(batch.ledger))
-        asked = not self.ranks.all_true(not stop)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         return StepOutput(
-            loss=loss_sum / tokens,
+            loss=loss_sum / totals.tokens,
             grad_norm=None if norm is None else float(norm),
             lr=lr,
-            tokens=int(tokens),
+            tokens=totals.tokens,
             seconds=time.perf_counter() - started,
             data_seconds=data_seconds,
             samples=(batch.first, batch.stop),
-            ledger=join([low, high]),
-            stop=asked,
+            ledger=totals.ledger,
+            stop=totals.stop,
         )
 
     def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
@@ -203,8 +200,17 @@ class ZeroEngine:
         return square.sqrt()
 
 
-def next_batch(stream: BatchStream, ranks: Ranks) -> StepBatch:
-    """The next global batch's part of this rank. Collective.
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks together bring to a step, known before it begins."""
+
+    tokens: int  # unmasked, of the global batch
+    ledger: int
+    stop: bool  # some rank was asked to stop
+
+
+def next_batch(stream: BatchStream, ranks: Ranks, stop: bool) -> tuple[StepBatch, StepTotals]:
+    """This rank's part of the next global batch, and what all ranks bring to it: one reduction. Collective.
 
     Raises:
         UserError: on every rank, where one of them cannot read its data.
@@ -214,10 +220,14 @@ def next_batch(stream: BatchStream, ranks: Ranks) -> StepBatch:
         batch = stream.next_step()
     except UserError as error:
         problem = str(error)
-    if not ranks.all_true(problem is None):
+    # the other ranks of a tensor, sequence or pipeline group read the same samples
+    counted = ranks.tensor == ranks.sequence == ranks.pipeline == 0
+    mine = [float(batch.tokens), *split(batch.ledger)] if batch is not None and counted else [0.0, 0.0, 0.0]
+    failed, stopped, tokens, low, high = ranks.all_sum([float(batch is None), float(stop), *mine])
+    if failed:
         ranks.raise_together(problem)
     assert batch is not None
-    return batch
+    return batch, StepTotals(int(tokens), join([low, high]), stopped > 0)
 
 
 def planned_rate(recipe: Recipe, plan: Plan, step: int) -> float:

@@ -15,7 +15,6 @@ from .config import Recipe
 from .data import Batch, BatchStream
 from .distributed import Ranks
 from .engine import DTYPES, StepOutput, next_batch, parameter_groups, planned_rate, runtime_config
-from .ledger import join, split
 from .models.build import Values
 from .models.cross_entropy import loss_sum, whole_logits
 from .noise import hushed
@@ -57,12 +56,9 @@ class PipeEngine:
 
     def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
         started = time.perf_counter()
-        batch = next_batch(stream, self.ranks)
+        batch, totals = next_batch(stream, self.ranks, stop)
         data_seconds = time.perf_counter() - started
-        counted = self.ranks.tensor == 0 and self.ranks.pipeline == 0  # the others read the same samples
-        sums = [float(batch.tokens), *split(batch.ledger)]
-        tokens, low, high, stops = self.ranks.all_sum([*(x if counted else 0.0 for x in sums), float(stop)])
-        self._stages.loss_fn.scale = len(batch.micro_batches) * self.ranks.data_size / tokens
+        self._stages.loss_fn.scale = len(batch.micro_batches) * self.ranks.data_size / totals.tokens
         self._step, self._stages.micro = step, 0
         self._set_learning_rate(step)
         lr = self.deepspeed.optimizer.param_groups[0]["lr"]
@@ -74,12 +70,12 @@ class PipeEngine:
             loss=loss,
             grad_norm=None if norm is None else float(norm),
             lr=lr,
-            tokens=int(tokens),
+            tokens=totals.tokens,
             seconds=time.perf_counter() - started,
             data_seconds=data_seconds,
             samples=(batch.first, batch.stop),
-            ledger=join([low, high]),
-            stop=stops > 0,
+            ledger=totals.ledger,
+            stop=totals.stop,
         )
 
     def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
