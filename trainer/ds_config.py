@@ -185,9 +185,13 @@ def _batches(recipe: Recipe, resolved: dict[str, Any], layout: Layout, clashes: 
             return
         target = micro * accumulation * layout.data
     if target % layout.data:
-        lower, upper = target // layout.data * layout.data, -(-target // layout.data) * layout.data
-        near = " or ".join(str(value) for value in dict.fromkeys((lower, upper)) if value)
-        clashes.append(f"batch.global {target} cannot be shared by {layout.data} data-parallel ranks; nearest: {near}")
+        unit = layout.data * (micro or 1)
+        near = [str(value) for value in (target // unit * unit, -(-target // unit) * unit) if value]
+        clashes.append(
+            f"batch.global {target} cannot be shared by {layout.data} data-parallel ranks"
+            + (f" in micro batches of {micro}" if micro else "")
+            + f"; nearest: {' or '.join(near)}"
+        )
         return
     per_rank = target // layout.data
     if micro is None and accumulation is not None and per_rank % accumulation == 0:
