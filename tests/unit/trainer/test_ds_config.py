@@ -243,6 +243,7 @@ def test_one_error_lists_every_mismatch():
         (None, {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 2, (2, 3)),
         (9, {}, 2, "batch.global 9 cannot be shared by 2 data-parallel ranks; nearest: 8 or 10"),
         (8, {}, 16, "batch.global 8 cannot be shared by 16 data-parallel ranks; nearest: 16"),
+        (8, {"train_micro_batch_size_per_gpu": 4}, 16, "by 16 data-parallel ranks in micro batches of 4; nearest: 64"),
         (
             8,
             {"gradient_accumulation_steps": 3},
