@@ -60,7 +60,9 @@ class Session:
         notes = read_notes(self.folder)
         code = verdict(process.returncode, notes, self.ranks, bool(self.requests))
         if code == EXIT_RANK_FAILED:
-            print(f"error: {what_failed(process.returncode, notes, self.ranks)}", file=sys.stderr)
+            killed = len(self.requests) > 1
+            what = "killed on request" if killed else what_failed(process.returncode, notes, self.ranks)
+            print(f"error: {what}. The same command resumes from the newest checkpoint", file=sys.stderr)
         return code
 
     def _note_request(self, number: int, _frame: object) -> None:
@@ -119,7 +121,7 @@ def what_failed(status: int, notes: Mapping[int, int], ranks: int) -> str:
     if number in set(signal.Signals):
         hint = " (out of memory?)" if number == signal.SIGKILL else ""
         parts.append(f"one was ended by {signal.Signals(number).name}{hint}")
-    return "; ".join(parts or ["a launcher was killed"]) + ". The same command resumes from the newest checkpoint"
+    return "; ".join(parts or ["a launcher was killed"])
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -91,11 +91,12 @@ def test_a_stop_signal_lets_every_rank_save(tmp_path, number):
     assert sorted(path.name for path in tmp_path.glob("exit-*")) == ["exit-00000", "exit-00001"]
 
 
-def test_a_second_signal_kills_ranks_and_what_they_started(tmp_path):
+def test_a_second_signal_kills_ranks_and_what_they_started(tmp_path, capfd):
     signal_me_when_ready(tmp_path, signal.SIGTERM, signal.SIGTERM)
     before = time.monotonic()
     assert start(tmp_path, IGNORES_SIGTERM)[1] == 3
     assert time.monotonic() - before < 20
+    assert "error: killed on request" in capfd.readouterr().err
 
 
 def test_handlers_are_put_back(tmp_path):
