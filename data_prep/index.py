@@ -83,7 +83,7 @@ class IndexFile:
                 f"{path}: {size} bytes, but its header promises {header.sequences} sequences and "
                 f"{header.entries} document entries, which is {header.size} bytes: the file is truncated or damaged"
             )
-        raw = np.memmap(path, np.uint8, "r")
+        raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
         ends = np.cumsum([HEADER.size, 4 * header.sequences, 8 * header.sequences, 8 * header.entries])
         self.lengths = raw[ends[0] : ends[1]].view("<i4")
         self.offsets = raw[ends[1] : ends[2]].view("<i8")
