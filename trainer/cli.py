@@ -1,4 +1,4 @@
-"""The trainer's verbs: train, eval, generate, export, ckpt, report. `commands.py` runs them."""
+"""The trainer's verbs: train, eval, generate, export, ckpt, report, parity. `commands.py` runs them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from . import commands
+from . import commands, exchange_commands, parity_command
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "a run directory, one of its checkpoints, or a Hugging Face folder"
@@ -21,6 +21,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     _register_ckpt(verbs)
     parser = _add(verbs, "report", commands.report, "a run's loss curve, throughput, evaluations and resumes")
     parser.add_argument("run_directory", metavar="RUN")
+    parity_command.register(verbs)
 
 
 def _add(
@@ -109,7 +110,7 @@ def _register_export(verbs: argparse._SubParsersAction) -> None:
 
 
 def _register_ckpt(verbs: argparse._SubParsersAction) -> None:
-    parser = _add(verbs, "ckpt", None, "list, verify, prune checkpoints; audit the samples consumed")
+    parser = _add(verbs, "ckpt", None, "list, verify, prune, import, convert checkpoints; audit the samples")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=type(parser))
     listing = _add(actions, "ls", commands.ckpt_ls, "list checkpoints, their step and size")
     verify = _add(actions, "verify", commands.ckpt_verify, "compare every byte with the manifest")
@@ -121,3 +122,4 @@ def _register_ckpt(verbs: argparse._SubParsersAction) -> None:
         action.add_argument("path", metavar="RUN", help="a run directory, its checkpoints/, or one of them")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many to keep")
     audit.add_argument("path", metavar="RUN", help="a run directory")
+    exchange_commands.register(actions)
