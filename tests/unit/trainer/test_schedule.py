@@ -1,5 +1,7 @@
 """Learning rates against torch's and transformers' own schedulers, and at the corners."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
@@ -23,7 +25,7 @@ def test_peak_and_floor_are_reached(kind):
     rates = [learning_rate(s, kind, 1.0, 0.1, total=50, warmup=5, decay=20) for s in range(60)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert 0.1 < rates[49] < 0.15 and rates[50] == pytest.approx(0.1) and rates[59] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[4:]))
     if kind == "wsd":
         assert rates[4:30] == [1.0] * 26 and rates[30] < 1.0
 
