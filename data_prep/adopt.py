@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
+from .index import runs
 from .manifest import FileRecord, Manifest, ShardRecord, file_record
 from .store import Shard, TokenStore
 from .tokenizer import adopt_tokenizer
@@ -19,6 +20,7 @@ from .workspace import Workspace, disk_errors
 from .writer import ShardWriter
 
 COPY_TOKENS = 8 << 20
+COPY_DOCUMENTS = 1 << 20
 
 
 def import_prefixes(
@@ -99,16 +101,13 @@ def merge(paths: Sequence[str], output: Path, overwrite: bool = False) -> TokenS
 
 
 def _append(shard: Shard, writer: ShardWriter) -> None:
-    """All documents of a shard, in pieces of bounded size but for single larger documents."""
-    first = 0
-    while first < shard.num_documents:
-        last = first + 1
-        starts = [shard.document_start(first), shard.document_start(last)]
-        while last < shard.num_documents and starts[-1] - starts[0] < COPY_TOKENS:
-            last += 1
-            starts.append(shard.document_start(last))
-        writer.append(shard.tokens[starts[0] : starts[-1]], np.diff(starts))
-        first = last
+    """All documents of a shard, in pieces of bounded size."""
+    for low in range(0, shard.num_documents, COPY_DOCUMENTS):
+        high = min(low + COPY_DOCUMENTS, shard.num_documents)
+        starts = np.array([shard.document_start(document) for document in range(low, high + 1)])
+        lengths = np.diff(starts)
+        for first, stop in runs(lengths, COPY_TOKENS):
+            writer.append(shard.tokens[starts[first] : starts[stop]], lengths[first:stop])
 
 
 def _make_store(output: Path, overwrite: bool, make: Callable[[Path], Manifest]) -> TokenStore:
@@ -118,8 +117,9 @@ def _make_store(output: Path, overwrite: bool, make: Callable[[Path], Manifest])
             raise UserError(f"{output}: exists already; choose another --output, or add --overwrite")
         work.clear()
         work.store.mkdir()
-        make(work.store).save(work.store)
-        work.publish()
+        manifest = make(work.store)
+        manifest.save(work.store)
+        work.publish(manifest.fingerprint)
     return TokenStore.open(output)
 
 

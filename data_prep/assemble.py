@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .index import runs
 from .shuffle import shuffled
 from .tasks import META, Record, part_files
 from .writer import ShardWriter
 
+BLOCK_TOKENS = 4 << 20
 DIGESTS = 4 << 20  # documents compared at a time when duplicates are sought
 
 
@@ -61,48 +63,51 @@ class Assembler:
         while not self.enough and (ready := self._early.pop(self._next, None)):
             self._next += 1
             self.records.append(ready)
-            meta = self._meta(ready)
-            keep = np.ones(len(meta), bool)
+            keep = np.ones(ready.documents, bool)
             if not self.plan.deduplicate:
-                self._apply_limit(keep)
-                self._count(meta, keep)
+                self._count(ready, keep)
             if self._wait:
                 self._keep.append(keep)
             else:
-                self.writer.append(*self._kept(ready, meta, keep))
+                self._write_part(ready, keep)
 
     def finish(self) -> Totals:
         if self.plan.deduplicate:
             self._drop_duplicates()
             for record, keep in zip(self.records, self._keep, strict=True):
-                self._apply_limit(keep)
-                self._count(self._meta(record), keep)
-        if self._wait:
-            for tokens, lengths in self._in_order() if self.plan.shuffle is None else self._shuffled(self.plan.shuffle):
+                self._count(record, keep)
+        if self.plan.shuffle is not None:
+            for tokens, lengths in self._shuffled(self.plan.shuffle):
                 self.writer.append(tokens, lengths)
+        elif self._wait:
+            for record, keep in zip(self.records, self._keep, strict=True):
+                self._write_part(record, keep)
         return self.totals
 
     def _meta(self, record: Record) -> np.ndarray:
         return np.fromfile(part_files(self.directory, record.number)["meta"], META)
 
-    def _kept(self, record: Record, meta: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and lengths of the documents of a part that are kept."""
-        path = part_files(self.directory, record.number)["bin"]
-        tokens = np.memmap(path, self.writer.dtype, "r") if record.tokens else np.empty(0, self.writer.dtype)
-        if keep.all():
-            return tokens, meta["tokens"]
-        return tokens[np.repeat(keep, meta["tokens"])], meta["tokens"][keep]
-
-    def _apply_limit(self, keep: np.ndarray) -> None:
+    def _count(self, record: Record, keep: np.ndarray) -> None:
+        """Adds the kept documents of a part to the totals, after taking those beyond the limit out of `keep`."""
         if self.plan.limit_documents is not None:
             beyond = np.flatnonzero(keep)[max(0, self.plan.limit_documents - self.totals.documents) :]
             keep[beyond] = False
             self.totals.beyond_limit += len(beyond)
-
-    def _count(self, meta: np.ndarray, keep: np.ndarray) -> None:
+        meta = self._meta(record)
         self.totals.documents += int(keep.sum())
         self.totals.tokens += int(meta["tokens"].sum(dtype=np.int64, where=keep))
         self.totals.text_bytes += int(meta["bytes"].sum(where=keep))
+
+    def _write_part(self, record: Record, keep: np.ndarray) -> None:
+        """Appends the kept documents of a part, block by block: a part may be a huge compressed file's."""
+        lengths = self._meta(record)["tokens"]
+        with part_files(self.directory, record.number)["bin"].open("rb") as file:
+            for first, stop in runs(lengths, BLOCK_TOKENS):
+                own, kept = lengths[first:stop], keep[first:stop]
+                tokens = np.fromfile(file, self.writer.dtype, int(own.sum(dtype=np.int64)))
+                if not kept.all():
+                    tokens, own = tokens[np.repeat(kept, own)], own[kept]
+                self.writer.append(tokens, own)
 
     def _drop_duplicates(self) -> None:
         """Keeps the first of the documents with the same 128-bit digest of their text.
@@ -130,10 +135,6 @@ class Assembler:
         digests = self._meta(record)["digest"]
         places = np.flatnonzero((digests[:, 0] >= np.uint64(low)) & (digests[:, 0] <= np.uint64(high)))
         return digests[places], places
-
-    def _in_order(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for record, keep in zip(self.records, self._keep, strict=True):
-            yield self._kept(record, self._meta(record), keep)
 
     def _shuffled(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         which, lengths, starts = [], [], []

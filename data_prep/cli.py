@@ -73,7 +73,7 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     output.add_argument("--workers", type=int, metavar="N", help="processes (one per core; 0: none but this one)")
     output.add_argument("--task-size", type=size, default=32 << 20, metavar="SIZE", help="of input at a time (32Mi)")
     output.add_argument("--mpi", action="store_true", help="under mpirun: the other ranks do the tasks")
-    output.add_argument("--memory", type=size, default=1_200_000_000, metavar="SIZE", help="for all workers (1.2G)")
+    output.add_argument("--worker-memory", type=size, default=500_000_000, metavar="SIZE", help="of each (500M)")
     output.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run_prepare)
 
@@ -108,7 +108,7 @@ def _options(args: argparse.Namespace) -> Options:
         assembly=Assembly(args.deduplicate, args.limit_documents, args.shuffle),
         shard_bytes=args.shard_size,
         workers=default_workers() if args.workers is None else args.workers,
-        memory=args.memory,
+        worker_memory=args.worker_memory,
         overwrite=args.overwrite,
         quiet=args.quiet,
     )

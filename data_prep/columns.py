@@ -13,7 +13,7 @@ from .documents import BadDocument
 from .errors import UserError
 from .sources import Slice
 
-ROWS = 1024  # read at a time
+ROWS = 256  # read at a time
 
 
 def split_parquet(file: Slice, task_bytes: int) -> Iterator[Slice]:
@@ -96,8 +96,7 @@ def _text(batch: pa.RecordBatch, path: str, text_key: str) -> Iterator[bytes | N
         column = column.dictionary_decode()
     kind = column.type
     _require(pa.types.is_string(kind) or pa.types.is_large_string(kind) or _binary(kind), path, text_key, batch.schema)
-    for value in column.cast(pa.large_binary()):
-        yield value.as_py()
+    yield from column.cast(pa.large_binary()).to_pylist()
 
 
 def _binary(kind: pa.DataType) -> bool:

@@ -90,6 +90,17 @@ class IndexFile:
         self.documents = raw[ends[2] : ends[3]].view("<i8")
 
 
+def runs(lengths: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges [first, stop) of documents of at most `limit` tokens together, or of one longer document."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first = 0
+    while first < len(lengths):
+        base = int(ends[first - 1]) if first else 0
+        stop = max(first + 1, int(np.searchsorted(ends, base + limit, side="right")))
+        yield first, stop
+        first = stop
+
+
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     """Writes an .idx in which every sequence is one document. `lengths`: int32 [N], in tokens."""
     with path.open("wb") as file:

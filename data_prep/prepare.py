@@ -34,7 +34,7 @@ from .writer import ShardWriter
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for. Only `workers`, `mpi`, `memory`, `overwrite` and `quiet` leave the output unchanged."""
+    """What the user asked for. Only `workers`, `worker_memory`, `overwrite` and `quiet` leave the output unchanged."""
 
     output: Path
     inputs: tuple[str, ...] = ()
@@ -50,8 +50,7 @@ class Options:
     assembly: Assembly = field(default_factory=Assembly)
     shard_bytes: int = 4 << 30
     workers: int = 1  # 0: in this process
-    mpi: bool = False
-    memory: int = 1_200_000_000  # bytes, of all workers together, that encoders' caches may grow to
+    worker_memory: int = 500_000_000  # bytes that a worker may grow to by its encoder's caches
     overwrite: bool = False
     quiet: bool = False
 
@@ -65,6 +64,9 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
     tasks = plan_tasks(options.inputs, options.builtin, options.source)
     work = Workspace(options.output)
     with work.locked(), disk_errors(options.output):
+        if work.was_published(_settings(options)):
+            shutil.rmtree(work.root)
+            return TokenStore.open(options.output)
         if options.output.exists() and not options.overwrite:
             raise UserError(f"{options.output}: exists already; choose another --output, or add --overwrite")
         resumed = work.begin(_identity(options, tasks), options.overwrite)
@@ -81,7 +83,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
             text_key=options.text_key,
             on_error=options.on_error,
             filters=options.filters,
-            memory=options.memory // max(1, options.workers),
+            memory=options.worker_memory,
         )
         try:
             assembler = _run(options, job, tasks, work, progress, executor)
@@ -96,7 +98,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
             work.clear()
             raise UserError(_empty(options, assembler))
         _complete_store(options, tasks, vocabulary, assembler, work)
-        work.publish()
+        work.publish(Manifest.load(work.store).fingerprint)
     return TokenStore.open(options.output)
 
 

@@ -14,7 +14,7 @@ class Progress:
         self.total_bytes = total_bytes
         self.quiet = quiet
         self.stream = stream or sys.stderr
-        self.documents = self.tokens = self.bytes = 0
+        self.documents = self.tokens = self.text_bytes = self.source_bytes = 0
         self.terminal = self.stream.isatty()
         self.started = self._printed = time.monotonic()
         self._skipped = 0
@@ -23,13 +23,14 @@ class Progress:
         """Notes source bytes that were done before this run: they count for the share, not for the speed."""
         self._skipped += cost
 
-    def batch(self, documents: int, tokens: int) -> None:
+    def batch(self, documents: int, tokens: int, text_bytes: int) -> None:
         self.documents += documents
         self.tokens += tokens
+        self.text_bytes += text_bytes
         self._print(0.5 if self.terminal else 10)
 
     def task(self, cost: int) -> None:
-        self.bytes += cost
+        self.source_bytes += cost
         self._print(0.5 if self.terminal else 10)
 
     def _print(self, interval: float) -> None:
@@ -41,11 +42,11 @@ class Progress:
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        done, left = self._skipped + self.bytes, self.total_bytes - self._skipped - self.bytes
-        eta = f"{left / (self.bytes / seconds):,.0f} s left" if self.bytes else "time left unknown"
+        done, left = self._skipped + self.source_bytes, self.total_bytes - self._skipped - self.source_bytes
+        eta = f"{left / (self.source_bytes / seconds):,.0f} s left" if self.source_bytes else "time left unknown"
         return (
             f"{100 * done / max(1, self.total_bytes):3.0f} %  {self.documents / seconds:,.0f} documents/s  "
-            f"{self.bytes / seconds / 1e6:,.1f} MB/s  {self.tokens / seconds:,.0f} tokens/s  {eta}"
+            f"{self.text_bytes / seconds / 1e6:,.1f} MB/s  {self.tokens / seconds:,.0f} tokens/s  {eta}"
         )
 
     def inform(self, text: str) -> None:

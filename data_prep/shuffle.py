@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .index import runs
+
 BLOCK_TOKENS = 4 << 20  # tokens gathered at a time
 OPEN_FILES = 200
 
@@ -27,17 +29,12 @@ def shuffled(
     Takes about 40 bytes of memory a document.
     """
     order = np.argsort(splitmix(np.arange(len(which), dtype=np.uint64), seed), kind="stable")
-    ends = np.cumsum(lengths[order], dtype=np.int64)
     files = _Files(path_of)
-    first = 0
-    while first < len(order):
-        base = int(ends[first - 1]) if first else 0
-        stop = max(first + 1, int(np.searchsorted(ends, base + BLOCK_TOKENS, side="right")))
+    for first, stop in runs(lengths[order], BLOCK_TOKENS):
         chosen = order[first:stop]
         columns = zip(*(column[chosen].tolist() for column in (which, starts, lengths)), strict=True)
         pieces = [files.read(part, start * dtype.itemsize, length * dtype.itemsize) for part, start, length in columns]
         yield np.frombuffer(b"".join(pieces), dtype), lengths[chosen]
-        first = stop
     files.close()
 
 

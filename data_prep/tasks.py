@@ -66,6 +66,9 @@ class Record:
     digests: dict[str, str] = field(default_factory=dict)
 
 
+Progress = Callable[[int, int, int], None]  # documents, tokens and bytes of text added
+
+
 class Worker:
     """Runs tasks one after the other, keeping the encoder between them."""
 
@@ -76,8 +79,8 @@ class Worker:
         self.keep = compile_pattern("--keep-regex", job.filters.keep)
         self.drop = compile_pattern("--drop-regex", job.filters.drop)
 
-    def run(self, task: Task, progress: Callable[[int, int], None] = lambda documents, tokens: None) -> Record:
-        """Makes the part of a task. Calls `progress(documents, tokens)` after each batch with what was added."""
+    def run(self, task: Task, progress: Progress = lambda documents, tokens, text_bytes: None) -> Record:
+        """Makes the part of a task. Calls `progress` after each batch with what was added."""
         record = Record(task.number, task_source(task))
         files = part_files(Path(self.job.parts), task.number)
         temporary = {kind: path.with_name(f"{path.name}.{os.getpid()}.tmp") for kind, path in files.items()}
@@ -89,7 +92,7 @@ class Worker:
                     _write(file, data, digests[kind])
                 record.documents += len(meta)
                 record.tokens += len(tokens)
-                progress(len(meta), len(tokens))
+                progress(len(meta), len(tokens), int(meta["bytes"].sum()))
         record.digests = {kind: digest.hexdigest() for kind, digest in digests.items()}
         for kind in digests:
             temporary[kind].replace(files[kind])

@@ -16,10 +16,9 @@ from typing import Any
 
 from .errors import UserError
 from .sources import Task
-from .tasks import Job, Record, Worker
+from .tasks import Job, Progress, Record, Worker
 
 ATTEMPTS = 3  # of one task, before its workers' deaths count as its fault
-Progress = Callable[[int, int], None]  # documents and tokens added
 
 
 def run_here(job: Job, tasks: Sequence[Task], progress: Progress) -> Generator[Record]:
@@ -35,7 +34,7 @@ def run_executor(job: Job, tasks: Sequence[Task], progress: Progress, executor: 
     try:
         for future in as_completed(futures):
             record = future.result()
-            progress(record.documents, record.tokens)
+            progress(record.documents, record.tokens, record.text_bytes)
             yield record
     finally:
         for future in futures:
@@ -146,10 +145,10 @@ def _serve(job: Job, pipe: Connection) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
-    def progress(documents: int, tokens: int) -> None:
+    def progress(*added: int) -> None:
         if pipe.poll():  # nothing is sent to a busy worker: the pipe is closed
             os._exit(1)
-        pipe.send(("progress", (documents, tokens)))
+        pipe.send(("progress", added))
 
     try:
         worker: Worker | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .manifest import sync_directory, write_durably
+from .manifest import Manifest, sync_directory, write_durably
 
 
 class Workspace:
@@ -76,8 +76,9 @@ class Workspace:
         shutil.rmtree(self.root, ignore_errors=True)
         return False
 
-    def publish(self) -> None:
+    def publish(self, fingerprint: str) -> None:
         """Puts the finished store in its place at one stroke and removes the work."""
+        write_durably(self.root / "published", fingerprint)
         for path in (*self.store.rglob("*"), self.store):
             if path.is_dir():
                 sync_directory(path)
@@ -88,6 +89,14 @@ class Workspace:
         self.store.rename(self.output)
         sync_directory(self.output.parent)
         shutil.rmtree(self.root)
+
+    def was_published(self, settings: dict[str, Any]) -> bool:
+        """Whether a run with these settings was killed between putting its store in place and removing the work."""
+        note = self.root / "published"
+        if not (self.output.exists() and note.exists()):
+            return False
+        manifest = Manifest.load(self.output)
+        return manifest.fingerprint == note.read_text() and manifest.settings == json.loads(json.dumps(settings))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -48,6 +48,7 @@ def test_merging_writes_one_pair(
     tmp_path: Path, prefixes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     monkeypatch.setattr(adopt, "COPY_TOKENS", piece)
+    monkeypatch.setattr(adopt, "COPY_DOCUMENTS", piece)
     store = merge([str(prefix) for prefix in prefixes], tmp_path / "merged")
     documents = [*random_documents(40, 1), *random_documents(60, 2)]
     binary, index = megatron_files(documents, 1000)

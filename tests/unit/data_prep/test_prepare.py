@@ -212,6 +212,25 @@ def test_a_corrected_file_costs_only_its_own_task(tmp_path: Path, tokenizer: Pat
     assert len(set(counted_tasks[:before]) & set(counted_tasks[before:])) == 0
 
 
+def test_a_run_killed_while_it_cleans_up_has_made_its_store(
+    options: Options, counted_tasks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, **_) -> None:
+        if path.name == ".store.preparing":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zeropipe.data_prep.workspace.shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options)
+    before = list(counted_tasks)
+    with pytest.raises(UserError, match="exists already"):  # another order of the documents is another store
+        prepare(replace(options, assembly=Assembly(shuffle=1)))
+    store = prepare(options)
+    assert counted_tasks == before and not verify(store.path)
+    assert not list(options.output.parent.glob(".store*"))
+
+
 def test_encoders_that_differ_midway_start_the_job_again(
     tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
