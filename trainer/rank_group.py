@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -75,7 +77,8 @@ def _rank(sender: Connection, environment: dict[str, str], function: Callable[..
 
     from .distributed import shut_down
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(environment["WORLD_SIZE"])))
+    share = max(1, len(os.sched_getaffinity(0)) // int(environment["WORLD_SIZE"]))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
     try:
         result = False, function(*arguments)
     except BaseException:
@@ -88,6 +91,9 @@ def _rank(sender: Connection, environment: dict[str, str], function: Callable[..
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the kernel hands out (32,768 and up): connections of others would take it meanwhile."""
+    while True:
+        port = 15_000 + secrets.randbelow(17_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
