@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import psutil
 from text_corpus import write_jsonl
 
@@ -121,23 +122,35 @@ def compare_with_limit(corpus: Path, text: int, args: argparse.Namespace, folder
 
 def compare_with_peers(corpus: Path, own: float, args: argparse.Namespace, folder: Path) -> None:
     """On the first `--peer-size` bytes, as they are slow. Prints speeds and how many times faster this project is."""
-    part = folder / "peers/part.jsonl"
-    part.parent.mkdir()
-    with corpus.open("rb") as source, part.open("wb") as target:
-        while target.tell() < args.peer_size and (line := source.readline()):
-            target.write(line)
-    share = part.stat().st_size
+    parts = [folder / f"peers/{number}.jsonl" for number in range(args.workers)]  # datatrove deals out whole files
+    parts[0].parent.mkdir()
+    text = 0
+    with corpus.open("rb") as source:
+        for part in parts:
+            with part.open("wb") as target:
+                while target.tell() < args.peer_size // len(parts) and (line := source.readline()):
+                    target.write(line)
+                    text += len(orjson.loads(line)["text"].encode())
     workers = str(args.workers)
     tokenizer = str(args.hugging_face)
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    peer = run([sys.executable, "-c", DATASETS, str(part), tokenizer, str(folder / "cache"), workers], **quiet)
-    row(f"datasets.map, {workers} processes", share / peer.seconds, peer.peak)
-    print(f"    zeropipe is {own / (share / peer.seconds):.0f} times as fast")
+    peer = run(
+        [sys.executable, "-c", DATASETS, f"{parts[0].parent}/*", tokenizer, str(folder / "cache"), workers], **quiet
+    )
+    row(f"datasets.map, {workers} processes", text / peer.seconds, peer.peak)
+    print(f"    zeropipe is {own / (text / peer.seconds):.0f} times as fast")
     if args.datatrove:
-        command = [args.datatrove, "-c", DATATROVE, str(part.parent), f"{tokenizer}/tokenizer.json", str(folder / "dt")]
+        command = [
+            args.datatrove,
+            "-c",
+            DATATROVE,
+            str(parts[0].parent),
+            f"{tokenizer}/tokenizer.json",
+            str(folder / "dt"),
+        ]
         peer = run([*command, workers], **quiet)
-        row(f"datatrove, {workers} workers", share / peer.seconds, peer.peak)
-        print(f"    zeropipe is {own / (share / peer.seconds):.0f} times as fast")
+        row(f"datatrove, {workers} workers", text / peer.seconds, peer.peak)
+        print(f"    zeropipe is {own / (text / peer.seconds):.0f} times as fast")
     else:
         print("datatrove: not measured (name a Python that has it with --datatrove)")
 
