@@ -26,16 +26,8 @@ CONFIGS = {
 
 
 def make_store(path: Path, documents: int = 17) -> Path:
-    words = [
-        "prepare",
-        "--builtin",
-        "stdlib",
-        "--limit-documents",
-        str(documents),
-        "--train-tokenizer",
-        str(VOCAB),
-        "--quiet",
-    ]
+    limits = ["--limit-bytes", "300000", "--limit-documents", str(documents), "--workers", "0"]
+    words = ["prepare", "--builtin", "stdlib", *limits, "--train-tokenizer", str(VOCAB), "--quiet"]
     assert main([*words, "--output", str(path)]) == 0
     return path
 

@@ -1,5 +1,6 @@
 """Generated text against a plain loop over the model's logits; seeds, batches, and what is refused."""
 
+import functools
 import json
 
 import pytest
@@ -18,7 +19,20 @@ PROMPTS = ["import os\nimport sys\n", "def", "class Error(Exception):"]
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def model(request):
-    return fresh_model({"gpt2": SMALL, "llama": LLAMA}[request.param], seed=3)
+    """Random weights, and an end-of-text token that never wins, whatever the tokenizer of this Python's library is."""
+    model = fresh_model({"gpt2": SMALL, "llama": LLAMA}[request.param], seed=3)
+    model.forward = with_logit(model.forward, 0, -1e4)
+    return model
+
+
+def with_logit(forward, token: int, value: float):
+    @functools.wraps(forward)  # `generate` passes what it finds in the signature
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[..., token] = value
+        return output
+
+    return changed
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +46,6 @@ def plain_greedy(model, tokenizer, prompt: str, count: int) -> str:
     for _ in range(count):
         with torch.no_grad():
             following = model(input_ids=ids).logits[0, -1].argmax()
-        if following == 0:
-            break
         ids = torch.cat([ids, following[None, None]], 1)
     return tokenizer.decode(ids[0, start:].tolist())
 
@@ -77,15 +89,10 @@ def test_generation_ends_at_the_end_of_text(model, tokenizer, monkeypatch):
     (result,) = generate(model, tokenizer, ["def"], Sampling(max_new_tokens=12))
     stop = tokenizer(PROMPTS[0])["input_ids"][0]
     monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
-    monkeypatch.setattr(model, "forward", lambda *a, f=model.forward, **k: _always(f(*a, **k), stop))
+    monkeypatch.setattr(model, "forward", with_logit(model.forward, stop, 1e4))
     (ended,) = generate(model, tokenizer, ["def"], Sampling(max_new_tokens=12))
     assert not result.ended and result.tokens == 12
     assert ended.ended and ended.tokens == 0 and ended.text == ""
-
-
-def _always(output, token: int):
-    output.logits[..., token] = 1e4
-    return output
 
 
 def test_no_room_for_new_tokens(model, tokenizer):
