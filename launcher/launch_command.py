@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
+from ..trainer.ports import free_port
 from .command import (
     Launch,
     deepspeed_command,
@@ -130,17 +131,8 @@ def _on_this_machine(launch: Launch, devices: int | None) -> Launch:
         raise UserError(f"--devices {devices}, but this machine offers {at_hand}; use a hostfile for more machines")
     devices = devices or at_hand or 1
     ids = tuple(visible[:devices]) if visible is not None and found else None
-    port = launch.master_port or _free_port()
+    port = launch.master_port or free_port()  # two launches here must not meet on DeepSpeed's default
     return replace(launch, devices=devices, device_ids=ids, master_port=port)
-
-
-def _free_port() -> int:
-    """Two launches on one machine must not meet on DeepSpeed's one default port."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def summary(launch: Launch, plan: Plan) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ..data_prep.errors import UserError
+from .ports import free_port
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, default)
     if "MASTER_PORT" not in os.environ:  # alone in the world: any free port will do
-        os.environ["MASTER_PORT"] = _free_port()
+        os.environ["MASTER_PORT"] = str(free_port())
     # sub-groups made without a timeout take the module's default, or a cut link hangs them
     c10d.default_pg_timeout = timeout
     device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
@@ -203,11 +204,3 @@ def shut_down() -> None:
     """Leaves the process group; without this, some runs abort with signal 6 after they have finished."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

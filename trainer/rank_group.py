@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import secrets
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from .ports import free_port
 
 # imported once by the server that ranks are forked from; none of it touches a device
 PRELOADED = ("zeropipe.trainer.preload",)
@@ -32,7 +31,7 @@ def on_local_ranks(world: int, function: Callable[..., Any], *arguments: Any, ti
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    port, pipes, processes = _free_port(), [], []
+    port, pipes, processes = free_port(), [], []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
@@ -88,12 +87,3 @@ def _rank(sender: Connection, environment: dict[str, str], function: Callable[..
     if not result[0]:  # after a failure the others may never come to say good-bye
         shut_down()
     os._exit(0)
-
-
-def _free_port() -> int:
-    """A port below those that the kernel hands out (32,768 and up): connections of others would take it meanwhile."""
-    while True:
-        port = 15_000 + secrets.randbelow(17_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
