@@ -7,5 +7,9 @@ ROOMS = ("data_prep", "trainer", "trainer.models", "launcher", "ds_configs", "re
 setup(
     packages=[f"zeropipe.{room}" for room in ROOMS],
     package_dir={f"zeropipe.{room}": room.replace(".", "/") for room in ROOMS},
-    package_data={"zeropipe.ds_configs": ["*.json"], "zeropipe.recipes": ["*.yaml", "*.json"]},
+    package_data={
+        "zeropipe.ds_configs": ["*.json"],
+        "zeropipe.recipes": ["*.yaml", "*.json"],
+        "zeropipe.trainer": ["*.json"],
+    },
 )

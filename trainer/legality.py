@@ -7,9 +7,10 @@ from typing import Any
 
 from ..data_prep.errors import UserError
 from .config import Recipe
-from .ds_config import precision_of, section_of, stated
+from .ds_config import checkpoints_activations, precision_of, section_of, stated
 from .ds_keys import OPTIMIZERS, SCHEDULERS
 from .layout import Layout
+from .legality_table import Combination, nearest_working, shipped_table
 from .model_config import FAMILIES, config_value, longest_sequence
 
 PIPELINE_FAMILIES = ("gpt2", "llama")
@@ -65,13 +66,13 @@ def check(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[
             f"data.seq_len {recipe.data.seq_len} is longer than the model takes: use data.seq_len={longest} or less, "
             "or raise the model's positions"
         )
-    if refusals:
+    if refusals or (refusals := [*_tried(ds, layout)]):
         raise UserError("; ".join(refusals))
 
 
 def _precision(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
     precision = precision_of(ds)
-    if precision == "bf16" and layout.zero_stage == 0:
+    if precision == "bf16" and layout.zero_stage == 0 and layout.pipeline == 1:
         yield (
             "bf16 with ZeRO-0: DeepSpeed starts Adam's step count at 1 there, and the losses are wrong from the first "
             "update; use zero_optimization.stage 1 (also on one rank), torch_autocast, or fp32"
@@ -86,7 +87,7 @@ def _precision(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
 
 
 def _offload(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    if layout.offload_optimizer and layout.zero_stage == 0:
+    if layout.offload_optimizer and layout.zero_stage == 0 and layout.pipeline == 1:  # pipelines run it as stage 1
         yield "offload_optimizer with ZeRO-0: needs zero_optimization.stage 1, 2 or 3"
     if layout.offload_param and layout.zero_stage != 3:
         yield f"offload_param with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
@@ -108,15 +109,8 @@ def _pipeline(ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -
             f"pipeline {layout.pipeline} with ZeRO-{layout.zero_stage}: pipelines need ZeRO-1; use "
             f"zero_optimization.stage 1, or parallel.pipeline=1 to keep ZeRO-{layout.zero_stage}"
         )
-    if layout.zero_stage == 0 and (stated(ds, "gradient_clipping") or 0) > 0:
-        yield (
-            f"pipeline {layout.pipeline} with ZeRO-0 and gradient clipping: DeepSpeed clips by the norm of the first "
-            "stage alone; use zero_optimization.stage 1, or gradient_clipping 0"
-        )
     if stated(ds, "zero_optimization", "overlap_comm"):
         yield "zero_optimization.overlap_comm with a pipeline: set it to false"
-    if layout.offload_optimizer:
-        yield "offload_optimizer with a pipeline: untried; leave it out, or use parallel.pipeline=1"
     if model["model_type"] not in PIPELINE_FAMILIES:
         yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(PIPELINE_FAMILIES)}"
         return
@@ -149,19 +143,29 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
         return
     if layout.pipeline > 1:
         yield f"sequence parallel {size} with pipeline {layout.pipeline}: DeepSpeed cannot; set one of them to 1"
-    if layout.tensor > 1:
-        yield f"sequence parallel {size} with tensor parallel {layout.tensor}: untried; set one of them to 1"
-    if layout.zero_stage == 0:
-        yield f"sequence parallel {size} with ZeRO-0: needs zero_optimization.stage 1, 2 or 3"
     if recipe.data.seq_len % size:
         yield f"sequence parallel {size} does not divide data.seq_len {recipe.data.seq_len}"
     family = FAMILIES.get(model["model_type"])
     heads = config_value(model, family.heads) if family else model.get("num_attention_heads") or size
+    among = f" of each of {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
+    heads //= layout.tensor
     if heads % size:
-        yield f"sequence parallel {size} does not divide the {heads} heads; sizes that do: {_divisors(heads)}"
-    kv_heads = model.get("num_key_value_heads") or heads
+        yield f"sequence parallel {size} does not divide the {heads} heads{among}; sizes that do: {_divisors(heads)}"
+    kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
     if kv_heads % size and size % kv_heads:
-        yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads"
+        yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+
+
+def _tried(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+    """What no rule above knows, and did not work when it was tried."""
+    clips, recomputes = bool(stated(ds, "gradient_clipping")), checkpoints_activations(ds)
+    combination = Combination.of(layout, precision_of(ds), clips, recomputes)
+    table = shipped_table()
+    trial = table.trials.get(combination) or table.trials.get(combination.usual)
+    if trial is not None and trial.outcome != "works":
+        near = " or ".join(f"({way})" for way in nearest_working(combination, table))
+        tried = f"tried with DeepSpeed {table.made_with['deepspeed']}: {trial.outcome}: {trial.detail}"
+        yield f"{combination}: {tried}; nearest that works: {near}"
 
 
 def _settings(ds: Mapping[str, Any]) -> Iterator[str]:

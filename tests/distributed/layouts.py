@@ -14,6 +14,7 @@ from tests.distributed.reference import BATCH, Curve, micro_batch
 from zeropipe.trainer.config import Recipe
 from zeropipe.trainer.data import Batch, StepBatch
 from zeropipe.trainer.distributed import Ranks, init_distributed
+from zeropipe.trainer.ds_config import precision_of
 from zeropipe.trainer.engine import build_engine
 from zeropipe.trainer.layout import Layout
 from zeropipe.trainer.models.slices import merge_slices
@@ -66,7 +67,7 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
     known = {
         "recipe": recipe,
         "layout": layout,
-        "precision": "bf16" if "bf16" in ds else "fp32",
+        "precision": precision_of(ds),
         "micro_batch": micro,
         "accumulation": accumulation,
         "global_batch": BATCH,
