@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
-    from .prepare import Options
+    from .options import Options
     from .store import TokenStore
 
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -88,7 +88,7 @@ def size(text: str) -> int:
 
 def _options(args: argparse.Namespace) -> Options:
     from .assemble import Assembly
-    from .prepare import Options, default_workers
+    from .options import Options, default_workers
     from .sources import SourceOptions
     from .tasks import Filters
 

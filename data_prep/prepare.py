@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from . import manifest as manifests
-from .assemble import Assembler, Assembly
+from .assemble import Assembler
 from .documents import BadDocument, read_documents
 from .encoding import EncodersDiffer, Fast, Reference
 from .errors import UserError
 from .index import token_dtype
 from .manifest import Manifest, file_record
+from .options import Options, identity, refuse_early, settings
 from .progress import Progress
-from .sources import SourceOptions, Task, plan_tasks
+from .sources import Task, plan_tasks
 from .store import TokenStore
-from .tasks import Filters, Job, Record, compile_pattern, finished, task_source
+from .tasks import Job, Record, finished
 from .tokenizer import Vocabulary, adopt_tokenizer, train_tokenizer
 from .workers import run_executor, run_here, run_processes
 from .workspace import Workspace, disk_errors
 from .writer import ShardWriter
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for. Only `workers`, `worker_memory`, `overwrite` and `quiet` leave the output unchanged."""
-
-    output: Path
-    inputs: tuple[str, ...] = ()
-    builtin: str | None = None
-    source: SourceOptions = field(default_factory=SourceOptions)
-    text_key: str = "text"
-    on_error: str = "stop"
-    filters: Filters = field(default_factory=Filters)
-    tokenizer: Path | None = None
-    train_tokenizer: int | None = None
-    train_bytes: int = 32 << 20  # of text that a new tokenizer is trained on
-    eod_token: str | None = None
-    assembly: Assembly = field(default_factory=Assembly)
-    shard_bytes: int = 4 << 30
-    workers: int = 1  # 0: in this process
-    worker_memory: int = 500_000_000  # bytes that a worker may grow to by its encoder's caches
-    overwrite: bool = False
-    quiet: bool = False
 
 
 def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
@@ -60,31 +35,21 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
 
     `executor`: does the tasks instead of `options.workers` processes, on other hosts for instance.
     """
-    _refuse_early(options)
+    refuse_early(options)
     tasks = plan_tasks(options.inputs, options.builtin, options.source)
     work = Workspace(options.output)
     with work.locked(), disk_errors(options.output):
-        if work.was_published(_settings(options)):
+        if work.was_published(settings(options)):
             shutil.rmtree(work.root)
             return TokenStore.open(options.output)
         if options.output.exists() and not options.overwrite:
             raise UserError(f"{options.output}: exists already; choose another --output, or add --overwrite")
-        resumed = work.begin(_identity(options, tasks), options.overwrite)
+        resumed = work.begin(identity(options, tasks), options.overwrite)
         progress = Progress(sum(task.cost for task in tasks), options.quiet)
         if resumed:
             progress.inform(f"going on with the unfinished work in {work.root}")
         vocabulary = _ensure_tokenizer(options, tasks, work, progress)
-        job = Job(
-            parts=str(work.parts),
-            tokenizer=str(work.tokenizer),
-            encoder=work.encoder or Fast.name,
-            dtype=token_dtype(vocabulary.size).str,
-            eod_id=vocabulary.eod_id,
-            text_key=options.text_key,
-            on_error=options.on_error,
-            filters=options.filters,
-            memory=options.worker_memory,
-        )
+        job = _job(options, vocabulary, work)
         try:
             assembler = _run(options, job, tasks, work, progress, executor)
         except EncodersDiffer as reason:
@@ -102,50 +67,18 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
     return TokenStore.open(options.output)
 
 
-def default_workers() -> int:
-    """One per core that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def _refuse_early(options: Options) -> None:
-    compile_pattern("--keep-regex", options.filters.keep)
-    compile_pattern("--drop-regex", options.filters.drop)
-    if bool(options.inputs) == bool(options.builtin):
-        raise UserError("give either --input or --builtin")
-    if (options.tokenizer is None) == (options.train_tokenizer is None):
-        raise UserError("give either --tokenizer FOLDER or --train-tokenizer N")
-    if options.train_tokenizer is not None and options.train_tokenizer < 257:
-        raise UserError(f"--train-tokenizer {options.train_tokenizer}: a byte-level vocabulary needs 257 or more")
-
-
-def _identity(options: Options, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What makes a job the same job, so that its finished parts can be used again. Each part knows its own input."""
-    identity = {
-        key: value for key, value in _settings(options).items() if key not in ("on_error", "assembly", "shard_bytes")
-    }
-    if options.tokenizer is not None:
-        folder = options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent
-        names = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")]
-        return identity | {"tokenizer": [file_record(name).sha256 for name in names if name.is_file()]}
-    sources = hashlib.sha256("".join(map(task_source, tasks)).encode())  # all of it may be in the training sample
-    return identity | {"files": sources.hexdigest()}
-
-
-def _settings(options: Options) -> dict[str, Any]:
-    """The options that decide the output, as the manifest records them."""
-    return {
-        "inputs": list(options.inputs),
-        "builtin": options.builtin,
-        "source": asdict(options.source),
-        "text_key": options.text_key,
-        "on_error": options.on_error,
-        "filters": asdict(options.filters),
-        "train_tokenizer": options.train_tokenizer,
-        "train_bytes": options.train_bytes,
-        "eod_token": options.eod_token,
-        "assembly": asdict(options.assembly),
-        "shard_bytes": options.shard_bytes,
-    }
+def _job(options: Options, vocabulary: Vocabulary, work: Workspace) -> Job:
+    return Job(
+        parts=str(work.parts),
+        tokenizer=str(work.tokenizer),
+        encoder=work.encoder or Fast.name,
+        dtype=token_dtype(vocabulary.size).str,
+        eod_id=vocabulary.eod_id,
+        text_key=options.text_key,
+        on_error=options.on_error,
+        filters=options.filters,
+        memory=options.worker_memory,
+    )
 
 
 def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress) -> Vocabulary:
@@ -199,7 +132,8 @@ def _run(
     with ShardWriter(work.store, np.dtype(job.dtype), options.shard_bytes) as writer:
         assembler = Assembler(work.parts, options.assembly, writer)
         for task in tasks:
-            if record := finished(work.parts, task):
+            record = finished(work.parts, task)
+            if record and not (job.on_error == "stop" and record.counts["invalid"]):
                 progress.resume(task.cost)
                 assembler.add(record)
             else:
@@ -242,7 +176,7 @@ def _complete_store(
         shards=assembler.writer.records,
         tokenizer={path.name: file_record(path) for path in sorted((work.store / "tokenizer").iterdir())},
         counts=_counts(assembler),
-        settings=_settings(options),
+        settings=settings(options),
         sources=_sources(tasks),
     ).save(work.store)
 

@@ -70,7 +70,6 @@ class _Pool:
         self.job = job
         self.say = say
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
         self.workers = [self._start() for _ in range(workers)]
 
     def _start(self) -> tuple[BaseProcess, Connection]:

@@ -37,8 +37,8 @@ def nasty_texts() -> list[str]:
         "one <|endoftext|> two<|endoftext|>",
         "e\u0301 \u00e9 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u0e20\u0e32\u0e29\u0e32",
         'quotes " and \\ backslashes \\u0041 {"text": "no"}',
-        "word " * 300_000,  # a megabyte and a half
-        "x" * 200_000,
+        "word " * 60_000,
+        "x" * 40_000,
         *blocks,
     ]
 

@@ -21,7 +21,8 @@ from tests.unit.data_prep.samples import (
 from zeropipe.data_prep import encoding, tasks
 from zeropipe.data_prep.assemble import Assembly
 from zeropipe.data_prep.errors import UserError
-from zeropipe.data_prep.prepare import Options, prepare
+from zeropipe.data_prep.options import Options
+from zeropipe.data_prep.prepare import prepare
 from zeropipe.data_prep.sources import SourceOptions
 from zeropipe.data_prep.store import TokenStore
 from zeropipe.data_prep.tasks import Filters
@@ -54,7 +55,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
 
 def test_a_store_is_what_a_second_writer_makes(tmp_path: Path, tokenizer: Path) -> None:
     """Read by json, encoded by Hugging Face, written by thirty lines of struct: the same bytes."""
-    texts = [*nasty_texts(), "", *stdlib_texts(20)]
+    texts = [*nasty_texts(), "", *stdlib_texts(20), "".join(stdlib_texts(80))]  # the last: over two megabytes
     path = write_jsonl(tmp_path / "nasty.jsonl", texts)
     store = prepare(Options(tmp_path / "store", (str(path),), tokenizer=tokenizer, workers=0, quiet=True))
     kept = [text for text in texts if text]
@@ -195,6 +196,18 @@ def test_work_of_another_command_is_not_thrown_away(
         prepare(replace(options, text_key="body"))
     prepare(replace(options, assembly=Assembly(shuffle=1)))  # what concerns only the assembly keeps the parts
     assert counted_tasks.count(0) == 1
+
+
+def test_what_was_skipped_is_not_taken_for_faultless(
+    options: Options, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": 1}\n' + corpus.read_text())
+    skipping = replace(options, inputs=(str(bad),), on_error="skip")
+    stop_after(skipping, 2, monkeypatch)
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 1: the value of 'text' is a number"):
+        prepare(replace(skipping, on_error="stop"))
+    assert prepare(skipping).num_documents == len([text for text in TEXTS if text])
 
 
 def test_a_corrected_file_costs_only_its_own_task(tmp_path: Path, tokenizer: Path, counted_tasks: list[int]) -> None:
