@@ -184,7 +184,7 @@ def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
         for members in grid.movedim(axis, -1).reshape(-1, size).tolist():
             group = dist.new_group(members)  # collective over the world: every rank makes every group
             if rank in members:
-                groups[name] = group
+                groups[name] = group  # type: ignore[assignment]  # a member gets no NON_GROUP_MEMBER
     replica_group = groups["data"] or groups["sequence"]
     if (sizes["data"] > 1) == (sizes["sequence"] > 1) and world > 1:  # both axes, or a rank alone
         for members in grid.flatten(1, 2).movedim(1, -1).reshape(-1, sizes["data"] * sizes["sequence"]).tolist():

@@ -176,7 +176,7 @@ def parameter_table(config: Mapping[str, Any], tensor: int = 1) -> list[ParamSpe
     Raises:
         UserError: the family has no table (such a model trains on every ZeRO stage, but only there).
     """
-    family = config.get("model_type")
+    family = config.get("model_type", "")
     if family not in TABLES:
         raise UserError(
             f"model.config.model_type: no parameter table for {family!r}; there are tables for {', '.join(TABLES)}"
