@@ -30,7 +30,9 @@ def _resume(layout: Layout, paths: list[Path]):
     """Loads one checkpoint after the other into one engine: what it held then, the losses, and what it held at last."""
     engine = TinyEngine(layout, seed=8)
     results = []
-    for path in paths:
+    for number, path in enumerate(paths):
+        if number:
+            engine.step(0)  # an engine in the midst of training, stage 3's small parameters gathered
         assert load(engine.deepspeed, engine.parameters, engine.ranks, path)["step"] == BEFORE
         held = engine.held()
         results.append((held, [engine.step(n) for n in range(BEFORE, BEFORE + AFTER)], engine.held()))
@@ -64,14 +66,24 @@ def test_the_same_layout_resumes_bitwise(sources, layout):
         assert result == [(held, losses, last)]
 
 
-@pytest.mark.parametrize("layout", MATRIX, ids=str)
-def test_every_other_layout_resumes_exactly(sources, layout):
-    at = MATRIX.index(layout)
-    others = MATRIX[at + 1 :] + MATRIX[:at]
-    results = run_ranks(layout.world, _resume, layout, [sources[other][0] for other in others])[0]
+def _check_pairs(sources, target: Layout, others: list[Layout]) -> None:
+    results = run_ranks(target.world, _resume, target, [sources[other][0] for other in others], timeout=280)[0]
     for other, (held, losses, _) in zip(others, results, strict=True):
-        assert held == sources[other][1], f"{other} to {layout}"
-        assert close(losses, sources[other][2], 1e-6), f"{other} to {layout}: {losses} for {sources[other][2]}"
+        assert held == sources[other][1], f"{other} to {target}"
+        assert close(losses, sources[other][2], 1e-6), f"{other} to {target}: {losses} for {sources[other][2]}"
+
+
+@pytest.mark.parametrize("number", range(len(MATRIX)), ids=lambda number: str(MATRIX[number]))
+def test_other_layouts_resume_exactly(sources, number):
+    """Each from four others, and so that each is resumed on four others."""
+    others = MATRIX[number + 1 :] + MATRIX[:number]
+    _check_pairs(sources, MATRIX[number], others[::3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(MATRIX)), ids=lambda number: str(MATRIX[number]))
+def test_all_pairs_of_layouts_resume_exactly(sources, number):
+    _check_pairs(sources, MATRIX[number], MATRIX[number + 1 :] + MATRIX[:number])
 
 
 VARIANTS = [
@@ -91,6 +103,23 @@ VARIANTS = [
 def test_precisions_schedulers_and_frozen_parameters_resume_bitwise(tmp_path, layout):
     path, held, losses, last = run_ranks(layout.world, _train, layout, tmp_path)[0]
     assert run_ranks(layout.world, _resume, layout, [path])[0] == [(held, losses, last)]
+
+
+DEEPSPEED_ADAMS = [
+    Layout(1, 2, optimizer="deepspeed", scheduler=True),  # FusedAdam
+    Layout(2, 2, offload=True, optimizer="deepspeed", precision="bf16"),  # CPUAdam
+    Layout(3, 2, offload=True, optimizer="deepspeed", family="llama"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", DEEPSPEED_ADAMS, ids=str)
+def test_deepspeeds_own_adams_resume_bitwise(tmp_path, layout):
+    """They are compiled when they are first used, and count their steps in an int."""
+    path, held, losses, last = run_ranks(layout.world, _train, layout, tmp_path, timeout=600)[0]
+    assert Checkpoint.open(path).state["engine"]["optimizer"] in ("FusedAdam", "DeepSpeedCPUAdam")
+    assert run_ranks(layout.world, _resume, layout, [path], timeout=600)[0] == [(held, losses, last)]
 
 
 def test_bf16_masters_survive_a_change_of_layout(tmp_path):
