@@ -52,12 +52,14 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
         "--text-unit", choices=("file", "paragraph", "line"), default="file", help="what a document is in a text file"
     )
     source.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at input that is no document")
-    source.add_argument("--limit-bytes", type=size, metavar="SIZE", help="read about this much of the input")
-    source.add_argument("--limit-documents", type=int, metavar="N", help="keep the first N documents")
+    source.add_argument("--limit-bytes", type=positive_size, metavar="SIZE", help="read about this much of the input")
+    source.add_argument("--limit-documents", type=count, metavar="N", help="keep the first N documents")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="PATH", help="Hugging Face folder or tokenizer.json")
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE of N tokens")
-    tokenizer.add_argument("--train-bytes", type=size, default=32 << 20, metavar="SIZE", help="to train it on (32Mi)")
+    tokenizer.add_argument(
+        "--train-bytes", type=positive_size, default=32 << 20, metavar="SIZE", help="to train it on (32Mi)"
+    )
     tokenizer.add_argument("--eod-token", metavar="TOKEN", help="end of document (<|endoftext|>, else the eos token)")
     select = parser.add_argument_group("selection and order")
     select.add_argument("--min-bytes", type=size, default=0, metavar="SIZE", help="drop shorter documents")
@@ -65,15 +67,21 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     select.add_argument("--keep-regex", metavar="REGEX", help="keep only documents in which it is found")
     select.add_argument("--drop-regex", metavar="REGEX", help="drop documents in which it is found")
     select.add_argument("--deduplicate", action="store_true", help="keep one of documents with equal text")
-    select.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the documents")
+    select.add_argument("--shuffle", type=count, metavar="SEED", help="shuffle the documents")
     output = parser.add_argument_group("output and work")
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="the store to make")
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
-    output.add_argument("--shard-size", type=size, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)")
-    output.add_argument("--workers", type=int, metavar="N", help="processes (one per core; 0: none but this one)")
-    output.add_argument("--task-size", type=size, default=32 << 20, metavar="SIZE", help="of input at a time (32Mi)")
+    output.add_argument(
+        "--shard-size", type=positive_size, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)"
+    )
+    output.add_argument("--workers", type=count, metavar="N", help="processes (one per core; 0: none but this one)")
+    output.add_argument(
+        "--task-size", type=positive_size, default=32 << 20, metavar="SIZE", help="of input at a time (32Mi)"
+    )
     output.add_argument("--mpi", action="store_true", help="under mpirun: the other ranks do the tasks")
-    output.add_argument("--worker-memory", type=size, default=500_000_000, metavar="SIZE", help="of each (500M)")
+    output.add_argument(
+        "--worker-memory", type=positive_size, default=500_000_000, metavar="SIZE", help="of each (500M)"
+    )
     output.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run_prepare)
 
@@ -84,6 +92,19 @@ def size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: not a size; write it like 500, 64M or 4Gi")
     return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def positive_size(text: str) -> int:
+    if (number := size(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be more than 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: not a whole number from 0 on")
+    return int(text)
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -70,9 +70,9 @@ def _parquet_batches(part: Slice, text_key: str) -> Iterator[pa.RecordBatch]:
 
 
 def _arrow_batches(part: Slice) -> Iterator[pa.RecordBatch]:
-    """Record batches of the stream or the file format, memory-mapped."""
+    """Record batches of the stream or the file format. Read, not mapped: mapped pages would count as our memory."""
     try:
-        with pa.memory_map(part.path) as source:
+        with pa.OSFile(part.path) as source:
             try:
                 reader = pa.ipc.open_stream(source)
                 batches = iter(reader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.unit.data_prep.samples import random_documents, stdlib_texts, write_jsonl, write_prefix
-from zeropipe.data_prep.cli import main
+from zeropipe.data_prep.cli import main, size
 from zeropipe.data_prep.store import TokenStore
 
 COMMAND = [sys.executable, "-m", "zeropipe.data_prep.cli"]
@@ -55,6 +56,26 @@ def test_lines_of_a_corpus(folder: Path, tokenizer: Path, capsys: pytest.Capture
     assert "latin.txt: invalid UTF-8 at byte 3" in refused(
         capsys, *prepare[:-5], "--output", "x", "--input", "latin.txt"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--task-size", "0", "must be more than 0"),
+        ("--shard-size", "4 potatoes", "not a size; write it like 500, 64M or 4Gi"),
+        ("--workers", "-1", "expected one argument|not a whole number"),
+        ("--limit-documents", "few", "not a whole number from 0 on"),
+    ],
+)
+def test_numbers_that_make_no_sense(capsys: pytest.CaptureFixture[str], option: str, value: str, message: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["prepare", "--builtin", "stdlib", "--output", "store", option, value])
+    assert exit.value.code == 2
+    assert re.search(f"argument {option}: .*({message})", capsys.readouterr().err)
+
+
+def test_sizes_are_written_as_people_write_them() -> None:
+    assert [size(text) for text in ("500", "64M", "4Gi", "1.5k", "2 TB")] == [500, 64 * 10**6, 2**32, 1500, 2 * 10**12]
 
 
 def test_inputs_that_are_not_there(folder: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,45 +29,47 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children(recursive=True) if child.parent() != process]
 
 
-def run_with_a_kill(arguments: list[str], after: float, victim: str) -> subprocess.Popen:
-    """Starts a preparation and kills it, or one of its workers, after some seconds. Returns it, ended."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def run_with_a_kill(arguments: list[str], after: float, victim: str) -> bool:
+    """Starts a preparation and kills it, or one of its workers, after some seconds. False if it was faster."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + after
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    if victim == "worker" and process.poll() is None:
-        for worker in workers_of(psutil.Process(process.pid))[:1]:
-            worker.kill()
-    else:
-        process.kill()
+    if process.poll() is not None:
+        return False
+    family = psutil.Process(process.pid).children(recursive=True)
+    workers = workers_of(psutil.Process(process.pid))
+    target = workers[0] if victim == "worker" and workers else process
+    target.kill()
     process.wait(60)
     _, left = psutil.wait_procs(family, timeout=20)
     assert not left, f"processes left behind: {left}"
-    return process
+    return True
 
 
 def disturb(folder: Path, tokenizer: Path, kills: int) -> None:
+    """Prepares the same store again and again until `kills` kills have hit a running preparation."""
     corpus = write_jsonl(folder / "corpus.jsonl", stdlib_texts(60))
     start = time.monotonic()
     subprocess.run(command(corpus, tokenizer, folder / "quiet"), check=True, stdout=subprocess.DEVNULL, timeout=120)
     duration = time.monotonic() - start
     chance = random.Random(kills)
-    finished = 0
-    for _ in range(kills):
-        output = folder / f"disturbed{finished}"
+    stores, hits = [folder / "disturbed0"], 0
+    while hits < kills:
         after = duration * chance.uniform(0.05, 1.0)
-        run_with_a_kill(command(corpus, tokenizer, output), after, chance.choice(["parent", "worker"]))
-        if output.exists():  # either whole or not there
-            assert TokenStore.open(output).fingerprint == TokenStore.open(folder / "quiet").fingerprint
-            finished += 1
-    subprocess.run(command(corpus, tokenizer, folder / "last"), check=True, stdout=subprocess.DEVNULL, timeout=120)
-    output = folder / f"disturbed{finished}"
-    subprocess.run(command(corpus, tokenizer, output), check=True, stdout=subprocess.DEVNULL, timeout=120)
+        hit = run_with_a_kill(command(corpus, tokenizer, stores[-1]), after, chance.choice(["parent", "worker"]))
+        hits += hit
+        duration *= 1.05 if hit else 0.8  # machines change their pace: aim at what is still running
+        if stores[-1].exists():  # whole, or not there at all
+            assert TokenStore.open(stores[-1]).fingerprint == TokenStore.open(folder / "quiet").fingerprint
+            stores.append(folder / f"disturbed{len(stores)}")
+    subprocess.run(command(corpus, tokenizer, stores[-1]), check=True, stdout=subprocess.DEVNULL, timeout=120)
     names = [str(path.relative_to(folder / "quiet")) for path in (folder / "quiet").rglob("*") if path.is_file()]
-    for done in (*(folder / f"disturbed{number}" for number in range(finished + 1)), folder / "last"):
-        assert filecmp.cmpfiles(folder / "quiet", done, names, shallow=False) == (names, [], [])
-    assert not list(folder.glob(".*"))
+    for store in stores:
+        assert filecmp.cmpfiles(folder / "quiet", store, names, shallow=False) == (names, [], [])
+    for left in folder.glob(".*"):  # of a store that was in its place when its preparation was killed while cleaning up
+        run = subprocess.run(command(corpus, tokenizer, folder / left.name[1:].removesuffix(".preparing")), timeout=120)
+        assert run.returncode == 0 and not left.exists()
 
 
 def test_a_few_kills(tmp_path: Path, tokenizer: Path) -> None:
