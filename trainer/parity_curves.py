@@ -41,18 +41,18 @@ def one_process(plan: Plan) -> Curve:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    recipe, curve, ranks = plan.recipe, Curve(), Ranks()
+    recipe, curve, ranks = plan.recipe, Curve(), init_distributed()
     config = AutoConfig.for_model(**plan.model_config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().to(ranks.device)
     values = initial_values(recipe) or RandomValues(recipe.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for spec in parameter_table(plan.model_config):
             parameters[spec.name].copy_(values(spec))
     optimizer, clip = _adamw(list(parameters.values()), plan), plan.deepspeed["gradient_clipping"]
-    stream = _stream(plan, ranks)
+    stream = open_stream(plan, ranks)
     for step in range(plan.total_steps):
-        micro_batches = stream.next_step().micro_batches
+        micro_batches = [micro.to(ranks.device) for micro in stream.next_step().micro_batches]
         ids, labels = (torch.cat([getattr(m, key) for m in micro_batches]) for key in ("input_ids", "labels"))
         positions = [m.position_ids for m in micro_batches if m.position_ids is not None]
         logits = model(input_ids=ids, position_ids=torch.cat(positions) if positions else None, use_cache=False).logits
@@ -66,7 +66,7 @@ def one_process(plan: Plan) -> Curve:
         curve.losses.append(loss.item())
         curve.norms.append(norm.item())
     stream.close()
-    curve.weights = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+    curve.weights = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
     return curve
 
 
@@ -78,7 +78,7 @@ def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
     layout = plan.layout
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
     engine = build_engine(plan.recipe, plan, ranks, initial_values(plan.recipe))
-    stream, curve = _stream(plan, ranks), Curve()
+    stream, curve = open_stream(plan, ranks), Curve()
     for step in range(plan.total_steps):
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
@@ -150,6 +150,7 @@ def _adamw(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"])
 
 
-def _stream(plan: Plan, ranks: Ranks) -> BatchStream:
+def open_stream(plan: Plan, ranks: Ranks) -> BatchStream:
+    """The plan's training data, from its first sample."""
     windows = open_windows(plan.recipe, "train")
     return BatchStream(windows, sample_order(plan.recipe, windows), batch_shape(plan.recipe, plan), ranks)

@@ -36,6 +36,8 @@ class PipeEngine:
         config = runtime_config(plan.deepspeed, ranks)
         # at stage 0 in fp32 DeepSpeed clips by the norm of the first stage alone; stage 1 computes the same update
         config["zero_optimization"]["stage"] = max(1, plan.layout.zero_stage)
+        # blocks checkpoint their own activations; DeepSpeed's way fails on the embedding's integer input
+        config.get("pipeline", {}).pop("activation_checkpoint_interval", None)
         arguments = plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, plan.activation_checkpointing
         self._vocab_size, self._step, self._steps_run = plan.vocab_size, 0, 0
         with hushed():

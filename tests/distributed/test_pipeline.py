@@ -22,7 +22,7 @@ def test_evaluation_and_logits_are_hugging_faces(config, layout):
 
 
 def _curve(config: dict, layout: Layout, partition: str, checkpointing: bool):
-    ds = {"activation_checkpointing": {}} if checkpointing else {}
+    ds = {"activation_checkpointing": {}, "pipeline": {"activation_checkpoint_interval": 1}} if checkpointing else {}
     curve = layouts.train(config, layout, partition, **ds)
     return curve.losses, curve.norms
 
