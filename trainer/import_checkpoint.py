@@ -57,6 +57,8 @@ def import_checkpoint(
     if (recipe is None) == (config is None):
         raise UserError("say either --recipe RECIPE (to go on training) or --config FOLDER_OR_JSON (the model alone)")
     loaded = load_recipe(recipe) if recipe is not None else None
+    if samples is not None and samples < 0:
+        raise UserError(f"--samples {samples}: expected 0 or more")
     if output is None and loaded is None:
         raise UserError("say --output RUN: the run directory to write")
     folder = Path(output if output is not None else loaded.output) / CHECKPOINTS  # type: ignore[union-attr]
@@ -103,16 +105,14 @@ def _differences(found: DeepSpeedCheckpoint, recipe: Recipe, total_steps: int) -
         ours = getattr(recipe.optimizer, key)
         ours = str(list(ours) if isinstance(ours, tuple) else ours)
         if was - {ours}:
-            notes.append(f"the optimizer's {key} was {', '.join(sorted(was))}; the recipe says {ours}")
+            notes.append(f"the optimizer had {key} {' and '.join(sorted(was))}; the recipe says {ours}")
     decays = sorted({group["weight_decay"] for group in found.groups})
     if decays and decays[-1] != recipe.optimizer.weight_decay:
         notes.append(f"weight decay was {decays[-1]}; the recipe says {recipe.optimizer.weight_decay}")
     if len(decays) == 1 and decays[0]:
         notes.append("weight decay applied to norms and biases too; from here on it applies to matrices only")
     if found.step >= total_steps:
-        notes.append(
-            f"the recipe ends after {total_steps} steps, which is behind step {found.step}: nothing is left to train"
-        )
+        notes.append(f"the recipe ends after {total_steps} steps, and this is step {found.step}: nothing is left to do")
     return notes
 
 

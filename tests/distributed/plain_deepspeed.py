@@ -15,6 +15,10 @@ from zeropipe.trainer.config import Recipe
 from zeropipe.trainer.data import BatchShape, BatchStream, open_windows, sample_order
 from zeropipe.trainer.distributed import init_distributed
 
+SCHEDULER = {
+    "type": "WarmupLR",
+    "params": {"warmup_num_steps": 20, "warmup_max_lr": 1e-2, "warmup_type": "linear"},
+}
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -27,6 +31,7 @@ class Setup:
     offload: bool = False
     precision: str = "fp32"
     wrapped: bool = False  # in a module of their own, so that names have a prefix
+    scheduler: bool = False  # DeepSpeed's
     vocab: int = 500
     sub_group: int = 50_000  # elements: several groups of parameters in stage 3
 
@@ -82,6 +87,7 @@ class PlainRun:
             "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},
             "zero_optimization": zero,
             "checkpoint": {"load_universal": universal},
+            **({"scheduler": SCHEDULER} if self.setup.scheduler else {}),
             **({"bf16": {"enabled": True}} if self.setup.precision == "bf16" else {}),
         }
 

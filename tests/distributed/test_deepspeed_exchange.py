@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed import plain_deepspeed
 from tests.distributed.plain_deepspeed import KINDS, Setup
+from tests.distributed.test_checkpoint_memory import _growth as growth
 from tests.harness import run_ranks
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
 from zeropipe.data_prep.errors import UserError
@@ -54,7 +55,7 @@ def holds(path: Path) -> dict[str, bytes]:
     ("setup", "model", "resumed"),
     [
         (Setup(0), "llama", "zero1"),
-        (Setup(1, groups=1), "gpt2", "zero0"),
+        (Setup(1, groups=1, scheduler=True), "gpt2", "zero0"),
         (Setup(2, offload=True, wrapped=True), "llama", "zero3"),
         (Setup(3), "gpt2", "zero2"),
     ],
@@ -62,6 +63,10 @@ def holds(path: Path) -> dict[str, bytes]:
 )
 def test_a_run_comes_in_and_trains_on(setup, model, resumed, store, tmp_path):
     recipe = recipe_for(store, tmp_path / "run", model, setup.groups)
+    ds = tiny_json(resumed)
+    if setup.scheduler:
+        del recipe["schedule"]
+        ds["scheduler"] = plain_deepspeed.SCHEDULER
     arguments = setup, recipe, MODELS[model], str(tmp_path / "theirs"), 3, 3
     theirs = run_ranks(2, plain_deepspeed.train_and_save, *arguments)[0]
     done = import_checkpoint(tmp_path / "theirs", None, written(recipe, tmp_path), trust=True)
@@ -70,7 +75,7 @@ def test_a_run_comes_in_and_trains_on(setup, model, resumed, store, tmp_path):
     ours = holds(done.path)
     assert ours.keys() == theirs["held"].keys() and len(ours) > 60
     assert [name for name in ours if ours[name] != theirs["held"][name]] == []
-    losses = train_on_ranks(1, recipe, tiny_json(resumed))["loss"]
+    losses = train_on_ranks(1, recipe, ds)["loss"]
     assert len(losses) == 3
     assert losses == pytest.approx(theirs["losses"], rel=1e-6)
 
@@ -80,9 +85,10 @@ def test_a_universal_folder_comes_in(setup, store, tmp_path):
     recipe, source = recipe_for(store, tmp_path / "run", "gpt2"), str(tmp_path / "theirs")
     theirs = run_ranks(2, plain_deepspeed.train_and_save, setup, recipe, MODELS["gpt2"], source, 3, 0)[0]
     run_ranks(1, plain_deepspeed.to_universal, f"{source}/global_step3", str(tmp_path / "universal" / "three"))
-    done = import_checkpoint(tmp_path / "universal", None, written(recipe, tmp_path), trust=True)
-    assert (done.kind, done.step) == ("universal", 3)
-    assert holds(done.path) == theirs["held"]
+    for folder, kind in (("theirs", f"ZeRO-{setup.stage}"), ("universal", "universal")):
+        done = import_checkpoint(tmp_path / folder, tmp_path / kind, written(recipe, tmp_path), trust=True)
+        assert (done.kind, done.step) == (kind, 3)
+        assert holds(done.path) == theirs["held"]
 
 
 @pytest.mark.parametrize("setup", [Setup(2), Setup(3, groups=1, sub_group=10**9)], ids=["zero2", "zero3"])
@@ -96,6 +102,27 @@ def test_ours_goes_out_as_a_universal_folder(setup, store, tmp_path):
     assert theirs["held"] == holds(tmp_path / "run" / "checkpoints" / "step-00000003")
     assert theirs["steps"] == 6
     assert theirs["losses"] == pytest.approx(losses[3:], rel=1e-6)
+
+
+def memory_of_importing(source: str, config: str, output: str) -> int:
+    import ctypes
+
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    return growth(lambda: import_checkpoint(source, output, config=config, trust=True))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_importing_needs_the_memory_of_one_parameter(stage, store, tmp_path):
+    import json
+
+    vocab = 1 << 16  # x 64 fp32: an embedding of 16 MiB, its moments as much each, and hardly anything else
+    recipe, config = recipe_for(store, tmp_path / "run", "gpt2"), {**MODELS["gpt2"], "vocab_size": vocab}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = str(tmp_path / "theirs")
+    run_ranks(2, plain_deepspeed.train_and_save, Setup(stage, vocab=vocab), recipe, MODELS["gpt2"], source, 1, 0)
+    arguments = source, str(tmp_path / "config.json"), str(tmp_path / "imported")
+    (grown,) = run_ranks(1, memory_of_importing, *arguments)
+    assert grown < (16 + 8) << 20, f"{grown >> 20} MiB"
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +203,15 @@ def test_without_a_recipe_it_is_a_model_to_export(theirs, tmp_path, capsys):
     words = ["ckpt", "convert", str(tmp_path / "run"), "--to", "safetensors", "--output", str(tmp_path / "hf")]
     assert main(words) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def test_what_will_not_go_on_as_it_was_is_said(store, theirs, tmp_path):
+    recipe = recipe_for(store, tmp_path / "run", "gpt2", duration={"steps": 1})
+    recipe["optimizer"] |= {"betas": [0.8, 0.9], "weight_decay": 0.2}
+    done = import_checkpoint(theirs, None, written(recipe, tmp_path), samples=0, trust=True)
+    assert [note.partition(";")[0] for note in done.notes] == [
+        "the optimizer had betas [0.9, 0.95]",
+        "weight decay was 0.1",
+        "the recipe ends after 1 steps, and this is step 1: nothing is left to do",
+    ]
+    assert Checkpoint.open(done.path).state["samples_consumed"] == 0
