@@ -7,10 +7,9 @@ not read, so that memory is that of one parameter. Keys and file names are those
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,16 @@ from torch import Tensor
 
 from ..data_prep.errors import UserError
 from .checkpoint_reader import MASTER
+from .deepspeed_files import (
+    find_tag,
+    first_shard,
+    load_pickle,
+    model_files,
+    optimizer_files,
+    refuse_split_models,
+    shards,
+)
 
-_MODEL_FILES = "*mp_rank_*_model_states.pt"
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # torch.compile, activation checkpointing
 _UNIVERSAL_KINDS = {"fp32.pt": MASTER, "exp_avg.pt": "exp_avg", "exp_avg_sq.pt": "exp_avg_sq"}
 
@@ -80,90 +86,13 @@ def open_deepspeed(path: str | Path, trust: bool) -> DeepSpeedCheckpoint:
         )
     if (folder / "zero").is_dir():
         return _universal(folder)
-    _refuse_split_models(folder)
-    states = load_pickle(_model_files(folder)[0])
+    refuse_split_models(folder)
+    states = load_pickle(model_files(folder)[0])
     if not isinstance(states, dict) or "module" not in states:
-        raise UserError(f"{_model_files(folder)[0]}: not what DeepSpeed's save_checkpoint writes")
-    if not _optimizer_files(folder):
+        raise UserError(f"{model_files(folder)[0]}: not what DeepSpeed's save_checkpoint writes")
+    if not optimizer_files(folder):
         return _stage_0(folder, states)
-    return _stage_3(folder, states) if "fp32_flat_groups" in _first_shard(folder) else _stages_1_2(folder, states)
-
-
-def find_tag(path: Path) -> Path:
-    """The folder that holds the files, from it or from the one above with its `latest`."""
-    if _holds_checkpoint(path):
-        return path
-    for pointer in ("latest", "latest_universal"):
-        if (path / pointer).is_file():
-            tag = path / (path / pointer).read_text().strip()
-            if _holds_checkpoint(tag):
-                return tag
-            raise UserError(
-                f"{path / pointer}: names {tag.name!r}, which holds no DeepSpeed checkpoint; name another tag"
-            )
-    raise UserError(
-        f"{path}: no DeepSpeed checkpoint here; expected a folder with *_model_states.pt or zero/, or one with `latest`"
-    )
-
-
-def _holds_checkpoint(path: Path) -> bool:
-    return any(path.glob("*_model_states.pt")) or (path / "zero").is_dir()
-
-
-def load_pickle(path: Path) -> Any:
-    """Unpickles a file whose tensors stay on the disk until they are used.
-
-    Raises:
-        UserError: it is damaged, or needs a module that is not installed.
-    """
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ImportError, AttributeError) as error:
-        text = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {text}") from error
-
-
-def _refuse_split_models(folder: Path) -> None:
-    how = "convert it with `python -m deepspeed.checkpoint.ds_to_universal` and import the universal folder"
-    if layers := sorted(folder.glob("layer_*-model_states.pt")):
-        raise UserError(f"{folder}: a pipeline's checkpoint ({layers[0].name}): {how}")
-    ranks = {name[1] for file in _model_files(folder) if (name := re.search(r"mp_rank_(\d+)", file.name))}
-    if len(ranks) > 1:
-        raise UserError(f"{folder}: written by {len(ranks)} tensor-parallel ranks: {how}")
-    if any(folder.glob("*expert_*")):
-        raise UserError(f"{folder}: a mixture of experts; there is no such model here")
-
-
-def _model_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_MODEL_FILES), key=_rank)
-
-
-def _rank(path: Path) -> int:
-    """Data-parallel rank in a file's name: numbers, so that rank 10 does not precede rank 2."""
-    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
-    return int(found[1]) if found else 0
-
-
-def _optimizer_files(folder: Path) -> list[Path]:
-    return sorted((file for file in folder.iterdir() if _OPTIMIZER_FILE.fullmatch(file.name)), key=_rank)
-
-
-def _first_shard(folder: Path) -> dict[str, Any]:
-    return load_pickle(_optimizer_files(folder)[0])["optimizer_state_dict"]
-
-
-def _shards(folder: Path, states: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every rank's optimizer state, in rank order.
-
-    Raises:
-        UserError: a rank's file is missing.
-    """
-    files = _optimizer_files(folder)
-    missing = sorted(set(range(states["dp_world_size"])) - {_rank(file) for file in files})
-    if missing:
-        raise UserError(f"{folder}: the optimizer states of ranks {missing} of {states['dp_world_size']} are missing")
-    for file in files:
-        yield load_pickle(file)["optimizer_state_dict"]
+    return _stage_3(folder, states) if "fp32_flat_groups" in first_shard(folder) else _stages_1_2(folder, states)
 
 
 def _stage_0(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
@@ -213,7 +142,7 @@ def _order_of_groups(
 def _stages_1_2(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
     """Each rank holds a range of every group's flat tensor, and says which names lie where in it."""
     found = DeepSpeedCheckpoint(folder, "ZeRO-1 or 2", states=states)
-    for shard in _shards(folder, states):
+    for shard in shards(folder, states):
         found.kind = f"ZeRO-{int(shard.get('zero_stage', 1))}"
         base = shard["base_optimizer_state"]
         if isinstance(base, list):
@@ -238,7 +167,7 @@ def _stage_3(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
     if states.get("frozen_param_shapes"):
         raise UserError(f"{folder}: ZeRO-3 with frozen parameters is not taken in; save it with stage 2")
     world = states["dp_world_size"]
-    for rank, shard in enumerate(_shards(folder, states)):
+    for rank, shard in enumerate(shards(folder, states)):
         base = shard["optimizer_state_dict"]
         for group, shapes in enumerate(states["param_shapes"]):
             flats = {MASTER: shard["fp32_flat_groups"][group]} | _moments(base["state"].get(group, {}))
@@ -256,7 +185,7 @@ def _stage_3(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
 
 def _universal(folder: Path) -> DeepSpeedCheckpoint:
     """One folder for each parameter, its tensors whole (flat ones from stage 3)."""
-    models = _model_files(folder)
+    models = model_files(folder)
     found = DeepSpeedCheckpoint(folder, "universal", states=load_pickle(models[0]) if models else {})
     twice = found.states.get("shared_params") or {}  # the converter can write a tied head a second time
     for file in sorted((folder / "zero").glob("*/*.pt")):
