@@ -23,8 +23,9 @@ ATTEMPTS = 3  # of one task, before its workers' deaths count as its fault
 
 def run_here(job: Job, tasks: Sequence[Task], progress: Progress) -> Generator[Record]:
     """In this process, one after the other."""
-    worker = Worker(job)
+    worker: Worker | None = None
     for task in tasks:
+        worker = worker or Worker(job)
         yield worker.run(task, progress)
 
 

@@ -108,10 +108,12 @@ class Workspace:
             raise UserError(f"{self.output}: cannot write there: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
             raise UserError(f"{self.output}: another prepare is making this store ({holder or 'unknown'})") from None
+        except OSError:
+            pass  # a file system without locks, such as Lustre mounted without them: nothing more can be done
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:

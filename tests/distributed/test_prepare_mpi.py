@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.unit.data_prep.samples import stdlib_texts, write_jsonl
@@ -22,6 +24,12 @@ pytestmark = [
 
 def mpirun(ranks: int, arguments: list[str], prefix: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command line on ranks of the system's MPI, or of the one installed at `prefix`."""
+    process = start(ranks, arguments, prefix)
+    output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(ranks: int, arguments: list[str], prefix: Path | None = None) -> subprocess.Popen[str]:
     # Open MPI 4 sometimes stumbles over its own messages about a failed rank, and then exits with 1
     environment = {**os.environ, "OMPI_MCA_orte_base_help_aggregate": "0"}
     launcher, options = "mpirun", ["--allow-run-as-root", "--oversubscribe"]
@@ -31,12 +39,12 @@ def mpirun(ranks: int, arguments: list[str], prefix: Path | None = None) -> subp
         environment |= {"LD_LIBRARY_PATH": str(prefix / "lib"), "PATH": f"{prefix}/bin:{os.environ['PATH']}"}
         options = options if (prefix / "bin/ompi_info").exists() else []
     command = [launcher, *options, "-n", str(ranks), sys.executable, "-m", "zeropipe.data_prep.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", stdlib_texts(40))
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", stdlib_texts(40) * 4)
 
 
 def prepare(corpus: Path, output: Path) -> list[str]:
@@ -86,3 +94,20 @@ def test_an_error_ends_all_ranks(tmp_path: Path, corpus: Path) -> None:
     assert run.returncode == 2, run.stderr
     assert "no text at the key 'text'; the keys there are: 'title'" in run.stderr
     assert "Traceback" not in run.stderr and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("victim", ["leader", "worker"])
+def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(
+    tmp_path: Path, corpus: Path, alone: Path, victim: str
+) -> None:
+    arguments = [*prepare(corpus, tmp_path / "store"), "--mpi"]
+    process = start(2, arguments)
+    while process.poll() is None and not list(tmp_path.glob(".store.preparing/parts/*.json")):
+        time.sleep(0.005)
+    ranks = {rank.environ()["OMPI_COMM_WORLD_RANK"]: rank for rank in psutil.Process(process.pid).children()}
+    ranks["0" if victim == "leader" else "1"].kill()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and not (tmp_path / "store").exists()
+    run = mpirun(2, arguments)
+    assert run.returncode == 0, run.stderr
+    assert_same_stores(alone, tmp_path / "store")
