@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,10 @@ class Workspace:
             os.close(descriptor)
             raise UserError(f"{self.output}: another prepare is making this store ({holder or 'unknown'})") from None
         except OSError:
-            pass  # a file system without locks, such as Lustre mounted without them: nothing more can be done
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            pass  # a file system without locks, such as some mounts of Lustre: nothing more can be done
+        with suppress(OSError):  # for the message above only; a full disk is met where it matters
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         except UserError as error:
