@@ -47,7 +47,8 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks) -> TrainState:
     """Trains to the plan's last step, or until a signal asks to stop; resumes where `recipe.resume` says. Collective.
 
     Raises:
-        UserError: the run directory is in use or cannot be written, or the checkpoint does not fit the recipe.
+        UserError: on every rank: the run directory is in use or cannot be written, or the checkpoint does not fit the
+            recipe.
     """
     with exclusive(recipe.output, ranks), stop_signals() as signals:
         windows, held_out = open_windows(recipe, "train"), open_windows(recipe, "valid")
@@ -61,14 +62,15 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks) -> TrainState:
                 output = engine.train_step(stream, state.step, stop=signals.asked)
                 state.advance(output)
                 check_finite(output, state, recipe)
-                log.step(state, output, data_seconds=output.data_seconds)
+                signals.attempt(log.step, state, output, data_seconds=output.data_seconds)
                 if eval_due(recipe, plan, state, held_out):
                     batches = evaluation_batches(held_out, batch_shape(recipe, plan), ranks, recipe.eval.batches)
-                    log.eval(state, evaluate(engine, batches, lengths))
+                    signals.attempt(log.eval, state, evaluate(engine, batches, lengths))
                 if save_due(recipe, plan, state):
                     path = save_run(engine, state, recipe, plan)
-                    log.event("save", state.step, path=str(path), drawn=stream.drawn())
+                    signals.attempt(log.event, "save", state.step, path=str(path), drawn=stream.drawn())
             stream.close()
+            ranks.raise_together(signals.problem)
     return state
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from ..data_prep.errors import UserError
 from .config import Recipe, dump_recipe
@@ -76,13 +76,21 @@ def _lock(output: Path) -> IO[str]:
 
 
 class Signals:
-    """Whether this process was asked to save and stop (SIGTERM, SIGUSR1)."""
+    """Whether this process was asked to save and stop: by SIGTERM, SIGUSR1, or because it cannot go on alone."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.problem: str | None = None
 
     def ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
+
+    def attempt(self, action: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Does what this rank alone does (the record, on rank 0). If it cannot, all ranks save and stop first."""
+        try:
+            action(*arguments, **options)
+        except UserError as error:
+            self.problem, self.asked = self.problem or str(error), True
 
 
 @contextmanager

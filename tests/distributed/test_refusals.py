@@ -146,3 +146,30 @@ def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
     said = refused(tmp_path, recipe, tiny_json("zero1"))
     assert "the loss is nan" in said and "lower optimizer.lr" in said
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def _train_without_a_record(recipe: dict, ds: dict) -> str:
+    from tests.tiny import _train
+    from zeropipe.data_prep.errors import UserError
+    from zeropipe.trainer.metrics import RunLog
+
+    real = RunLog._write
+
+    def full(self, record):
+        if record["step"] == 2:
+            raise UserError("metrics.jsonl: the run's record cannot be written: No space left on device")
+        return real(self, record)
+
+    RunLog._write = full
+    try:
+        _train(recipe, ds)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_record_that_cannot_be_written_saves_and_stops_all_ranks(store, tmp_path):
+    """Only rank 0 writes it; the others must learn of it, and no step may be lost."""
+    said = run_ranks(2, _train_without_a_record, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1"))
+    assert len(set(said)) == 1 and "No space left" in said[0]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
