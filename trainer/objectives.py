@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .distributed import Ranks
-from .models.cross_entropy import IGNORE, loss_sum, whole_logits
+from .models.cross_entropy import IGNORE, head_loss_sum, loss_sum, whole_logits
 
 __all__ = ["IGNORE", "CausalLM"]
-
-CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
 
 
 class CausalLM(nn.Module):
@@ -51,28 +47,12 @@ class CausalLM(nn.Module):
             return whole_logits(logits, self.vocab_size, self.ranks)
         if not self._chunked_head_is_exact():
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return self._loss_sum(logits.flatten(0, 1), labels.flatten())
+            return loss_sum(logits, labels, self.vocab_size, self.ranks)
         body = self.model.base_model
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return self._head_loss(hidden.flatten(0, 1), labels.flatten())
+        head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
+        return head_loss_sum(head, hidden, labels, self.vocab_size, columns, self.ranks)
 
     def _chunked_head_is_exact(self) -> bool:
         """Families whose logits are head(hidden) and nothing more; others may scale or cap them."""
         return self.model.config.model_type in ("gpt2", "llama")
-
-    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
-        rows = max(1, CHUNK_BYTES // (4 * self.model.config.vocab_size))
-        if len(labels) <= rows:
-            return self._loss_sum(head(hidden), labels)
-
-        def chunk_loss(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
-            return self._loss_sum(head(hidden_chunk), label_chunk)
-
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for hidden_chunk, label_chunk in zip(hidden.split(rows), labels.split(rows), strict=True):
-            total = total + checkpoint(chunk_loss, hidden_chunk, label_chunk, use_reentrant=False)
-        return total
-
-    def _loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return loss_sum(logits, labels, self.vocab_size, self.ranks)

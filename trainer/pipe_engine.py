@@ -43,7 +43,7 @@ class PipeEngine:
         with hushed():
             builder, method = Builder(*arguments), recipe.parallel.partition
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
-            self._stages: Any = Stages(builder, method, costs)
+            self._stages: Any = Stages(builder, method, costs, plan.precision == "bf16_autocast")
             self._stages.before_forward = self._seed
             self.module: nn.Module = self._stages
             self.deepspeed: Any = deepspeed.initialize(
@@ -129,7 +129,7 @@ class PipeEngine:
         stages.eval()
         autocast = self._plan.precision == "bf16_autocast"
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            for layer in stages.forward_funcs:
+            for layer in [*stages.forward_funcs, *([stages.loss_fn.head] if stages.is_last else [])]:
                 inputs = layer(inputs)
         stages.train()
         if stages.is_last:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..distributed import Ranks
 
 IGNORE = -100  # label of a token that is not trained on
+CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -63,6 +66,30 @@ def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> T
     """Sum of the tokens' losses, an fp32 scalar; arguments as `token_losses`."""
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     return _losses(flat, targets, vocab_size, ranks, "sum")
+
+
+def head_loss_sum(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, vocab_size: int, columns: int, ranks: Ranks
+) -> Tensor:
+    """As `loss_sum` of `head(hidden)`, without ever holding the logits of more than a chunk of the tokens.
+
+    Args:
+        head: hidden states [tokens, width] to this tensor rank's columns of the logits, token by token.
+        hidden: [..., width].
+        columns: of all tensor ranks: the padded vocabulary.
+    """
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows = max(1, CHUNK_BYTES // (4 * columns))
+    if len(targets) <= rows:
+        return loss_sum(head(flat), targets, vocab_size, ranks)
+
+    def chunk_loss(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
+        return loss_sum(head(hidden_chunk), label_chunk, vocab_size, ranks)
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for hidden_chunk, label_chunk in zip(flat.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(chunk_loss, hidden_chunk, label_chunk, use_reentrant=False)
+    return total
 
 
 def _losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks, reduction: str) -> Tensor:

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from ..distributed import Ranks
 from .build import RandomValues, Values, make_parameter
-from .cross_entropy import loss_sum
+from .cross_entropy import head_loss_sum
 from .parameters import padded_vocab, parameter_table
 from .partition import stage_bounds
 from .tensor_parallel import parallelise
@@ -210,26 +210,37 @@ def _tied_head(embedding: Embedding, hidden: Tensor) -> Tensor:
 
 
 class TokenMeanLoss:
-    """Loss of a micro batch, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks is the mean
-    over all tokens of the global batch.
+    """Head and loss of a micro batch, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks is the
+    mean over all tokens of the global batch.
     """
 
-    def __init__(self, vocab_size: int, ranks: Ranks) -> None:
-        self.vocab_size, self.ranks, self.scale = vocab_size, ranks, 1.0
+    def __init__(self, builder: Builder, autocast: bool) -> None:
+        self.builder, self.autocast, self.scale = builder, autocast, 1.0
+        self.head: Callable[[Tensor], Tensor] | None = None  # of the last stage
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return loss_sum(logits, labels, self.vocab_size, self.ranks) * self.scale
+    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        assert self.head is not None
+        sizes = self.builder.vocab_size, self.builder.config.vocab_size
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
+            return head_loss_sum(self.head, hidden, labels, *sizes, self.builder.ranks) * self.scale
 
 
 class Stages(PipelineModule):
-    """The layers of this rank's stage, ready for DeepSpeed's PipelineEngine."""
+    """The layers of this rank's stage, ready for DeepSpeed's PipelineEngine.
 
-    def __init__(self, builder: Builder, method: str, costs: Sequence[float] | None = None) -> None:
+    The last stage's output is what goes into the head: the loss applies the head itself, chunk by chunk, so that the
+    logits of a whole micro batch are never held.
+    """
+
+    def __init__(
+        self, builder: Builder, method: str, costs: Sequence[float] | None = None, autocast: bool = False
+    ) -> None:
         """Collective.
 
         Args:
             method: `parallel.partition` of the recipe.
             costs: seconds of every layer, for the method `measured`.
+            autocast: the head computes in bfloat16 as the layers do under torch_autocast.
 
         Raises:
             UserError: the method does not fit the model.
@@ -245,8 +256,11 @@ class Stages(PipelineModule):
             topology: Any = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
         else:
             topology = PipeDataParallelTopology(**shape)
-        super().__init__(builder.layers(), topology=topology, loss_fn=TokenMeanLoss(builder.vocab_size, ranks))
+        loss = TokenMeanLoss(builder, autocast)
+        super().__init__(builder.layers(), topology=topology, loss_fn=loss)
         assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
+        if self.is_last:
+            loss.head = self.forward_funcs.pop()
 
     @property
     def is_first(self) -> bool:
