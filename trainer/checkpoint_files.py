@@ -7,14 +7,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
 from .boxes import Box
+from .safetensors_format import groups, header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,40 +118,16 @@ def write_pieces(
         OSError: the disk is full, or the folder cannot be written.
     """
     files = {}
-    for index, part in enumerate(_split(entries)):
+    for index, part in enumerate(groups(entries, _FILE_LIMIT)):
         name = f"rank-{rank:05d}{f'-{index}' if index else ''}.safetensors"
         held = {entry.name: list(shapes[entry.name]) for entry in part}
         files[name] = _write_safetensors(folder / name, part, {"shapes": json.dumps(held)})
     return files
 
 
-def _split(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    part, size = [], 0
-    for entry in entries:
-        if part and size + entry.nbytes > _FILE_LIMIT:
-            yield part
-            part, size = [], 0
-        part.append(entry)
-        size += entry.nbytes
-    if part:
-        yield part
-
-
-def _write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> Digest:
-    """By hand, because the library would hold the whole file in memory, and a hash would read it once more.
-
-    Eight bytes of header length, a JSON header padded with blanks to a multiple of eight, then the raw tensors.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    position = 0
-    for entry in entries:
-        span = [position, position + entry.nbytes]
-        header[entry.key] = {"dtype": "F32", "shape": list(entry.box.shape), "data_offsets": span}
-        position += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+def _write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Digest:
     with HashedFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(((entry.key, "F32", entry.box.shape, entry.nbytes) for entry in entries), metadata))
         for entry in entries:
             file.write(entry.read().numpy().reshape(-1).view("uint8").data)
         return file.finish()

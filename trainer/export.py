@@ -22,7 +22,8 @@ from ..data_prep.errors import UserError
 from .checkpoint import Checkpoint
 from .models.load_hf import build_plain, hf_config, load_folder, pick_device, torch_dtype
 from .run_directory import run_directory, run_precision, tokenizer_folder
-from .safetensors_stream import Entry, shards, write_tensors
+from .safetensors_format import groups
+from .safetensors_stream import Entry, write_tensors
 
 SHARD_BYTES = 4 * 10**9
 # Largest |difference| of logits over the largest |logit| between the live training engine and the reloaded export, by
@@ -111,14 +112,14 @@ def publishing(target: Path, overwrite: bool) -> Iterator[Path]:
 def write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
     entries = [Entry(name, tuple(checkpoint.shape(name)), dtype) for name in sorted(checkpoint.names())]
-    groups = shards(entries, shard_bytes)
+    files = groups(entries, shard_bytes)
     where = {}
-    for number, group in enumerate(groups, 1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+    for number, group in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         write_tensors(folder / name, group, checkpoint.read)
         where.update({entry.name: name for entry in group})
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": where}
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     write_configs(checkpoint.state["model_config"], folder, dtype)
 

@@ -5,7 +5,8 @@ import weakref
 import torch
 from safetensors.torch import load_file, save_file
 
-from zeropipe.trainer.safetensors_stream import Entry, shards, write_tensors
+from zeropipe.trainer.safetensors_format import groups
+from zeropipe.trainer.safetensors_stream import Entry, write_tensors
 
 
 def test_the_same_bytes_as_the_library(tmp_path):
@@ -36,5 +37,5 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
 
 def test_shards_keep_the_order_and_the_limit():
     entries = [Entry(str(i), (size,), torch.float32) for i, size in enumerate([10, 10, 100, 5, 5, 5])]
-    groups = shards(entries, limit=80)
-    assert [[entry.name for entry in group] for group in groups] == [["0", "1"], ["2"], ["3", "4", "5"]]
+    files = groups(entries, limit=80)
+    assert [[entry.name for entry in group] for group in files] == [["0", "1"], ["2"], ["3", "4", "5"]]
