@@ -34,7 +34,7 @@ def truth(model: str) -> reference.Curve:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["gpt2", "llama-tied"])
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama-tied", marks=pytest.mark.slow)])
 def test_tied(model, layout):
     for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout], timeout=60):
         assert_same(curve, truth(model))

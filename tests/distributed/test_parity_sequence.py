@@ -22,7 +22,7 @@ def truth(model: str) -> reference.Curve:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_sequence_2(model, stage):
     layout = Layout(world=2, data=1, sequence=2, zero_stage=stage)
     for curve in run_ranks(2, layouts.train, MODELS[model], layout, timeout=60):

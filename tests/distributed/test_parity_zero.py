@@ -22,15 +22,22 @@ def truth(model: str) -> reference.Curve:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow), "llama-one-kv-head"])
 def test_tensor_2(model, stage):
     curves = run_ranks(2, layouts.train, MODELS[model], Layout(world=2, data=1, tensor=2, zero_stage=stage))
     for curve in curves:
         assert_same(curve, truth(model))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [
+        ("gpt2", 1),
+        ("llama", 3),
+        pytest.param("gpt2", 3, marks=pytest.mark.slow),
+        pytest.param("llama", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_tensor_2_data_2(model, stage):
     curves = run_ranks(4, layouts.train, MODELS[model], Layout(world=4, data=2, tensor=2, zero_stage=stage))
     for curve in curves:

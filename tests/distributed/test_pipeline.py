@@ -18,8 +18,7 @@ PP2 = Layout(world=2, data=1, pipeline=2, zero_stage=1)
 PP2_TP2 = Layout(world=4, data=1, pipeline=2, tensor=2, zero_stage=1)
 
 
-@pytest.mark.parametrize("layout", [PP2, PP2_TP2], ids=["pp2", "pp2-tp2"])
-@pytest.mark.parametrize("config", [gpt2(), llama()], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(("config", "layout"), [(gpt2(), PP2), (llama(), PP2_TP2)], ids=["gpt2-pp2", "llama-pp2-tp2"])
 def test_evaluation_and_logits_are_hugging_faces(config, layout):
     looks.check(config, layout)
 
