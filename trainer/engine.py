@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data_prep.errors import UserError
 from .config import Recipe
 from .data import Batch, BatchStream, StepBatch
-from .distributed import Ranks
+from .distributed import Ranks, accelerator
 from .ledger import join, split
 from .models.build import Values, build_model
 from .models.mpu import Mpu
@@ -75,7 +75,14 @@ def build_engine(recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None
 
     Args:
         values: initial values of the parameters; None: random, by name.
+
+    Raises:
+        UserError: on every rank: the accelerator cannot compute in the plan's precision.
     """
+    able = {"fp16": accelerator().is_fp16_supported, "bf16": accelerator().is_bf16_supported}.get(plan.precision)
+    if able is not None and not able():
+        device, instead = accelerator().device_name(), "bf16" if plan.precision == "fp16" else "neither, for fp32"
+        raise UserError(f"{plan.precision}: the accelerator ({device}) cannot train in it; enable {instead}")
     if plan.layout.pipeline > 1:
         from .pipe_engine import PipeEngine
 

@@ -173,3 +173,8 @@ def test_a_record_that_cannot_be_written_saves_and_stops_all_ranks(store, tmp_pa
     said = run_ranks(2, _train_without_a_record, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1"))
     assert len(set(said)) == 1 and "No space left" in said[0]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_a_precision_that_the_accelerator_lacks(store, tmp_path):
+    said = refused(tmp_path, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1", fp16={"enabled": True}))
+    assert "fp16: the accelerator (cpu) cannot train in it; enable bf16" in said
