@@ -80,7 +80,11 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     )
     output.add_argument("--mpi", action="store_true", help="under mpirun: the other ranks do the tasks")
     output.add_argument(
-        "--worker-memory", type=positive_size, default=500_000_000, metavar="SIZE", help="of each (500M)"
+        "--cache-memory",
+        type=positive_size,
+        default=100_000_000,
+        metavar="SIZE",
+        help="for the encoder of each worker (100M)",
     )
     output.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run_prepare)
@@ -129,7 +133,7 @@ def _options(args: argparse.Namespace) -> Options:
         assembly=Assembly(args.deduplicate, args.limit_documents, args.shuffle),
         shard_bytes=args.shard_size,
         workers=default_workers() if args.workers is None else args.workers,
-        worker_memory=args.worker_memory,
+        cache_memory=args.cache_memory,
         overwrite=args.overwrite,
         quiet=args.quiet,
     )

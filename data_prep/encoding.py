@@ -65,15 +65,15 @@ class Fast:
 
     name = "gigatoken"
 
-    def __init__(self, folder: Path, memory: int) -> None:
-        """`memory`: bytes that this process may take before the caches are emptied."""
+    def __init__(self, folder: Path, cache_memory: int) -> None:
+        """`cache_memory`: bytes that this process may grow by before the caches are emptied."""
         self._definition = _without_special_tokens((folder / "tokenizer.json").read_bytes())
-        self._memory = memory
         try:
             self._renew()
         except Exception as error:  # several kinds, for what it does not support
             raise EncodersDiffer(f"gigatoken does not support this tokenizer ({error})") from None
         self._reference = Reference(folder)
+        self._memory = resident_memory() + cache_memory
         self._unchecked: int | None = None  # bytes since the last check
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -110,9 +110,9 @@ class Fast:
         self._tokenizer = gigatoken.Tokenizer.from_json(self._definition)
 
 
-def make_encoder(name: str, folder: Path, memory: int) -> Fast | Reference:
+def make_encoder(name: str, folder: Path, cache_memory: int) -> Fast | Reference:
     """The encoder of that name. EncodersDiffer if gigatoken does not support the tokenizer."""
-    return Fast(folder, memory) if name == Fast.name else Reference(folder)
+    return Fast(folder, cache_memory) if name == Fast.name else Reference(folder)
 
 
 def _without_special_tokens(definition: bytes) -> bytes:

@@ -18,7 +18,7 @@ from .tasks import Filters, compile_pattern, task_source
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for. Only `workers`, `worker_memory`, `overwrite` and `quiet` leave the output unchanged."""
+    """What the user asked for. Only `workers`, `cache_memory`, `overwrite` and `quiet` leave the output unchanged."""
 
     output: Path
     inputs: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Options:
     assembly: Assembly = field(default_factory=Assembly)
     shard_bytes: int = 4 << 30
     workers: int = 1  # 0: in this process
-    worker_memory: int = 500_000_000  # bytes that a worker may grow to by its encoder's caches
+    cache_memory: int = 100_000_000  # bytes that a worker may grow by, before its encoder's caches are emptied
     overwrite: bool = False
     quiet: bool = False
 

@@ -40,7 +40,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
     work = Workspace(options.output)
     with work.locked(), disk_errors(options.output):
         if work.was_published(settings(options)):
-            shutil.rmtree(work.root)
+            work.discard()
             return TokenStore.open(options.output)
         if options.output.exists() and not options.overwrite:
             raise UserError(f"{options.output}: exists already; choose another --output, or add --overwrite")
@@ -77,7 +77,7 @@ def _job(options: Options, vocabulary: Vocabulary, work: Workspace) -> Job:
         text_key=options.text_key,
         on_error=options.on_error,
         filters=options.filters,
-        memory=options.worker_memory,
+        cache_memory=options.cache_memory,
     )
 
 

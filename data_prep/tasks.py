@@ -49,7 +49,7 @@ class Job:
     text_key: str
     on_error: str  # stop | skip
     filters: Filters
-    memory: int  # bytes of resident memory at which a worker empties its encoder's caches
+    cache_memory: int  # bytes that a worker may grow by, before its encoder's caches are emptied
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.encoder = make_encoder(job.encoder, Path(job.tokenizer), job.memory)
+        self.encoder = make_encoder(job.encoder, Path(job.tokenizer), job.cache_memory)
         self.eod = np.array([job.eod_id])
         self.keep = compile_pattern("--keep-regex", job.filters.keep)
         self.drop = compile_pattern("--drop-regex", job.filters.drop)

@@ -88,6 +88,15 @@ class Workspace:
             self.output.rename(replaced)
         self.store.rename(self.output)
         sync_directory(self.output.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes all work; `published` last, so that a kill meanwhile leaves what says that the work is no use."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("published", "lock"):
+                path.unlink()
         shutil.rmtree(self.root)
 
     def was_published(self, settings: dict[str, Any]) -> bool:

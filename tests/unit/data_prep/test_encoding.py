@@ -112,11 +112,9 @@ import sys, numpy as np
 from pathlib import Path
 from zeropipe.data_prep import encoding
 encoding.CHECK_BYTES = 1 << 20
-folder, allowed = Path(sys.argv[1]), int(sys.argv[2])
-encoder = encoding.make_encoder("gigatoken", folder, 10**12)
+encoder = encoding.make_encoder("gigatoken", Path(sys.argv[1]), int(sys.argv[2]))
 encoder.encode([b"warm up"])
 start = peak = encoding.resident_memory()
-encoder._memory = start + allowed
 random = np.random.default_rng(0)
 for _ in range(40):
     letters = random.integers(97, 123, 1 << 20, dtype=np.uint8)

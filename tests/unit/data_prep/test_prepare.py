@@ -225,15 +225,15 @@ def test_a_corrected_file_costs_only_its_own_task(tmp_path: Path, tokenizer: Pat
     assert len(set(counted_tasks[:before]) & set(counted_tasks[before:])) == 0
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_run_killed_while_it_cleans_up_has_made_its_store(
     options: Options, counted_tasks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(path: Path, **_) -> None:
-        if path.name == ".store.preparing":
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("zeropipe.data_prep.workspace.shutil.rmtree", interrupted)
+        patch.setattr("zeropipe.data_prep.workspace.Workspace.discard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(options)
     before = list(counted_tasks)
