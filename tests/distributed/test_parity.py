@@ -151,12 +151,13 @@ def test_every_kind_of_layout_is_tried(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", [{**tiny.GPT2, **tiny.NO_DROPOUT}, tiny.LLAMA], ids=["gpt2", "llama"])
 def test_every_legal_layout_of_1_2_and_4_ranks(recipe, model):
     """Twenty steps each: minutes."""
     changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": model})})
     verdicts = list(parity(changed, tiny.tiny_json(), ranks=4, steps=20))
-    assert len(verdicts) >= 36
+    assert len(verdicts) >= 46
     assert not [str(found) for found in verdicts if found.difference]
 
 
