@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
 from tests.distributed import reference
 from tests.distributed.reference import BATCH, Curve, micro_batch
 from zeropipe.trainer.config import Recipe
@@ -17,7 +13,7 @@ from zeropipe.trainer.distributed import Ranks, init_distributed
 from zeropipe.trainer.ds_config import precision_of
 from zeropipe.trainer.engine import build_engine
 from zeropipe.trainer.layout import Layout
-from zeropipe.trainer.models.slices import merge_slices
+from zeropipe.trainer.parity_curves import whole_weights
 from zeropipe.trainer.plan import Plan
 
 STEPS = 4
@@ -97,29 +93,6 @@ def train(config: dict, layout: Layout, partition: str = "parameters", accumulat
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
         curve.norms.append(output.grad_norm)
-    curve.weights = whole_weights(engine)
+    curve.weights, torn = whole_weights(engine)
+    assert not torn, f"ranks hold unlike copies of {torn}"
     return curve
-
-
-def whole_weights(engine) -> dict[str, np.ndarray]:
-    """Weights by Hugging Face's names on every rank; replicated ones must be the same on every tensor rank."""
-    import deepspeed
-
-    ranks, local = engine.ranks, {}
-    for name, parameter in engine.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            piece = parameter.detach().float().contiguous().clone()
-        pieces = [torch.empty_like(piece) for _ in range(ranks.tensor_size)]
-        if ranks.tensor_size > 1:
-            dist.all_gather(pieces, piece, group=ranks.tensor_group)
-        else:
-            pieces = [piece]
-        if parameter.spec.dim is None:
-            assert all(torch.equal(piece, other) for other in pieces), f"{name} drifted apart"
-        local[name] = merge_slices(pieces, parameter.spec).numpy().copy()
-    weights: dict[str, np.ndarray] = {}
-    for stage in ranks.gather_objects(local):
-        for name, weight in stage.items():
-            assert name not in weights or np.array_equal(weights[name], weight), f"{name} differs between ranks"
-            weights[name] = weight
-    return weights

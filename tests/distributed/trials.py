@@ -69,7 +69,8 @@ def train(combination: Combination, sections: dict[str, Any] | None = None) -> t
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
         curve.norms.append(math.nan if output.grad_norm is None else output.grad_norm)
-    curve.weights = layouts.whole_weights(engine)
+    curve.weights, torn = layouts.whole_weights(engine)
+    assert not torn, f"ranks hold unlike copies of {torn}"
     no_norm = ["gives no gradient norm"] if all(map(math.isnan, curve.norms)) else []
     return curve, ignored_offloads(engine.deepspeed.optimizer, combination) + no_norm
 
