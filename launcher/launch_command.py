@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
 from ..trainer.ports import free_port
+from ..trainer.run_arguments import add_run_arguments
 from .command import (
     Launch,
     deepspeed_command,
@@ -50,15 +51,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe: section.key=value")
-    parser.add_argument(
-        "--deepspeed_config",
-        "--deepspeed-config",
-        default="zero0",
-        metavar="JSON",
-        help="a DeepSpeed JSON file, or a shipped one's name; default: %(default)s",
-    )
+    add_run_arguments(parser)
     parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
     parser.add_argument(
         "--devices",

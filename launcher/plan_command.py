@@ -6,6 +6,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
+from ..trainer.run_arguments import add_run_arguments
 from .command import Launch, deepspeed_command
 
 if TYPE_CHECKING:
@@ -28,14 +29,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe: section.key=value")
-    parser.add_argument(
-        "--deepspeed_config",
-        "--deepspeed-config",
-        metavar="JSON",
-        help="a DeepSpeed JSON file, or a shipped one's name; default: DeepSpeed's defaults (fp32, ZeRO-0)",
-    )
+    add_run_arguments(parser)
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks in all, on all hosts; default 1")
     parser.add_argument("--json", action="store_true", help="print the DeepSpeed JSON that the run would use")
     parser.set_defaults(run=run)
@@ -49,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ..trainer.plan import make_plan
 
     recipe = load_recipe(args.recipe, args.overrides)
-    plan = make_plan(recipe, load_ds_config(args.deepspeed_config) if args.deepspeed_config else {}, args.devices)
+    plan = make_plan(recipe, load_ds_config(args.deepspeed_config), args.devices)
     if args.json:
         print(json.dumps(plan.deepspeed, indent=2))
         return 0
@@ -81,7 +75,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
 
 def launch_lines(args: argparse.Namespace) -> list[str]:
     """The command on one machine, ours and DeepSpeed's own."""
-    config = ["--deepspeed_config", args.deepspeed_config] if args.deepspeed_config else []
+    config = ["--deepspeed_config", args.deepspeed_config]
     launch = Launch(("--run", args.recipe, *config, *args.overrides), args.devices)
     ours = ["zeropipe", "launch", args.recipe, *config, "--devices", str(args.devices), *args.overrides]
     return [shlex.join(ours), shlex.join(deepspeed_command(launch))]

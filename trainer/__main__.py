@@ -23,6 +23,10 @@ from .config import load_recipe  # noqa: E402
 from .ds_config import load_ds_config  # noqa: E402
 from .exit_notes import note_exit  # noqa: E402
 from .plan import Plan, make_plan  # noqa: E402
+from .run_arguments import DEFAULT_DEEPSPEED_CONFIG  # noqa: E402
+
+# what gloo and NCCL say where the other end of a connection has gone
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
-    except Exception:
-        print(f"rank {os.environ.get('RANK', 0)} failed:", file=sys.stderr)
-        traceback.print_exc()
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        if any(words in str(error) for words in LOST_PEER):
+            print(f"rank {rank} lost another rank, which failed or was killed: see there", file=sys.stderr)
+        else:
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
         sys.stderr.flush()
         note_exit(EXIT_RANK_FAILED)
         os._exit(EXIT_RANK_FAILED)  # a clean shutdown would wait for ranks that may be gone
@@ -64,7 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zeropipe.trainer", description=__doc__)
     parser.add_argument("--run", required=True, metavar="RECIPE", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("--deepspeed_config", default="zero0", metavar="JSON", help="a file or a shipped name")
+    parser.add_argument(
+        "--deepspeed_config",
+        default=DEFAULT_DEEPSPEED_CONFIG,
+        metavar="JSON",
+        help="a file, or the name of a shipped one",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args(argv)

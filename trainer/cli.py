@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import commands, exchange_commands, parity_command
+from .run_arguments import add_run_arguments
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "a run directory, one of its checkpoints, or a Hugging Face folder"
@@ -45,14 +46,7 @@ def _add(
 
 def _register_train(verbs: argparse._SubParsersAction) -> None:
     parser = _add(verbs, "train", commands.train, "train in this process group: one process when started alone")
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe: section.key=value")
-    parser.add_argument(
-        "--deepspeed_config",
-        "--deepspeed-config",
-        metavar="JSON",
-        help="a DeepSpeed JSON file, or a shipped one's name",
-    )
+    add_run_arguments(parser)
 
 
 def _register_eval(verbs: argparse._SubParsersAction) -> None:

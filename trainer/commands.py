@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 def train(args: argparse.Namespace) -> int:
     from .__main__ import main
 
-    words = ["--run", args.recipe, *args.overrides]
-    if args.deepspeed_config:
-        words += ["--deepspeed_config", args.deepspeed_config]
-    return main(words)
+    return main(["--run", args.recipe, "--deepspeed_config", args.deepspeed_config, *args.overrides])
 
 
 def evaluate(args: argparse.Namespace) -> int:

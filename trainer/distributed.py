@@ -155,6 +155,9 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
     if device_type != "cpu":
         accelerator().set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:  # the ranks of a host share its cores
+        local_size = int(os.environ.get("LOCAL_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     deepspeed.init_distributed(
         "gloo" if device_type == "cpu" else accelerator().communication_backend_name(),
         auto_mpi_discovery=False,

@@ -118,9 +118,7 @@ class ZeroEngine:
         )[0]
 
     def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
-        started = time.perf_counter()
         batch, totals = next_batch(stream, self.ranks, stop)
-        data_seconds = time.perf_counter() - started
         self._set_learning_rate(step)
         losses = []
         for number, micro in enumerate(batch.micro_batches):
@@ -135,17 +133,7 @@ class ZeroEngine:
         (loss_sum,) = self._replica_sum([float(torch.stack(losses).double().sum())])
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-        return StepOutput(
-            loss=loss_sum / totals.tokens,
-            grad_norm=None if norm is None else float(norm),
-            lr=lr,
-            tokens=totals.tokens,
-            seconds=time.perf_counter() - started,
-            data_seconds=data_seconds,
-            samples=(batch.first, batch.stop),
-            ledger=totals.ledger,
-            stop=totals.stop,
-        )
+        return totals.output(loss_sum / totals.tokens, norm, lr)
 
     def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
         self.deepspeed.eval()
@@ -209,11 +197,28 @@ class ZeroEngine:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all ranks together bring to a step, known before it begins."""
+    """What all ranks together bring to a step, known before it begins; fields as in `StepOutput`."""
 
-    tokens: int  # unmasked, of the global batch
+    tokens: int
+    samples: tuple[int, int]
     ledger: int
-    stop: bool  # some rank was asked to stop
+    stop: bool
+    started: float  # time.perf_counter, before the data were asked for
+    data_seconds: float
+
+    def output(self, loss: float, grad_norm: Any, lr: float) -> StepOutput:
+        """The step's report at its end."""
+        return StepOutput(
+            loss=loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            lr=lr,
+            tokens=self.tokens,
+            seconds=time.perf_counter() - self.started,
+            data_seconds=self.data_seconds,
+            samples=self.samples,
+            ledger=self.ledger,
+            stop=self.stop,
+        )
 
 
 def next_batch(stream: BatchStream, ranks: Ranks, stop: bool) -> tuple[StepBatch, StepTotals]:
@@ -222,11 +227,12 @@ def next_batch(stream: BatchStream, ranks: Ranks, stop: bool) -> tuple[StepBatch
     Raises:
         UserError: on every rank, where one of them cannot read its data.
     """
-    batch, problem = None, None
+    started, batch, problem = time.perf_counter(), None, None
     try:
         batch = stream.next_step()
     except UserError as error:
         problem = str(error)
+    waited = time.perf_counter() - started
     # the other ranks of a tensor, sequence or pipeline group read the same samples
     counted = ranks.tensor == ranks.sequence == ranks.pipeline == 0
     mine = [float(batch.tokens), *split(batch.ledger)] if batch is not None and counted else [0.0, 0.0, 0.0]
@@ -234,7 +240,8 @@ def next_batch(stream: BatchStream, ranks: Ranks, stop: bool) -> tuple[StepBatch
     if failed:
         ranks.raise_together(problem)
     assert batch is not None
-    return batch, StepTotals(int(tokens), join([low, high]), stopped > 0)
+    samples = batch.first, batch.stop
+    return batch, StepTotals(int(tokens), samples, join([low, high]), stopped > 0, started, waited)
 
 
 def planned_rate(recipe: Recipe, plan: Plan, step: int) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .run_arguments import add_run_arguments
+
 EXIT_DIFFERS = 1  # some layout does not follow one process
 
 DESCRIPTION = """\
@@ -23,15 +25,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of the recipe: section.key=value")
-    parser.add_argument(
-        "--deepspeed_config",
-        "--deepspeed-config",
-        default="zero1",
-        metavar="JSON",
-        help="a DeepSpeed JSON file, or a shipped one's name; its layout and precision are replaced",
-    )
+    add_run_arguments(parser, "zero1", " (its layout and precision are replaced)")
     parser.add_argument("--ranks", type=int, default=4, help="most ranks to start; default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps; default: %(default)s")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -57,9 +56,7 @@ class PipeEngine:
             self.predicted_seconds = step_seconds(stage_costs(costs, self._stages.bounds), plan.accumulation)
 
     def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
-        started = time.perf_counter()
         batch, totals = next_batch(stream, self.ranks, stop)
-        data_seconds = time.perf_counter() - started
         self._stages.loss_fn.scale = len(batch.micro_batches) * self.ranks.data_size / totals.tokens
         self._step, self._stages.micro = step, 0
         self._set_learning_rate(step)
@@ -67,18 +64,9 @@ class PipeEngine:
         micro_batches = iter([((b.input_ids, _positions(b)), b.labels) for b in batch.micro_batches])
         loss = float(self.deepspeed.train_batch(micro_batches))
         norm = self.deepspeed.get_global_grad_norm()
-        self._compare_prediction(time.perf_counter() - started - data_seconds)
-        return StepOutput(
-            loss=loss,
-            grad_norm=None if norm is None else float(norm),
-            lr=lr,
-            tokens=totals.tokens,
-            seconds=time.perf_counter() - started,
-            data_seconds=data_seconds,
-            samples=(batch.first, batch.stop),
-            ledger=totals.ledger,
-            stop=totals.stop,
-        )
+        output = totals.output(loss, norm, lr)
+        self._compare_prediction(output.seconds - output.data_seconds)
+        return output
 
     def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
         total, tokens = 0.0, 0
