@@ -36,7 +36,7 @@ verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
 
 bench: setup
-	@for bench in $$(grep -l __main__ benchmarks/*.py); do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+	$(BIN)/python scripts/bench.py docs/benchmarks.md
 
 clean:
 	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis
