@@ -1,6 +1,6 @@
 """How fast `zeropipe prepare` is, against the limit and against what people use today, all measured in one run.
 
-    python benchmarks/prepare.py --tokenizer gpt2/ [--sizes 200M 1G 4G] [--turns 3] [--datatrove PYTHON]
+    python benchmarks/prepare.py [--tokenizer gpt2/] [--sizes 200M 1G 4G] [--turns 3] [--datatrove PYTHON]
 
 The limit is gigatoken's own `encode_files` on the same bytes: it reads and encodes, and writes nothing. The peers are
 `datasets.map` with the fast tokenizer, and datatrove's tokenization (in a Python of its own, named by --datatrove).
@@ -159,10 +159,18 @@ def row(what: str, speed: float, peak: int | None = None) -> None:
     print(f"{what:36} {speed / 1e6:8.1f} MB/s" + (f"   peak {peak / 1e6:6.0f} MB" if peak else ""), flush=True)
 
 
+def train_tokenizer(store: Path) -> Path:
+    words = ["--builtin", "stdlib", "--train-tokenizer", "16384", "--quiet", "--output", str(store)]
+    subprocess.run([sys.executable, "-m", "zeropipe.launcher", "prepare", *words], check=True)
+    return store / "tokenizer"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="a Hugging Face folder, or vocab.json + merges.txt"
+        "--tokenizer",
+        type=Path,
+        help="a Hugging Face folder, or vocab.json + merges.txt; default: one trained on the standard library",
     )
     parser.add_argument("--sizes", type=size, nargs="+", default=[200_000_000], help="of text: 200M 1G 4G")
     parser.add_argument("--peer-size", type=size, default=20_000_000, help="of jsonl, for the slow peers")
@@ -176,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         args.hugging_face = folder / "tokenizer"
-        adopt_tokenizer(args.tokenizer, args.hugging_face, None)
+        adopt_tokenizer(args.tokenizer or train_tokenizer(folder / "stdlib"), args.hugging_face, None)
         corpus = folder / "corpus.jsonl"
         for number, wanted in enumerate(args.sizes):
             text = write_jsonl(corpus, wanted)
