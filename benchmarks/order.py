@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +43,14 @@ def sparse_store(prefix: Path, documents: int) -> None:
         file.truncate(documents * DOCUMENT * 2)
 
 
-def samples(store: TokenStore, first: int) -> list[np.ndarray]:
-    """The batch of the run's samples [first, first + 64)."""
+def draw(store: TokenStore, first: int) -> list[int]:
+    """Which windows the run's samples [first, first + 64) are."""
     order = SampleOrder([Source(store.fingerprint, (store.num_tokens - 1) // SEQ_LEN)], seed=1)
-    _, numbers = order.sample(np.arange(first, first + BATCH))
-    return [store.read(number * SEQ_LEN, (number + 1) * SEQ_LEN + 1) for number in numbers.tolist()]
+    return order.sample(np.arange(first, first + BATCH))[1].tolist()
+
+
+def read(store: TokenStore, windows: Iterable[int]) -> list[np.ndarray]:
+    return [store.read(window * SEQ_LEN, (window + 1) * SEQ_LEN + 1) for window in windows]
 
 
 def open_and_draw(prefix: Path) -> None:
@@ -55,7 +58,7 @@ def open_and_draw(prefix: Path) -> None:
     memory, start = resident_memory(), time.perf_counter()
     store = TokenStore.open(prefix)
     opened = time.perf_counter()
-    samples(store, 0)
+    read(store, draw(store, 0))
     print(opened - start, time.perf_counter() - start, resident_memory() - memory)
 
 
@@ -108,21 +111,22 @@ def measure_reading(folder: Path) -> None:
     real_store(prefix, tokens)
     binary = f"{prefix}.bin"
 
-    def cold_batch(turn: int) -> None:
-        samples(TokenStore.open(prefix), turn * BATCH)
-
-    cold = timed(cold_batch, 15, lambda: drop_from_page_cache(binary))
     store = TokenStore.open(prefix)
-    Path(binary).read_bytes()
-    warm = timed(lambda turn: samples(store, turn * BATCH), 200)
+    drawing = timed(lambda turn: draw(store, turn * BATCH), 200)
+    windows = [draw(store, turn * BATCH) for turn in range(200)]
+    cold = timed(lambda turn: read(TokenStore.open(prefix), windows[turn]), 15, lambda: drop_from_page_cache(binary))
     array = np.frombuffer(Path(binary).read_bytes(), np.uint16)
-    places = np.random.default_rng(1).integers(0, tokens - SEQ_LEN - 1, (200, BATCH)).tolist()
-    plain = timed(lambda turn: [array[place : place + SEQ_LEN + 1].astype(np.int64) for place in places[turn]], 200)
+    read(store, range(0, tokens // SEQ_LEN - 1))  # maps every page
+    warm = timed(lambda turn: read(store, windows[turn]), 200)
+    plain = timed(
+        lambda turn: [array[w * SEQ_LEN : (w + 1) * SEQ_LEN + 1].astype(np.int64) for w in windows[turn]], 200
+    )
     size = BATCH * (SEQ_LEN + 1) * 2
-    print(f"\n{BATCH} samples of {SEQ_LEN} tokens, drawn and read, {size / 1e3:.0f} kB of uint16 to int64:")
-    for what, seconds in (("cold page cache", cold), ("warm page cache", warm), ("plain copy from memory", plain)):
+    print(f"\n{BATCH} samples of {SEQ_LEN} tokens, {size / 1e3:.0f} kB of uint16 to int64:")
+    rows = {"drawn (which windows)": drawing, "read, cold page cache": cold, "read, warm": warm, "plain copy": plain}
+    for what, seconds in rows.items():
         print(f"  {what:24} {seconds * 1e3:8.2f} ms  {BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")
-    print(f"  warm is {warm / plain:.1f} times the plain copy")
+    print(f"  a warm read takes {warm / plain:.1f} times the plain copy from memory")
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def merge(paths: Sequence[str], output: Path, overwrite: bool = False) -> TokenS
         with ShardWriter(target, first.dtype, 0, single="shard-00000") as writer:
             for store in stores:
                 for shard in store.shards:
-                    _append(shard, writer)
+                    _append(shard.read_in_order(), writer)
         bytes_of_text = [store.text_bytes for store in stores]
         template = first.manifest or Manifest(first.dtype.name, None, None, None, 0, 0, None, [])
         return replace(

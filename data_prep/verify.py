@@ -23,6 +23,7 @@ def verify(path: str | Path, vocab_size: int | None = None) -> list[str]:
     vocabulary = store.vocab_size or vocab_size
     problems = []
     for shard in store.shards:
+        shard.read_in_order()
         structure = list(index_problems(shard))
         problems += structure
         problems += token_problems(shard, vocabulary, None if structure else store.eod_id)
@@ -108,5 +109,6 @@ def digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:
 
 def require_whole(shard: Shard, vocab_size: int | None) -> None:
     """UserError with the first problem of a `.bin/.idx` pair from outside."""
+    shard.read_in_order()
     for problem in (*index_problems(shard), *token_problems(shard, vocab_size, None)):
         raise UserError(problem)
