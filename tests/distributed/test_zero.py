@@ -200,26 +200,37 @@ def test_activation_checkpointing_changes_nothing(store, tmp_path):
     assert checkpointed["loss"] == plain["loss"]
 
 
-def test_killed_at_any_instant_it_resumes_and_ends_the_same(store, tmp_path):
+def test_killed_at_any_instant_it_resumes_and_ends_the_same(store, tmp_path, record_property):
     """SIGKILL at twenty random instants of a run that saves at every step."""
     ds = tiny_json("zero1", micro=2)
-    steps = {"duration": {"steps": 40}, "save": {"every": 1, "keep": 2}}
+    steps = {"duration": {"steps": 150}, "save": {"every": 1, "keep": 2}}
     undisturbed = train_on_ranks(2, recipe_of(store, tmp_path / "undisturbed", **steps), ds)
     recipe = recipe_of(store, tmp_path / "killed", **steps)
     rng, kills, seen = np.random.default_rng(5), 0, 0
-    while kills < 20:
-        group = RankGroup(2, _train, recipe, ds)
-        try:
-            with pytest.raises(AssertionError, match="did not finish within"):
-                group.results(timeout=rng.uniform(0.5, 2.5))
-        finally:
-            group.kill()
+    while kills < 20 and not run_for(rng.uniform(0.4, 1.6), recipe, ds):
         kills += 1
-        step = Checkpoint.open(tmp_path / "killed").step if any((tmp_path / "killed").glob("checkpoints/step-*")) else 0
+        saved = any((tmp_path / "killed").glob("checkpoints/step-*"))
+        step = Checkpoint.open(tmp_path / "killed").step if saved else 0
         assert step >= seen
         seen = step
+    record_property("kills", kills)
     final = train_on_ranks(2, recipe, ds)
-    assert kills >= 5 and final["loss"] == undisturbed["loss"]
+    assert kills >= 10 and seen > 0  # a fast machine may reach the end before the twentieth kill
+    assert final["loss"] == undisturbed["loss"]
+
+
+def run_for(seconds: float, recipe: dict, ds: dict) -> bool:
+    """Trains on two ranks and kills them after `seconds`; whether they had finished by then."""
+    group = RankGroup(2, _train, recipe, ds)
+    try:
+        group.results(timeout=seconds)
+    except AssertionError as error:
+        if "did not finish within" not in str(error):
+            raise
+        return False
+    finally:
+        group.kill()
+    return True
 
 
 def _stop_at_once(recipe, ds):
