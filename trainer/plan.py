@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -114,6 +114,8 @@ def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
 
 
 def _memory(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
+    if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
+        layout = replace(layout, zero_stage=max(1, layout.zero_stage))
     return estimate_memory(model, layout, precision_of(ds), ds, recipe.data.seq_len, recipe.parallel.partition)
 
 

@@ -53,6 +53,12 @@ def test_layouts(plan):
     assert plan(1, {"tensor_parallel": {"autotp_size": 0}}).layout == Layout(1, 1)
 
 
+def test_a_pipeline_without_zero_is_planned_as_it_runs(plan):
+    """The engine runs it as ZeRO-1: DeepSpeed clips by the wrong norm otherwise."""
+    memory = [plan(4, tiny_json(f"zero{stage}"), parallel={"pipeline": 2}).memory for stage in (0, 1)]
+    assert memory[0] == memory[1] is not None
+
+
 def test_everything_of_a_plan(plan, store: Path):
     made = plan(2, tiny_json("zero2", micro=2), duration={"steps": 100}, schedule={"warmup": 0.1})
     assert (made.micro_batch, made.accumulation, made.global_batch, made.seq_len) == (2, 2, 8, 32)
