@@ -77,7 +77,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     if "scheduler" in resolved:
         fill_scheduler(resolved, total, warmup)
     parameters = _parameters(model, layout)
-    if parameters is not None and layout.zero_stage > 0:
+    if parameters is not None and (layout.zero_stage > 0 or layout.pipeline > 1):
         # DeepSpeed allocates its bucket whole, 500 million elements unless told otherwise, however small the model is
         resolved["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
     return Plan(
