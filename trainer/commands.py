@@ -77,6 +77,8 @@ def _context(folder: Path) -> int:
 
 def _checkpoint(path: str, step: int | None) -> Path:
     """The checkpoint of a run at `step`; the path as it is where no step is asked for."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such run, checkpoint or Hugging Face folder")
     if step is None:
         return Path(path)
     from .checkpoint_folder import step_folders
