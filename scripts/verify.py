@@ -1,6 +1,7 @@
 """Runs the long matrices (tests marked `slow`) and writes what was run, on what, with which figures, to a page.
 
-usage: verify.py FILE [pytest arguments]. A test reports a figure with pytest's `record_property(name, value)`.
+usage: verify.py FILE [pytest arguments]. With arguments, the page's other sections stay as they are. A test reports a
+figure with pytest's `record_property(name, value)`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 VERSIONS = ("torch", "deepspeed", "transformers", "tokenizers", "gigatoken", "safetensors", "numpy")
+TITLE = """# Verification
+
+Written by `make verify`, nothing by hand. These are the long matrices, by test file; `make test` runs the rest.
+"""
 TEST_SECONDS = 3600  # of one test; in `make test` it is far less
 
 
@@ -42,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
         status = subprocess.run(command).returncode
         cases = read_cases(results)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(report(cases), encoding="utf-8")
+    kept = read_page(target) if argv[1:] and target.exists() else {}
+    target.write_text(page(kept | sections(cases)), encoding="utf-8")
     print(f"{target}: {len(cases)} tests")
     return status
 
@@ -59,29 +65,40 @@ def read_cases(results: Path) -> list[Case]:
     return cases
 
 
-def report(cases: Sequence[Case]) -> str:
-    """The Markdown page."""
-    outcomes = [case.outcome for case in cases]
-    counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
-    lines = [
-        "# Verification",
-        "",
-        "Written by `make verify`; nothing here is by hand. These are the long matrices; `make test` runs the rest.",
-        "",
-        f"- {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, revision {revision()}",
-        f"- {machine()}",
-        f"- Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in VERSIONS),
-        f"- {counts}, {sum(case.seconds for case in cases) / 60:.1f} minutes",
-    ]
+def sections(cases: Sequence[Case]) -> dict[str, str]:
+    """The Markdown of each test file: when and on what it ran, and its table."""
     by_file: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         by_file[case.file].append(case)
-    for file, group in by_file.items():
-        lines += ["", f"## {file}", "", "| test | outcome | seconds | figures |", "|---|---|---|---|"]
-        for case in group:
-            figures = "; ".join(f"{name} {_short(value)}" for name, value in case.figures.items()).replace("|", "\\|")
-            lines.append(f"| `{case.name}` | {case.outcome} | {case.seconds:.1f} | {figures} |")
-    return "\n".join(lines) + "\n"
+    return {file: _section(group) for file, group in by_file.items()}
+
+
+def _section(group: Sequence[Case]) -> str:
+    outcomes = [case.outcome for case in group]
+    counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
+    lines = [
+        f"{counts}, {sum(case.seconds for case in group) / 60:.1f} minutes; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, "
+        f"revision {revision()}, {machine()}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in VERSIONS),
+        "",
+        "| test | outcome | seconds | figures |",
+        "|---|---|---|---|",
+    ]
+    for case in group:
+        figures = "; ".join(f"{name} {_short(value)}" for name, value in case.figures.items()).replace("|", "\\|")
+        lines.append(f"| `{case.name}` | {case.outcome} | {case.seconds:.1f} | {figures} |")
+    return "\n".join(lines)
+
+
+def page(found: Mapping[str, str]) -> str:
+    body = "".join(f"\n## {file}\n\n{text}\n" for file, text in sorted(found.items()))
+    return f"{TITLE}\n{body}"
+
+
+def read_page(path: Path) -> dict[str, str]:
+    """The sections of a page, so that one file's tests can be run again alone."""
+    parts = path.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {file: text.strip() for file, _, text in (part.partition("\n") for part in parts)}
 
 
 def _short(value: str) -> str:
