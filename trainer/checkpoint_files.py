@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
 _FILE_LIMIT = 4 << 30  # bytes; larger files are unhandy to copy, and a rank with little memory maps them badly
+_SYNC_EVERY = 16 << 20  # bytes; the disk works while the rest is written
 _HASH_ASIDE = 1 << 20  # bytes; below this a thread costs more than it saves
 
 
@@ -68,8 +69,9 @@ class HashedFile:
         self._path = path
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
-        self._aside = ThreadPoolExecutor(1)
-        self._size = 0
+        self._aside, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._synced: Future[None] | None = None
+        self._size = self._asked = 0
 
     def write(self, data: bytes | memoryview) -> None:
         size = len(data)
@@ -81,10 +83,15 @@ class HashedFile:
             self._hash.update(data)
             self._file.write(data)
         self._size += size
+        if self._size - self._asked >= _SYNC_EVERY and (self._synced is None or self._synced.done()):
+            self._file.flush()
+            self._synced, self._asked = self._syncing.submit(os.fdatasync, self._file.fileno()), self._size
 
     def finish(self) -> Digest:
-        """Forces the bytes to the disk."""
+        """Forces the bytes to the disk, of which most are there already."""
         self._file.flush()
+        if self._synced is not None:
+            self._synced.result()  # a disk that failed says so once
         os.fsync(self._file.fileno())
         return Digest(self._size, self._hash.hexdigest())
 
@@ -93,6 +100,7 @@ class HashedFile:
 
     def __exit__(self, *error: object) -> None:
         self._aside.shutdown()
+        self._syncing.shutdown()
         self._file.close()
 
 
