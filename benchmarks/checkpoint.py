@@ -1,7 +1,7 @@
 """Saving a GPT-2 of 30M parameters on two ranks: ours against DeepSpeed's own `save_checkpoint`, in turn, in one run.
 
-Ours hashes every byte and forces it to the disk, DeepSpeed's does neither; the time in fsync is shown apart, because
-it is the disk's. Loading, with the digests verified, is shown beside it.
+Ours hashes every byte and forces it to the disk, DeepSpeed's does neither. Most of the disk's work goes on beside the
+writing; the wait for it that is left at the end is shown apart. Loading, with the digests verified, is shown beside it.
 """
 
 from __future__ import annotations
