@@ -66,7 +66,6 @@ class HashedFile:
     """A file that is written and hashed at the same time, and on the disk when it is closed without an error."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
         self._aside, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)

@@ -13,7 +13,7 @@ import torch
 from ..data_prep.errors import UserError
 from .checkpoint import Checkpoint, check_same_run, load, resolve_resume, save
 from .config import Recipe
-from .data import BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
+from .data import Batch, BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
 from .distributed import Ranks
 from .engine import Engine, StepOutput, build_engine
 from .environment import describe_host
@@ -57,14 +57,15 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks) -> TrainState:
         with RunLog(recipe.output, plan, recipe, ranks.is_main, ranks.gather_objects(describe_host())) as log:
             state = resume_or_start(engine, stream, recipe, plan, log)
             record_configuration(recipe, plan, ranks)
-            lengths = token_bytes(recipe.tokenizer, held_out, plan.vocab_size)
+            lengths = ranks.together(lambda: token_bytes(recipe.tokenizer, held_out, plan.vocab_size))
             while state.step < plan.total_steps and not state.stopped:
                 output = engine.train_step(stream, state.step, stop=signals.asked)
                 state.advance(output)
-                check_finite(output, state, recipe)
+                check_finite(output, state, plan)
                 signals.attempt(log.step, state, output, data_seconds=output.data_seconds)
                 if eval_due(recipe, plan, state, held_out):
-                    batches = evaluation_batches(held_out, batch_shape(recipe, plan), ranks, recipe.eval.batches)
+                    # read before any rank begins: one that cannot must not leave the others waiting
+                    batches = ranks.together(lambda: validation_batches(recipe, plan, ranks, held_out))
                     signals.attempt(log.eval, state, evaluate(engine, batches, lengths))
                 if save_due(recipe, plan, state):
                     path = save_run(engine, state, recipe, plan)
@@ -74,18 +75,22 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks) -> TrainState:
     return state
 
 
-def check_finite(output: StepOutput, state: TrainState, recipe: Recipe) -> None:
-    """Stops a run whose loss is no number: every later step and checkpoint would be worthless.
+def check_finite(output: StepOutput, state: TrainState, plan: Plan) -> None:
+    """Stops a run whose loss or gradient is no number, before such weights can be saved over good ones.
 
     Raises:
         UserError: on every rank; checkpoints are as they were.
     """
-    if not math.isfinite(output.loss):
-        raise UserError(
-            f"step {state.step}: the loss is {output.loss} (samples {output.samples[0]} to {output.samples[1] - 1}, lr "
-            f"{output.lr:.3g}); lower optimizer.lr, warm up longer or use bf16 instead of fp16. Checkpoints in "
-            f"{recipe.output} are from before"
-        )
+    numbers = {"loss": output.loss}
+    if plan.precision != "fp16" and output.grad_norm is not None:  # fp16 skips such steps and lowers its loss scale
+        numbers["gradient norm"] = output.grad_norm
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {state.step}: the {name} is {value} (samples {output.samples[0]} to {output.samples[1] - 1}, lr "
+                f"{output.lr:.3g}); lower optimizer.lr, warm up longer or use bf16 instead of fp16. Checkpoints in "
+                f"{plan.recipe.output} are from before"
+            )
 
 
 def eval_due(recipe: Recipe, plan: Plan, state: TrainState, held_out: Sequence[Windows]) -> bool:
@@ -105,6 +110,11 @@ def save_due(recipe: Recipe, plan: Plan, state: TrainState) -> bool:
 def batch_shape(recipe: Recipe, plan: Plan) -> BatchShape:
     cut = plan.micro_batch, plan.accumulation, plan.global_batch
     return BatchShape(*cut, plan.seq_len, plan.vocab_size, recipe.data.document_mask)
+
+
+def validation_batches(recipe: Recipe, plan: Plan, ranks: Ranks, held_out: Sequence[Windows]) -> list[Batch]:
+    """This rank's micro batches of one evaluation during training."""
+    return list(evaluation_batches(held_out, batch_shape(recipe, plan), ranks, recipe.eval.batches))
 
 
 def initial_values(recipe: Recipe) -> Values | None:
@@ -136,14 +146,15 @@ def resume_or_start(engine: Engine, stream: BatchStream, recipe: Recipe, plan: P
     """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective."""
     source = resolve_resume(recipe.output, recipe.resume, engine.ranks)
     if source is None:
-        log.event("start", 0)
+        engine.ranks.together(lambda: log.event("start", 0))
         return TrainState()
     saved = Checkpoint.open(source, verify=False).state  # `resolve_resume` has verified it
     check_same_run(saved, **run_identity(recipe, plan))
     load(engine.deepspeed, engine.named_parameters(), engine.ranks, source, verify=False)
     state = TrainState(saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
     stream.samples_consumed = state.samples_consumed
-    log.event("resume", state.step, message=f"resumed from {source} at step {state.step}", path=str(source))
+    said = f"resumed from {source} at step {state.step}"
+    engine.ranks.together(lambda: log.event("resume", state.step, message=said, path=str(source)))
     return state
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.distributed import reference
 from tests.distributed.reference import BETAS, CLIP, DECAY, LR, Curve, gpt2, llama
 from tests.distributed.trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
-from tests.harness import RankGroup, run_ranks
+from tests.harness import RankFailed, RankGroup, run_ranks
 from zeropipe.trainer.distributed import init_distributed
 from zeropipe.trainer.legality_table import Combination, Plain
 
@@ -50,7 +50,7 @@ def _try(name: str, precision: str, timeout: float, world: int, function: Callab
     group = RankGroup(world, marked, function, *arguments)
     try:
         apart = group.results(timeout)[0]
-    except AssertionError as error:
+    except RankFailed as error:
         text = str(error)
         if MARK in text:
             return Plain(name, "raises", json.loads(text.rsplit(MARK, 1)[1]))

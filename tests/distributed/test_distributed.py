@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import RankFailed, run_ranks
 from zeropipe.trainer.distributed import init_distributed
 
 pytestmark = pytest.mark.distributed
@@ -27,5 +27,5 @@ def _fail_on_one():
 
 
 def test_the_harness_reports_a_failing_rank():
-    with pytest.raises(AssertionError, match="planted"):
+    with pytest.raises(RankFailed, match="planted"):
         run_ranks(2, _fail_on_one)

@@ -178,3 +178,56 @@ def test_a_record_that_cannot_be_written_saves_and_stops_all_ranks(store, tmp_pa
 def test_a_precision_that_the_accelerator_lacks(store, tmp_path):
     said = refused(tmp_path, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1", fp16={"enabled": True}))
     assert "fp16: the accelerator (cpu) cannot train in it; enable bf16" in said
+
+
+def _train_with_a_bad_gradient(recipe: dict, ds: dict) -> str:
+    """The loss of step 2 is fine and its gradient is not: what a bad sample or a bad chip can do."""
+    from dataclasses import replace
+
+    from tests.tiny import _train
+    from zeropipe.data_prep.errors import UserError
+    from zeropipe.trainer.engine import ZeroEngine
+
+    real = ZeroEngine.train_step
+
+    def spoilt(self, stream, step, stop=False):
+        output = real(self, stream, step, stop)
+        return replace(output, grad_norm=float("nan")) if step == 1 else output
+
+    ZeroEngine.train_step = spoilt
+    try:
+        _train(recipe, ds)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_gradient_that_is_no_number_is_never_saved(store, tmp_path):
+    recipe = tiny_recipe(store, tmp_path / "run", save={"every": 1})
+    said = run_ranks(2, _train_with_a_bad_gradient, recipe, tiny_json("zero1"))
+    assert len(set(said)) == 1 and "step 2: the gradient norm is nan" in said[0]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoints/step-*")] == ["step-00000001"]
+
+
+def test_validation_data_that_one_rank_cannot_read(store, tmp_path):
+    recipe = tiny_recipe(store, tmp_path / "run", eval={"every": 1, "batches": 1})
+    said = run_ranks(2, _evaluate_on_other_data, recipe, tiny_json("zero1"))
+    assert len(set(said)) == 1 and "cannot be read" in said[0] and "(on rank 1)" in said[0]
+
+
+def _evaluate_on_other_data(recipe: dict, ds: dict) -> str:
+    from tests.tiny import _train
+    from zeropipe.data_prep.errors import UserError
+    from zeropipe.trainer import loop
+
+    def unreadable(*_):
+        if int(os.environ["RANK"]) == 1:
+            raise UserError("store: cannot be read")
+        return []
+
+    loop.evaluation_batches = unreadable
+    try:
+        _train(recipe, ds)
+    except UserError as error:
+        return str(error)
+    return "trained"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.harness import RankGroup, run_ranks
+from tests.harness import RankFailed, RankGroup, run_ranks
 from tests.tiny import (
     EOD,
     GPT2,
@@ -224,7 +224,7 @@ def run_for(seconds: float, recipe: dict, ds: dict) -> bool:
     group = RankGroup(2, _train, recipe, ds)
     try:
         group.results(timeout=seconds)
-    except AssertionError as error:
+    except RankFailed as error:
         if "did not finish within" not in str(error):
             raise
         return False

@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.distributed import layouts, reference
 from tests.distributed.reference import Curve, gpt2
-from tests.harness import RankGroup, run_ranks
+from tests.harness import RankFailed, RankGroup, run_ranks
 from zeropipe.trainer.legality_table import OFFLOADS, Combination, Outcome, Trial
 
 STEPS = 3
@@ -163,7 +163,7 @@ def _run(
     group = RankGroup(combinations[0].world, attempts, combinations, known)
     try:
         return group.results(timeout)[0], None
-    except AssertionError as error:
+    except RankFailed as error:
         text = str(error)
         if MARK in text:
             done, problem = json.loads(text.rsplit(MARK, 1)[1])

@@ -50,8 +50,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
         return slope.to(ctx.dtype), None, None, None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
-    """Cross entropy of every token in nats, fp32, 0 where the label is IGNORE; the same on every tensor rank.
+def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
+    """Sum of the tokens' cross entropies in nats, an fp32 scalar; the same on every tensor rank.
 
     Args:
         logits: [..., columns], this tensor rank's columns of the padded vocabulary.
@@ -59,13 +59,11 @@ def token_losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) 
         vocab_size: without padding.
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    return _losses(flat, targets, vocab_size, ranks, "none").view(labels.shape)
-
-
-def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
-    """Sum of the tokens' losses, an fp32 scalar; arguments as `token_losses`."""
-    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    return _losses(flat, targets, vocab_size, ranks, "sum")
+    if ranks.tensor_size == 1:
+        return F.cross_entropy(flat[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="sum")
+    first = ranks.tensor * flat.shape[1]
+    losses: Any = _SplitCrossEntropy.apply(flat, targets, first, vocab_size, ranks.tensor_group)
+    return losses.sum()
 
 
 def head_loss_sum(
@@ -90,14 +88,6 @@ def head_loss_sum(
     for hidden_chunk, label_chunk in zip(flat.split(rows), targets.split(rows), strict=True):
         total = total + checkpoint(chunk_loss, hidden_chunk, label_chunk, use_reentrant=False)
     return total
-
-
-def _losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks, reduction: str) -> Tensor:
-    if ranks.tensor_size == 1:
-        return F.cross_entropy(logits[:, :vocab_size].float(), labels, ignore_index=IGNORE, reduction=reduction)
-    first = ranks.tensor * logits.shape[1]
-    losses: Any = _SplitCrossEntropy.apply(logits, labels, first, vocab_size, ranks.tensor_group)
-    return losses.sum() if reduction == "sum" else losses
 
 
 def whole_logits(logits: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
