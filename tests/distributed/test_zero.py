@@ -189,6 +189,21 @@ def test_samples_do_not_depend_on_ranks_or_resumes(store, tmp_path):
     assert all(ledger == expected for ledger in ledgers.values()), ledgers
 
 
+def test_a_family_without_a_table_trains_alike_on_every_stage(store, tmp_path):
+    """Saved, resumed and partitioned like the others; what it cannot have is tensor parallelism and stages."""
+    losses = {}
+    for stage, world in (("zero0", 1), ("zero1", 2), ("zero3", 2)):
+        recipe = recipe_of(store, tmp_path / stage, duration={"steps": 4}, save={"every": 2})
+        recipe["model"] = {"config": {**LLAMA, "model_type": "mistral"}}
+        losses[stage] = train_on_ranks(world, recipe, tiny_json(stage))["loss"]
+        again = {**recipe, "output": str(tmp_path / f"{stage}-again"), "resume": str(tmp_path / "zero0/checkpoints")}
+        again["duration"] = {"steps": 6}
+        losses[f"{stage} resumed"] = train_on_ranks(world, again, tiny_json(stage))["loss"]
+    assert losses["zero1"] == pytest.approx(losses["zero0"], rel=1e-6)
+    assert losses["zero3"] == pytest.approx(losses["zero0"], rel=1e-6)
+    assert losses["zero3 resumed"] == pytest.approx(losses["zero0 resumed"], rel=1e-6)
+
+
 def test_activation_checkpointing_changes_nothing(store, tmp_path):
     """Dropout included: the recomputed forward draws the same masks."""
     recipe = recipe_of(store, tmp_path / "plain", duration={"steps": 3})
