@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .durable import sync_directory, write_durably
 from .errors import UserError
-from .manifest import Manifest, sync_directory, write_durably
+from .manifest import Manifest
 
 
 class Workspace:

@@ -7,13 +7,13 @@ that a folder under that name is whole, or has been damaged since.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data_prep.durable import sync_directory, write_durably
 from ..data_prep.errors import UserError
 from .checkpoint_files import (
     MANIFEST,
@@ -23,7 +23,6 @@ from .checkpoint_files import (
     Manifest,
     digest_problems,
     size_problems,
-    write_bytes,
 )
 
 CHECKPOINTS = "checkpoints"
@@ -92,28 +91,16 @@ def publish(folder: Path, step: int, files: dict[str, Digest]) -> Path:
         )
     sequence = 1 + max((item.sequence or 0 for item in ls(folder)), default=0)
     Manifest(step, sequence, files).write(partial)
-    _sync_folder(partial)
+    sync_directory(partial)
     replaced = _replaced_path(folder, path.name)
     if path.exists():  # the run was resumed from before this step
         path.rename(replaced)
     partial.rename(path)
-    _sync_folder(folder)
+    sync_directory(folder)
     if replaced.exists():
         shutil.rmtree(replaced)
-    pointer = folder / f".{LATEST}.partial"
-    write_bytes(pointer, f"{path.name}\n".encode())
-    pointer.replace(folder / LATEST)
-    _sync_folder(folder)
+    write_durably(folder / LATEST, f"{path.name}\n")
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces a folder's entries (names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def step_folders(path: str | Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -45,12 +44,6 @@ def environment(run: str, hosts: Sequence[Mapping[str, Any]] = ()) -> dict[str, 
         "hosts": list(hosts) or [{"host": socket.gethostname()}],
         "variables": {key: os.environ[key] for key in sorted(os.environ) if _matters(key)},
     }
-
-
-def write_environment(path: Path, record: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def versions() -> dict[str, str]:

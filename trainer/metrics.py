@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO
 
+from ..data_prep.durable import write_durably
 from ..data_prep.errors import UserError
-from .environment import environment, write_environment
+from .environment import environment
 from .exit_notes import LAUNCH_FOLDER
 from .progress import Progress, duration
 
@@ -168,7 +169,9 @@ class RunLog:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_for_append(path)
-        write_environment(self.directory / "environment.json", environment(self.run, self.hosts))
+        write_durably(
+            self.directory / "environment.json", json.dumps(environment(self.run, self.hosts), indent=2) + "\n"
+        )
         self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=_resumed_from(first) + 1)
         return self._file
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
 
+from ..data_prep.durable import write_durably
 from ..data_prep.errors import UserError
 from .config import Recipe, dump_recipe
 from .distributed import Ranks
@@ -44,8 +45,8 @@ def record_configuration(recipe: Recipe, plan: Plan, ranks: Ranks) -> None:
     """
 
     def write() -> None:
-        (recipe.output / "recipe.yaml").write_text(dump_recipe(recipe))
-        (recipe.output / "deepspeed.json").write_text(json.dumps(plan.deepspeed, indent=2) + "\n")
+        write_durably(recipe.output / "recipe.yaml", dump_recipe(recipe))
+        write_durably(recipe.output / "deepspeed.json", json.dumps(plan.deepspeed, indent=2) + "\n")
 
     ranks.together(lambda: _written(recipe.output, write) if ranks.is_main else None)
 
