@@ -1,15 +1,18 @@
 """Maps the top-level folders into one namespace, so that `trainer` and `launcher` collide with nobody else's."""
 
+from pathlib import Path
+
 from setuptools import setup
 
-ROOMS = ("data_prep", "trainer", "trainer.models", "launcher", "ds_configs", "recipes")
+TOP = ("data_prep", "trainer", "launcher", "ds_configs", "recipes")
+ROOMS = sorted(path.parent.as_posix() for top in TOP for path in Path(top).rglob("__init__.py"))
 
 setup(
-    packages=[f"zeropipe.{room}" for room in ROOMS],
-    package_dir={f"zeropipe.{room}": room.replace(".", "/") for room in ROOMS},
+    packages=[f"zeropipe.{room.replace('/', '.')}" for room in ROOMS],
+    package_dir={f"zeropipe.{room.replace('/', '.')}": room for room in ROOMS},
     package_data={
         "zeropipe.ds_configs": ["*.json"],
         "zeropipe.recipes": ["*.yaml", "*.json"],
-        "zeropipe.trainer": ["*.json"],
+        "zeropipe.trainer.plan": ["*.json"],
     },
 )

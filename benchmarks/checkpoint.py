@@ -68,8 +68,8 @@ def _rank(rank: int, world: int, port: int, stage: int, rounds: int, folder: Pat
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
     import logging
 
-    from zeropipe.trainer.checkpoint import load, save
-    from zeropipe.trainer.distributed import init_distributed, shut_down
+    from zeropipe.trainer.checkpoint.saving import load, save
+    from zeropipe.trainer.ranks.ranks import init_distributed, shut_down
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     ranks = init_distributed()
@@ -100,7 +100,7 @@ def _engine(stage: int, ranks):
     import deepspeed
     import torch
 
-    from zeropipe.trainer.models.build import build_model
+    from zeropipe.trainer.modeling.build import build_model
 
     config = {
         "train_micro_batch_size_per_gpu": 1,

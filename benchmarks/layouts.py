@@ -23,9 +23,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests import tiny
-from zeropipe.trainer.config import Recipe
-from zeropipe.trainer.plan import Plan, make_plan
-from zeropipe.trainer.rank_group import on_local_ranks
+from zeropipe.trainer.plan.plan import Plan, make_plan
+from zeropipe.trainer.recipe.recipe import Recipe
+from zeropipe.trainer.testing.local_ranks import on_local_ranks
 
 VOCAB, TIME, MICRO = 8192, 256, 2
 STEPS = 4  # of a turn; the first warms up
@@ -105,9 +105,9 @@ def timed(planned: Plan) -> tuple[float, float]:
     """Seconds of the fastest step, and how long it was in all-reduces."""
     import torch.distributed as dist
 
-    from zeropipe.trainer.distributed import init_distributed
-    from zeropipe.trainer.engine import build_engine
-    from zeropipe.trainer.parity_curves import open_stream
+    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.ranks.ranks import init_distributed
+    from zeropipe.trainer.testing.curves import open_stream
 
     waited, all_reduce = [0.0], dist.all_reduce
 

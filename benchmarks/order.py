@@ -24,7 +24,7 @@ import numpy as np
 
 from zeropipe.data_prep.encoding import resident_memory
 from zeropipe.data_prep.store import TokenStore
-from zeropipe.trainer.order import SampleOrder, Source
+from zeropipe.trainer.data.order import SampleOrder, Source
 
 BATCH, SEQ_LEN, DOCUMENT = 64, 1024, 1000
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that after a crash it is the old or the new content, never half of it. For one writer."""
+    """Replaces `path` by `text` so that after a crash it is the old or the new content, whole. One writer."""
     temporary = path.with_name(f".{path.name}.partial")  # one name, so that kills leave at most one behind
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

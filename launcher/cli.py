@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..data_prep import cli as data_prep_verbs
 from ..data_prep.errors import EXIT_USER_ERROR, UserError
-from ..trainer import cli as trainer_verbs
+from ..trainer.commands import cli as trainer_verbs
 from . import init_command, launch_command, plan_command
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
-from ..trainer.ports import free_port
-from ..trainer.run_arguments import add_run_arguments
+from ..trainer.commands.arguments import add_run_arguments
+from ..trainer.ranks.ports import free_port
 from .command import (
     Launch,
     deepspeed_command,
@@ -28,7 +28,7 @@ from .hostfile import is_this_machine, read_hostfile
 from .processes import MARK
 
 if TYPE_CHECKING:
-    from ..trainer.plan import Plan
+    from ..trainer.plan.plan import Plan
 
 EPILOG = """\
 examples:
@@ -141,9 +141,9 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
     Raises:
         UserError: whatever is wrong with the recipe, the JSON, the data or the layout.
     """
-    from ..trainer.config import load_recipe
-    from ..trainer.ds_config import load_ds_config
-    from ..trainer.plan import make_plan
+    from ..trainer.plan.deepspeed_json import load_ds_config
+    from ..trainer.plan.plan import make_plan
+    from ..trainer.recipe.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     return make_plan(recipe, load_ds_config(args.deepspeed_config), devices)

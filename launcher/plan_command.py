@@ -6,11 +6,11 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from ..trainer.run_arguments import add_run_arguments
+from ..trainer.commands.arguments import add_run_arguments
 from .command import Launch, deepspeed_command
 
 if TYPE_CHECKING:
-    from ..trainer.plan import Plan
+    from ..trainer.plan.plan import Plan
 
 EPILOG = """\
 examples:
@@ -38,9 +38,9 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from ..trainer.config import load_recipe
-    from ..trainer.ds_config import load_ds_config
-    from ..trainer.plan import make_plan
+    from ..trainer.plan.deepspeed_json import load_ds_config
+    from ..trainer.plan.plan import make_plan
+    from ..trainer.recipe.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     plan = make_plan(recipe, load_ds_config(args.deepspeed_config), args.devices)
@@ -112,8 +112,8 @@ def _optimizer(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
-    from ..trainer.memory import rows as memory_rows
-    from ..trainer.memory import tidy
+    from ..trainer.plan.memory import rows as memory_rows
+    from ..trainer.plan.memory import tidy
 
     if plan.memory is None:
         return [("memory", "not known for this family")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
-from ..trainer.exit_notes import read_notes
+from ..trainer.run.exit_notes import read_notes
 from . import processes
 from .hostfile import Host
 from .preflight import CONNECT_SECONDS, ssh_command

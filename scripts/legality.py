@@ -19,7 +19,7 @@ os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TRANSFORMERS_VERBOS
 
 from scripts.legality_page import page  # noqa: E402
 from tests.distributed import plain_trials, trials  # noqa: E402
-from zeropipe.trainer.legality_table import TABLE, Combination, Table, Trial  # noqa: E402
+from zeropipe.trainer.plan.legality_table import TABLE, Combination, Table, Trial  # noqa: E402
 
 PAGE = ROOT / "docs" / "legality.md"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zeropipe.trainer.legality_table import Combination, Table
+from zeropipe.trainer.plan.legality_table import Combination, Table
 
 CELLS = {"works": "yes", "raises": "raises", "differs": "**wrong**", "ignored": "ignored", "hangs": "hangs"}
 AXES = ("pipeline", "data", "sequence", "tensor")

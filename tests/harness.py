@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from zeropipe.trainer.rank_group import RankFailed, RankGroup, on_local_ranks
+from zeropipe.trainer.testing.local_ranks import RankFailed, RankGroup, on_local_ranks
 
 __all__ = ["RankFailed", "RankGroup", "run_ranks"]
 

@@ -86,7 +86,7 @@ def tiny_json(zero: str = "zero0", micro: int = 2, **extra: Any) -> dict[str, An
 def train_on_ranks(world: int, recipe: dict[str, Any], ds: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Trains in fresh processes; returns the step, and losses, gradient norms and rates by step, from metrics.jsonl."""
     (step, *_) = run_ranks(world, _train, recipe, ds, **kwargs)
-    from zeropipe.trainer.metrics import read_metrics
+    from zeropipe.trainer.metrics.record import read_metrics
 
     records = [record for record in read_metrics(recipe["output"]) if record["kind"] == "train"]
     columns = ("loss", "grad_norm", "lr", "ledger", "samples")
@@ -94,9 +94,9 @@ def train_on_ranks(world: int, recipe: dict[str, Any], ds: dict[str, Any], **kwa
 
 
 def _train(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
-    from zeropipe.trainer.distributed import join_world
     from zeropipe.trainer.loop import train
-    from zeropipe.trainer.noise import quiet
+    from zeropipe.trainer.ranks.ranks import join_world
+    from zeropipe.trainer.run.quiet import quiet
 
     quiet()
     ranks = join_world()
@@ -106,8 +106,8 @@ def _train(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
 
 
 def plan_of(recipe: dict[str, Any], ds: dict[str, Any], world: int) -> Any:
-    from zeropipe.trainer.config import Recipe
-    from zeropipe.trainer.plan import make_plan
+    from zeropipe.trainer.plan.plan import make_plan
+    from zeropipe.trainer.recipe.recipe import Recipe
 
     return make_plan(Recipe.model_validate(recipe), ds, world)
 

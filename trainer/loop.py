@@ -6,23 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data_prep.errors import UserError
-from .checkpoint import Checkpoint, check_same_run, load, resolve_resume, save
-from .config import Recipe
-from .data import Batch, BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
-from .distributed import Ranks
-from .engine import Engine, StepOutput, build_engine
-from .environment import describe_host
-from .evaluation import evaluate, token_bytes
-from .metrics import RunLog
-from .models.build import FolderValues, Values
-from .plan import Plan
-from .run_directory import is_hf_folder
-from .run_guard import exclusive, record_configuration, stop_signals
+from .checkpoint.saving import Checkpoint, check_same_run, load, resolve_resume, save
+from .data.batches import Batch, BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
+from .engine.zero import Engine, StepOutput, build_engine
+from .evaluation.evaluate import evaluate, token_bytes
+from .metrics.record import RunLog
+from .modeling.build import FolderValues, Values
+from .plan.plan import Plan
+from .ranks.ranks import Ranks
+from .recipe.recipe import Recipe
+from .run.directory import is_hf_folder
+from .run.environment import describe_host
+from .run.guard import exclusive, record_configuration, stop_signals
+from .run.identity import run_identity
 
 PROBE_TOKENS = 16
 
@@ -126,20 +126,6 @@ def initial_values(recipe: Recipe) -> Values | None:
         return FolderValues(folder)
     checkpoint = Checkpoint.open(folder)
     return lambda spec: checkpoint.read(spec.name)
-
-
-def run_identity(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What must not change when a run is resumed: with another value, the rest of the run would be another run."""
-    windows = open_windows(recipe, "train")
-    return {
-        "data": [window.fingerprint for window in windows],
-        "weights": [window.part.weight for window in windows],
-        "seed": recipe.seed,
-        "seq_len": plan.seq_len,
-        "global_batch": plan.global_batch,
-        "document_mask": recipe.data.document_mask,
-        "model_config": plan.model_config,
-    }
 
 
 def resume_or_start(engine: Engine, stream: BatchStream, recipe: Recipe, plan: Plan, log: RunLog) -> TrainState:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
-from zeropipe.trainer.distributed import init_distributed
-from zeropipe.trainer.models.build import build_model
+from zeropipe.trainer.modeling.build import build_model
+from zeropipe.trainer.ranks.ranks import init_distributed
 
 VOCAB = 101  # padded to 128
 BATCH, ACCUMULATION, TIME = 8, 2, 16

@@ -7,14 +7,14 @@ from typing import Any
 
 from tests.distributed import reference
 from tests.distributed.reference import BATCH, Curve, micro_batch
-from zeropipe.trainer.config import Recipe
-from zeropipe.trainer.data import Batch, StepBatch
-from zeropipe.trainer.distributed import Ranks, init_distributed
-from zeropipe.trainer.ds_config import precision_of
-from zeropipe.trainer.engine import build_engine
-from zeropipe.trainer.layout import Layout
-from zeropipe.trainer.parity_curves import whole_weights
-from zeropipe.trainer.plan import Plan
+from zeropipe.trainer.data.batches import Batch, StepBatch
+from zeropipe.trainer.engine.zero import build_engine
+from zeropipe.trainer.plan.deepspeed_json import precision_of
+from zeropipe.trainer.plan.layout import Layout
+from zeropipe.trainer.plan.plan import Plan
+from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
+from zeropipe.trainer.recipe.recipe import Recipe
+from zeropipe.trainer.testing.curves import whole_weights
 
 STEPS = 4
 

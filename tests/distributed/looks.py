@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tests.distributed import layouts, reference
 from tests.distributed.reference import TIME, batch
 from tests.harness import run_ranks
-from zeropipe.trainer.data import Batch
-from zeropipe.trainer.layout import Layout
+from zeropipe.trainer.data.batches import Batch
+from zeropipe.trainer.plan.layout import Layout
 
 
 def check(config: dict, layout: Layout) -> None:

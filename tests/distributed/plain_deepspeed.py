@@ -11,9 +11,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from zeropipe.trainer.config import Recipe
-from zeropipe.trainer.data import BatchShape, BatchStream, open_windows, sample_order
-from zeropipe.trainer.distributed import init_distributed
+from zeropipe.trainer.data.batches import BatchShape, BatchStream, open_windows, sample_order
+from zeropipe.trainer.ranks.ranks import init_distributed
+from zeropipe.trainer.recipe.recipe import Recipe
 
 SCHEDULER = {
     "type": "WarmupLR",

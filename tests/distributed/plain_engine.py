@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zeropipe.trainer.distributed import Ranks
-from zeropipe.trainer.models.parameters import ParamSpec, parameter_seed
-from zeropipe.trainer.models.slices import local_slice
+from zeropipe.trainer.families.specs import ParamSpec, parameter_seed
+from zeropipe.trainer.modeling.slices import local_slice
+from zeropipe.trainer.ranks.ranks import Ranks
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 GPT2 = {"model_type": "gpt2", "vocab_size": 101, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 16}

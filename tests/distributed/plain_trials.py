@@ -12,8 +12,8 @@ from tests.distributed import reference
 from tests.distributed.reference import BETAS, CLIP, DECAY, LR, Curve, gpt2, llama
 from tests.distributed.trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
 from tests.harness import RankFailed, RankGroup, run_ranks
-from zeropipe.trainer.distributed import init_distributed
-from zeropipe.trainer.legality_table import Combination, Plain
+from zeropipe.trainer.plan.legality_table import Combination, Plain
+from zeropipe.trainer.ranks.ranks import init_distributed
 
 MODELS = {"GPT-2": gpt2(), "Llama": llama()}
 # settings of zero_optimization, each on the simplest layout that it concerns
@@ -63,7 +63,7 @@ def _try(name: str, precision: str, timeout: float, world: int, function: Callab
 
 def marked(function: Callable[..., dict], *arguments: Any) -> dict[str, Any]:
     from tests.distributed.trials import first_line
-    from zeropipe.trainer.noise import quiet
+    from zeropipe.trainer.run.quiet import quiet
 
     quiet()
     try:

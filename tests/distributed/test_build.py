@@ -11,9 +11,9 @@ import torch
 
 from tests.harness import run_ranks
 from tests.tiny import GPT2, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
-from zeropipe.trainer.distributed import init_distributed
-from zeropipe.trainer.models.build import RandomValues, build_model
-from zeropipe.trainer.models.parameters import parameter_table
+from zeropipe.trainer.families.specs import parameter_table
+from zeropipe.trainer.modeling.build import RandomValues, build_model
+from zeropipe.trainer.ranks.ranks import init_distributed
 
 pytestmark = pytest.mark.distributed
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_gpt2.json"

@@ -16,10 +16,10 @@ import torch
 from tests.distributed.plain_engine import GPT2, KINDS, PlainEngine, known
 from tests.harness import RankFailed, run_ranks
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.checkpoint import Checkpoint, load, resolve_resume, save
-from zeropipe.trainer.checkpoint_files import HashedFile
-from zeropipe.trainer.distributed import Ranks, init_distributed
-from zeropipe.trainer.models.parameters import parameter_table
+from zeropipe.trainer.checkpoint.files import HashedFile
+from zeropipe.trainer.checkpoint.saving import Checkpoint, load, resolve_resume, save
+from zeropipe.trainer.families.specs import parameter_table
+from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -7,9 +7,9 @@ import torch
 
 from tests.distributed.plain_engine import GPT2, KINDS, LLAMA, PlainEngine, known
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint import Checkpoint, load, save
-from zeropipe.trainer.distributed import init_distributed
-from zeropipe.trainer.models.parameters import parameter_table
+from zeropipe.trainer.checkpoint.saving import Checkpoint, load, save
+from zeropipe.trainer.families.specs import parameter_table
+from zeropipe.trainer.ranks.ranks import init_distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint import load, save
+from zeropipe.trainer.checkpoint.saving import load, save
 
 pytestmark = pytest.mark.distributed
 

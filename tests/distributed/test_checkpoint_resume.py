@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine, close, digest
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint import Checkpoint, load, save
+from zeropipe.trainer.checkpoint.saving import Checkpoint, load, save
 
 pytestmark = pytest.mark.distributed
 

@@ -13,9 +13,9 @@ from tests.distributed.test_checkpoint_memory import _growth as growth
 from tests.harness import run_ranks
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.checkpoint import Checkpoint
-from zeropipe.trainer.import_checkpoint import import_checkpoint
-from zeropipe.trainer.universal import write_universal
+from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.export.deepspeed_import import import_checkpoint
+from zeropipe.trainer.export.universal import write_universal
 
 pytestmark = pytest.mark.distributed
 MODELS = {"gpt2": {**GPT2, **NO_DROPOUT}, "llama": LLAMA}

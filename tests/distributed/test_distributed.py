@@ -3,7 +3,7 @@
 import pytest
 
 from tests.harness import RankFailed, run_ranks
-from zeropipe.trainer.distributed import init_distributed
+from zeropipe.trainer.ranks.ranks import init_distributed
 
 pytestmark = pytest.mark.distributed
 

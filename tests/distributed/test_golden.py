@@ -71,9 +71,9 @@ def test_the_export_is_the_same_bytes(run):
 
 
 def _load_and_save(recipe: dict, ds: dict, run: str) -> str:
-    from zeropipe.trainer.checkpoint import load, save
-    from zeropipe.trainer.distributed import join_world
-    from zeropipe.trainer.engine import build_engine
+    from zeropipe.trainer.checkpoint.saving import load, save
+    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.ranks.ranks import join_world
 
     ranks = join_world()
     plan = plan_of(recipe, ds, ranks.world)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed import trials
 from tests.distributed.trials import combinations, splits
-from zeropipe.trainer.legality_table import Combination, shipped_table
+from zeropipe.trainer.plan.legality_table import Combination, shipped_table
 
 pytestmark = pytest.mark.distributed
 TABLE = shipped_table().trials

@@ -13,11 +13,11 @@ import torch
 from tests import tiny
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
-from zeropipe.trainer.config import Recipe, dump_recipe
-from zeropipe.trainer.layout import Layout
-from zeropipe.trainer.parity import Bounds, parity, plan_of, plans_of, verdict
-from zeropipe.trainer.parity_curves import one_process
-from zeropipe.trainer.rank_group import on_local_ranks
+from zeropipe.trainer.plan.layout import Layout
+from zeropipe.trainer.recipe.recipe import Recipe, dump_recipe
+from zeropipe.trainer.testing.curves import one_process
+from zeropipe.trainer.testing.local_ranks import on_local_ranks
+from zeropipe.trainer.testing.parity import Bounds, parity, plan_of, plans_of, verdict
 
 pytestmark = pytest.mark.distributed
 
@@ -83,26 +83,26 @@ def _mean_of_means():
 
 
 def _wrong_ranks_data():
-    from zeropipe.trainer.data import BatchShape
+    from zeropipe.trainer.data.batches import BatchShape
 
     BatchShape.rows = lambda self, ranks, micro: range(micro * ranks.data_size, micro * ranks.data_size + 2)
 
 
 def _labels_off_by_one():
-    from zeropipe.trainer.objectives import CausalLM
+    from zeropipe.trainer.objectives.causal_lm import CausalLM
 
     forward = CausalLM.forward
     CausalLM.forward = lambda self, ids, labels, positions=None: forward(self, ids, labels.roll(-1, 1), positions)
 
 
 def _norm_counted_twice():
-    from zeropipe.trainer.models import tensor_parallel
+    from zeropipe.trainer.modeling import tensor_parallel
 
     tensor_parallel._mark = lambda parameter, ranks: setattr(parameter, "model_parallel", True)
 
 
 def _same_dropout_masks():
-    from zeropipe.trainer.models.split_noise import SplitNoise
+    from zeropipe.trainer.modeling.split_noise import SplitNoise
 
     SplitNoise.enter = lambda self: None
 

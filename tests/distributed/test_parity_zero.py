@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import layouts, reference
 from tests.distributed.reference import assert_same, gpt2, llama
 from tests.harness import run_ranks
-from zeropipe.trainer.layout import Layout
+from zeropipe.trainer.plan.layout import Layout
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import layouts, looks, reference
 from tests.distributed.reference import gpt2, llama
 from tests.harness import run_ranks
-from zeropipe.trainer.layout import Layout
+from zeropipe.trainer.plan.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -75,7 +75,7 @@ def test_the_measured_partition_counts_the_head():
 
 
 def _in_chunks(config: dict, layout: Layout):
-    from zeropipe.trainer.models import cross_entropy
+    from zeropipe.trainer.modeling import cross_entropy
 
     cross_entropy.CHUNK_BYTES = 10 * 4 * 512  # ten tokens of 384 or 512 columns
     return layouts.train(config, layout)

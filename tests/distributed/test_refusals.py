@@ -23,7 +23,7 @@ def store(tmp_path_factory) -> Path:
 
 def trainer(arguments: list[str]) -> tuple[int, str]:
     """Exit code and stderr of this rank's trainer."""
-    from zeropipe.trainer.__main__ import main
+    from zeropipe.trainer.commands.train import main
 
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
 def _train_without_a_record(recipe: dict, ds: dict) -> str:
     from tests.tiny import _train
     from zeropipe.data_prep.errors import UserError
-    from zeropipe.trainer.metrics import RunLog
+    from zeropipe.trainer.metrics.record import RunLog
 
     real = RunLog._write
 
@@ -186,7 +186,7 @@ def _train_with_a_bad_gradient(recipe: dict, ds: dict) -> str:
 
     from tests.tiny import _train
     from zeropipe.data_prep.errors import UserError
-    from zeropipe.trainer.engine import ZeroEngine
+    from zeropipe.trainer.engine.zero import ZeroEngine
 
     real = ZeroEngine.train_step
 

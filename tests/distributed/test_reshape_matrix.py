@@ -11,8 +11,8 @@ import pytest
 
 from tests import tiny
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint import Checkpoint
-from zeropipe.trainer.export import export
+from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.export.huggingface import export
 
 pytestmark = pytest.mark.distributed
 TENSOR = {"tensor_parallel": {"autotp_size": 2}}
@@ -74,10 +74,10 @@ def runs(tmp_path_factory) -> Runs:
 def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[float]:
     """Loads, saves at once what was loaded, and trains two more steps; their losses."""
     from zeropipe.trainer import loop
-    from zeropipe.trainer.checkpoint import load
-    from zeropipe.trainer.data import BatchStream, open_windows, sample_order
-    from zeropipe.trainer.distributed import join_world
-    from zeropipe.trainer.engine import build_engine
+    from zeropipe.trainer.checkpoint.saving import load
+    from zeropipe.trainer.data.batches import BatchStream, open_windows, sample_order
+    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.ranks.ranks import join_world
 
     ranks = join_world()
     plan = tiny.plan_of(recipe, ds, ranks.world)

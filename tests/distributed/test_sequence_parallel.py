@@ -7,8 +7,8 @@ import pytest
 from tests.distributed import layouts, looks, reference
 from tests.distributed.reference import assert_same, gpt2, llama
 from tests.harness import run_ranks
-from zeropipe.trainer.distributed import Ranks
-from zeropipe.trainer.layout import Layout
+from zeropipe.trainer.plan.layout import Layout
+from zeropipe.trainer.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 

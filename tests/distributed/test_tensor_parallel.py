@@ -10,13 +10,13 @@ import torch.distributed as dist
 from tests.distributed import reference
 from tests.distributed.reference import Curve, assert_same, gpt2, llama, micro_batch
 from tests.harness import RankFailed, run_ranks
-from zeropipe.trainer.distributed import Ranks, init_distributed
-from zeropipe.trainer.models.build import build_model
-from zeropipe.trainer.models.cross_entropy import loss_sum
-from zeropipe.trainer.models.parameters import parameter_table
-from zeropipe.trainer.models.slices import local_slice, merge_slices
-from zeropipe.trainer.models.split_noise import SplitNoise
-from zeropipe.trainer.models.tensor_parallel import RowParallelLinear, parallelise
+from zeropipe.trainer.families.specs import parameter_table
+from zeropipe.trainer.modeling.build import build_model
+from zeropipe.trainer.modeling.cross_entropy import loss_sum
+from zeropipe.trainer.modeling.slices import local_slice, merge_slices
+from zeropipe.trainer.modeling.split_noise import SplitNoise
+from zeropipe.trainer.modeling.tensor_parallel import RowParallelLinear, parallelise
+from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 
 pytestmark = pytest.mark.distributed
 

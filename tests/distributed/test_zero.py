@@ -28,11 +28,11 @@ from tests.tiny import (
     tiny_store,
     train_on_ranks,
 )
-from zeropipe.trainer.checkpoint import Checkpoint
-from zeropipe.trainer.ledger import digest, sample_ids
-from zeropipe.trainer.models.build import RandomValues
-from zeropipe.trainer.models.parameters import parameter_table
-from zeropipe.trainer.order import SampleOrder, Source
+from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.data.ledger import digest, sample_ids
+from zeropipe.trainer.data.order import SampleOrder, Source
+from zeropipe.trainer.families.specs import parameter_table
+from zeropipe.trainer.modeling.build import RandomValues
 
 pytestmark = pytest.mark.distributed
 STEPS, SEED, BATCH, SEQ, CLIP = 20, 1234, 8, 32, 0.3

@@ -13,7 +13,7 @@ import numpy as np
 from tests.distributed import layouts, reference
 from tests.distributed.reference import Curve, gpt2
 from tests.harness import RankFailed, RankGroup, run_ranks
-from zeropipe.trainer.legality_table import OFFLOADS, Combination, Outcome, Trial
+from zeropipe.trainer.plan.legality_table import OFFLOADS, Combination, Outcome, Trial
 
 STEPS = 3
 AXES = ("pipeline", "data", "sequence", "tensor")
@@ -103,7 +103,7 @@ def differences(found: Curve, known: Curve) -> dict[str, float]:
 
 def attempts(combinations: Sequence[Combination], known: dict[bool, Curve]) -> list[dict[str, Any]]:
     """One after the other in the same processes; stops at the first that raises, which is told by its mark."""
-    from zeropipe.trainer.noise import quiet
+    from zeropipe.trainer.run.quiet import quiet
 
     quiet()
     done: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from zeropipe.trainer.exit_notes import LAUNCH_FOLDER, note_exit
+from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER, note_exit
 
 folder, rank = Path(os.environ[LAUNCH_FOLDER]), os.environ["RANK"]
 told = {"host": socket.gethostname(), "words": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}

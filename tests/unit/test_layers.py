@@ -1,32 +1,42 @@
-"""Imports go down only: launcher → trainer → data_prep; and what a login node needs never imports torch."""
+"""Imports go down only, in one stated order, and never in a circle; what a login node needs is without torch."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {"data_prep": (), "trainer": ("data_prep",), "launcher": ("trainer", "data_prep")}
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
-
-# modules beyond data_prep and launcher that must be importable without any of HEAVY
-LIGHT_TRAINER = [
-    "config", "ds_config", "plan", "order", "cli", "schedule", "splits", "layout", "memory", "legality", "exit_notes",
-    "models.parameters",
+# rooms and single files of the trainer; each imports itself and what stands to its right
+ORDER = [
+    "__main__", "commands", "testing", "loop", "metrics", "evaluation", "export", "engine", "run", "plan", "objectives",
+    "adapters", "modeling", "optim", "checkpoint", "families", "data", "ranks", "recipe",
 ]  # fmt: skip
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
+LIGHT_ROOMS = ("recipe", "families", "optim", "plan", "commands")  # importable without any of HEAVY
+LIGHT_FILES = ("data.order", "data.splits", "data.ledger", "data.vocabulary", "modeling.partition", "run.exit_notes")
+MOST_MODULES = 14
 
 
 def modules(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
 
 
-def imported_rooms(path: Path) -> set[tuple[str, int]]:
-    """Rooms of ours that a file imports anywhere in it, with the line."""
-    found = set()
+def dotted(path: Path) -> str:
+    """Name of a module without `zeropipe.`: trainer.plan.memory."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, everywhere: bool = True) -> Iterator[tuple[str, int]]:
+    """Modules and names of ours that a file imports, without `zeropipe.`, with the line; `everywhere`: also inside
+    functions and for type checking.
+    """
     package = ("zeropipe", *path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -35,51 +45,97 @@ def imported_rooms(path: Path) -> set[tuple[str, int]]:
             names = [f"{stem}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "zeropipe" and len(parts) > 1 and parts[1] in LAYERS:
-                found.add((parts[1], node.lineno))
-    return found
+        yield from ((name.removeprefix("zeropipe."), node.lineno) for name in names if name.startswith("zeropipe."))
 
 
 def wrong_imports(path: Path) -> list[str]:
-    room = path.relative_to(ROOT).parts[0]
-    return [
-        f"{path.relative_to(ROOT)}:{line} imports {other}"
-        for other, line in sorted(imported_rooms(path))
-        if other != room and other not in LAYERS[room]
-    ]
+    """Imports of a package above, or, inside the trainer, of a room above."""
+    top, *inside = path.relative_to(ROOT).with_suffix("").parts
+    wrong = []
+    for name, line in imports(path):
+        other, *rest = name.split(".")
+        if other in LAYERS and other != top and other not in LAYERS[top]:
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+        if other == top == "trainer" and inside != ["__init__"] and ORDER.index(rest[0]) < ORDER.index(inside[0]):
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}, which is above {inside[0]}")
+    return wrong
 
 
-@pytest.mark.parametrize("room", LAYERS)
-def test_imports_go_down_only(room):
-    assert modules(room)
-    assert [wrong for path in modules(room) for wrong in wrong_imports(path)] == []
+@pytest.mark.parametrize("top", LAYERS)
+def test_imports_go_down_only(top):
+    assert modules(top)
+    assert [wrong for path in modules(top) for wrong in wrong_imports(path)] == []
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("file", "statement"),
     [
-        "from ..trainer import plan",
-        "from zeropipe.launcher.cli import main",
-        "import zeropipe.trainer.plan",
-        "from .. import trainer",
+        ("data_prep/x.py", "from ..trainer import plan"),
+        ("data_prep/x.py", "from zeropipe.launcher.cli import main"),
+        ("data_prep/x.py", "import zeropipe.trainer.plan"),
+        ("data_prep/x.py", "from .. import trainer"),
+        ("trainer/families/x.py", "from ..plan.memory import rows"),
+        ("trainer/loop.py", "from .commands import train"),
     ],
 )
-def test_a_wrong_import_is_seen(statement, monkeypatch, tmp_path):
+def test_a_wrong_import_is_seen(file, statement, monkeypatch, tmp_path):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (tmp_path / "data_prep").mkdir()
-    path = tmp_path / "data_prep" / "x.py"
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
     path.write_text(f"def f():\n    {statement}\n")
     assert len(wrong_imports(path)) == 1
     assert ":2 imports" in wrong_imports(path)[0]
 
 
+def circles() -> list[list[str]]:
+    """Modules that import each other, directly or through others, by any import anywhere in them."""
+    files = {dotted(path): path for top in LAYERS for path in modules(top)}
+    graph = {name: {_module(other, files) for other, _ in imports(path)} - {name, None} for name, path in files.items()}
+    found = []
+    for name in graph:
+        reached, waiting = set(), list(graph[name])
+        while waiting:
+            other = waiting.pop()
+            if other not in reached:
+                reached.add(other)
+                waiting += graph[other]
+        if name in reached:
+            found.append([name, *sorted(other for other in reached if name in graph[other])])
+    return found
+
+
+def _module(name: str, files: dict[str, Path]) -> str | None:
+    """The module that an imported name is, or is in."""
+    return name if name in files else name.rpartition(".")[0] if name.rpartition(".")[0] in files else None
+
+
+def test_no_module_imports_itself_through_others():
+    assert circles() == []
+
+
+def test_no_room_is_crowded():
+    rooms = {path.parent for top in LAYERS for path in modules(top) if top != "data_prep"}
+    counts = {room: len([p for p in room.glob("*.py") if p.name != "__init__.py"]) for room in rooms}
+    assert {str(room.relative_to(ROOT)): n for room, n in counts.items() if n > MOST_MODULES} == {}
+
+
+def test_files_and_functions_stay_short():
+    long = []
+    for path in (path for top in LAYERS for path in modules(top)):
+        text = path.read_text()
+        if text.count("\n") > 300:
+            long.append(dotted(path))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
+                long.append(f"{dotted(path)}.{node.name}")
+    assert long == []
+
+
 def test_imports_inside_the_packages_are_relative():
     absolute = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for room in LAYERS
-        for path in modules(room)
+        for top in LAYERS
+        for path in modules(top)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("zeropipe")
     ]
@@ -88,17 +144,9 @@ def test_imports_inside_the_packages_are_relative():
 
 def test_a_login_node_needs_no_torch():
     """One process imports every light module and looks at what has come with it."""
-    names = [
-        "zeropipe." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for room in ("data_prep", "launcher")
-        for path in modules(room)
-        if path.stem not in ("__init__", "__main__")
-    ]
-    names += [
-        f"zeropipe.trainer.{name}"
-        for name in LIGHT_TRAINER
-        if (ROOT / "trainer" / f"{name.replace('.', '/')}.py").exists()
-    ]
+    rooms = ["data_prep", "launcher", *(f"trainer/{room}" for room in LIGHT_ROOMS)]
+    paths = [path for room in rooms for path in modules(room) if path.stem not in ("__init__", "__main__")]
+    names = [f"zeropipe.{dotted(path)}" for path in paths] + [f"zeropipe.trainer.{name}" for name in LIGHT_FILES]
     script = (
         "import importlib, sys\n"
         f"for name in {names!r}:\n"

@@ -22,7 +22,7 @@ sys.exit(max(abs(rank.wait()) for rank in ranks))
 """
 RANK = """
 import os, signal, subprocess, sys, time
-from zeropipe.trainer.exit_notes import note_exit
+from zeropipe.trainer.run.exit_notes import note_exit
 def end(code):
     note_exit(code)
     sys.exit(code)

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, train_on_ranks
 from zeropipe.launcher.cli import main
-from zeropipe.trainer.boxes import boxes_of_range
-from zeropipe.trainer.checkpoint_files import Entry, write_bytes, write_json, write_pieces
-from zeropipe.trainer.checkpoint_folder import begin, partial_path, publish
+from zeropipe.trainer.checkpoint.files import Entry, write_bytes, write_json, write_pieces
+from zeropipe.trainer.checkpoint.folder import begin, partial_path, publish
+from zeropipe.trainer.checkpoint.regions import boxes_of_range
 
 VOCAB = 512
 CONFIGS = {

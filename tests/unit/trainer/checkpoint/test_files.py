@@ -1,0 +1,121 @@
+"""The files: safetensors that the library reads, digests that are those of the bytes, a manifest that guards itself."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zeropipe.data_prep.errors import UserError
+from zeropipe.trainer import checkpoint_files
+from zeropipe.trainer.checkpoint.files import (
+    DamagedError,
+    Digest,
+    Entry,
+    Manifest,
+    digest_problems,
+    parse_key,
+    write_bytes,
+    write_pieces,
+)
+from zeropipe.trainer.checkpoint.regions import Box
+
+
+def _entries() -> dict[Entry, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    boxes = {
+        ("master", "a.weight", Box((3, 0), (5, 7))): torch.randn(5, 7, generator=generator),
+        ("exp_avg", "a.weight", Box((0, 2), (600, 900))): torch.randn(600, 900, generator=generator),  # hashed aside
+        ("master", "norm/odd.bias", Box((11,), (3,))): torch.randn(3, generator=generator),
+        ("master", "scalar", Box((), ())): torch.randn((), generator=generator),
+    }
+    return {Entry(*key, lambda tensor=tensor: tensor): tensor for key, tensor in boxes.items()}
+
+
+def test_the_library_reads_what_is_written_and_the_digest_is_that_of_the_file(tmp_path):
+    entries = _entries()
+    shapes = {"a.weight": (600, 902), "norm/odd.bias": (14,), "scalar": ()}
+    files = write_pieces(tmp_path, 3, list(entries), shapes)
+    assert list(files) == ["rank-00003.safetensors"]
+    path = tmp_path / "rank-00003.safetensors"
+    assert files[path.name] == Digest(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    found = load_file(path)
+    assert {parse_key(key) for key in found} == {(e.kind, e.name, e.box.offset) for e in entries}
+    for entry, tensor in entries.items():
+        assert torch.equal(found[entry.key], tensor)
+
+
+def test_large_shares_are_split_into_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "_FILE_LIMIT", 200)
+    entries = [Entry("master", f"p{n}", Box((0,), (20,)), lambda n=n: torch.full((20,), float(n))) for n in range(5)]
+    files = write_pieces(tmp_path, 0, entries, {entry.name: (20,) for entry in entries})
+    assert list(files) == ["rank-00000.safetensors", "rank-00000-1.safetensors", "rank-00000-2.safetensors"]
+    found = {key: value for name in files for key, value in load_file(tmp_path / name).items()}
+    assert [float(found[f"master/p{n}/0"][7]) for n in range(5)] == [0, 1, 2, 3, 4]
+
+
+def _written(folder) -> Manifest:
+    files = {name: write_bytes(folder / name, name.encode() * 9) for name in ("rank-00000.safetensors", "state.json")}
+    manifest = Manifest(12, 3, files)
+    manifest.write(folder)
+    return manifest
+
+
+def test_the_manifest_comes_back(tmp_path):
+    manifest = _written(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+    assert manifest.piece_files == ["rank-00000.safetensors"]
+    assert digest_problems(tmp_path, manifest.files) == []
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    manifest = _written(tmp_path)
+    for name in ("rank-00000.safetensors", "state.json", "manifest.json"):
+        path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+        for position in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1
+            path.write_bytes(damaged)
+            if name == "manifest.json":
+                with pytest.raises(DamagedError, match="manifest"):
+                    Manifest.read(tmp_path)
+            else:
+                assert digest_problems(tmp_path, manifest.files) == [
+                    f"{path}: SHA-256 is {hashlib.sha256(damaged).hexdigest()}, "
+                    f"the manifest says {manifest.files[name].sha256}"
+                ]
+        path.write_bytes(whole)
+
+
+def test_missing_and_short_files_are_named_with_what_was_expected(tmp_path):
+    manifest = _written(tmp_path)
+    (tmp_path / "state.json").unlink()
+    with (tmp_path / "rank-00000.safetensors").open("r+b") as file:
+        file.truncate(5)
+    assert digest_problems(tmp_path, manifest.files) == [
+        f"{tmp_path}/rank-00000.safetensors: 5 bytes, the manifest says 198",
+        f"{tmp_path}/state.json: missing",
+    ]
+
+
+def test_a_later_format_is_refused_and_not_called_damaged(tmp_path):
+    _written(tmp_path)
+    path = tmp_path / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["self"]
+    body["format"] = 2
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(body | {"self": digest}))
+    with pytest.raises(
+        UserError, match="format 2 is newer than this version of zeropipe reads \\(1\\): upgrade"
+    ) as error:
+        Manifest.read(tmp_path)
+    assert not isinstance(error.value, DamagedError)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"format": 1}'])
+def test_a_manifest_that_is_none(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DamagedError, match="manifest"):
+        Manifest.read(tmp_path)

@@ -1,0 +1,103 @@
+"""The plan accepts what worked when it was tried with the pinned DeepSpeed, and refuses everything else that was."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+
+from tests.tiny import GPT2
+from zeropipe.data_prep.errors import UserError
+from zeropipe.trainer.plan.deepspeed_json import reconcile
+from zeropipe.trainer.plan.deepspeed_keys import DEEPSPEED_VERSION
+from zeropipe.trainer.plan.legality import check, layout_of
+from zeropipe.trainer.plan.legality_table import Combination, Table, Trial, nearest_working, shipped_table
+from zeropipe.trainer.recipe.recipe import Recipe
+
+TABLE = shipped_table()
+MODEL = {**GPT2, "vocab_size": 500}
+
+
+def verdict(combination: Combination) -> str | None:
+    """Why a plan of it is refused; None where it is accepted."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "tried",
+            "model": {"config": MODEL},
+            "data": {"train": [{"store": "none"}], "seq_len": 32},
+            "parallel": {"pipeline": combination.pipeline},
+            "batch": {"global": 8},
+            "duration": {"steps": 3},
+        }
+    )
+    ds = {
+        **combination.sections,
+        "tensor_parallel": {"autotp_size": combination.tensor},
+        "sequence_parallel_size": combination.sequence,
+    }
+    layout = layout_of(recipe, ds, combination.world)
+    assert layout == combination.layout
+    try:
+        check(recipe, reconcile(recipe, ds, layout), layout, MODEL)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_the_table_was_made_with_what_is_pinned():
+    assert TABLE.made_with["deepspeed"] == DEEPSPEED_VERSION == version("deepspeed")
+    assert TABLE.made_with["torch"].partition("+")[0] == version("torch").partition("+")[0]
+    assert len(TABLE.trials) > 350
+    assert {trial.outcome for trial in TABLE.trials.values()} >= {"works", "raises", "differs", "ignored"}
+
+
+def test_plans_agree_with_every_trial():
+    wrong = {}
+    for combination, trial in TABLE.trials.items():
+        refusal = verdict(combination)
+        if (refusal is None) != (trial.outcome == "works"):
+            wrong[str(combination)] = trial.outcome, refusal
+    assert wrong == {}
+
+
+def test_every_refusal_says_what_to_do_and_has_something_legal_nearby():
+    for combination, trial in TABLE.trials.items():
+        if trial.outcome == "works":
+            continue
+        message = verdict(combination) or ""
+        assert any(word in message for word in ("use ", "needs ", "set ", "leave it out")), message
+        near = nearest_working(combination, TABLE)
+        assert near and all(way.count(",") <= 2 for way in near), combination
+
+
+def test_what_no_rule_knows_is_refused_by_the_table(monkeypatch):
+    """As if DeepSpeed went wrong tomorrow with something that plans take today."""
+    from zeropipe.trainer import legality
+
+    broken = Combination(data=2, stage=2, precision="bf16")
+    changed = {**TABLE.trials, broken: Trial(broken, "raises", "AssertionError: no more")}
+    table = Table(TABLE.made_with, TABLE.bounds, changed, TABLE.plain)
+    monkeypatch.setattr(legality, "shipped_table", lambda: table)
+    assert verdict(Combination(data=2, stage=1, precision="bf16")) is None
+    message = verdict(broken) or ""
+    assert "data 2, ZeRO-2, bf16: tried with DeepSpeed" in message and "raises: AssertionError: no more" in message
+    assert "nearest that works: " in message and "(stage 1)" in message and "(precision fp32)" in message
+    assert verdict(Combination(data=2, stage=2, precision="bf16", clipping=False)) is None, "tried by itself, and works"
+
+
+def test_the_table_is_read_as_it_was_written(tmp_path):
+    TABLE.write(tmp_path / "copy.json")
+    assert Table.read(tmp_path / "copy.json") == TABLE
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ways"),
+    [
+        (Combination(), []),
+        (Combination(stage=0, precision="bf16", data=2), ["stage 1", "stage 2", "stage 3"]),
+        (Combination(stage=1, pipeline=2, sequence=2), ["sequence 1", "pipeline 1"]),
+    ],
+)
+def test_the_nearest(wanted: Combination, ways: list[str]):
+    found = nearest_working(wanted, TABLE, most=20)
+    assert set(ways) <= set(found) if ways else found == [""]

@@ -1,0 +1,283 @@
+"""A live DeepSpeed engine's master weights and optimizer state, as views of the storage that it trains on.
+
+One shape for every ZeRO stage: a rank holds flat range [start, stop) of its (tensor-parallel) tensor, once as master
+weight and once per moment. Reading a view saves, writing into it loads. Names of DeepSpeed 0.19 that are not public
+are used here and nowhere else; the round-trip tests guard them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..families.specs import ParamSpec
+from ..ranks.ranks import Ranks
+from .reader import MASTER
+from .regions import Box, flat_index, strides
+
+_HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
+_SCHEDULED = ("lr", "initial_lr", "betas", "momentum")  # what DeepSpeed's schedulers move
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank holds of one parameter: elements [start, stop) of its row-major (tensor-parallel) tensor.
+
+    `views` maps "master" and each moment to a 1-D tensor of those elements, a view of what the engine trains on.
+    Replica `replica` of the `replicas` data-parallel ranks that hold the same elements.
+    """
+
+    name: str
+    spec: ParamSpec
+    parameter: Parameter
+    start: int
+    stop: int
+    replica: int
+    replicas: int
+    local_shape: tuple[int, ...]
+    views: Mapping[str, Tensor]
+
+    def view(self, kind: str, local: Box) -> Tensor:
+        """The elements of a box of the local tensor (which must lie within [start, stop)), as a view."""
+        flat = self.views[kind]
+        offset = flat.storage_offset() + flat_index(local.offset, self.local_shape) - self.start
+        return flat.as_strided(local.shape, strides(self.local_shape), offset)
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer proper, beneath DeepSpeed's wrappers."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def moment_kinds(engine: Any) -> list[str]:
+    """Names of the optimizer's tensor states (exp_avg, exp_avg_sq, …); none before the first step."""
+    states = base_optimizer(engine).state.items()
+    return sorted({key for flat, state in states for key, value in state.items() if _is_moment(flat, value)})
+
+
+def _is_moment(flat: Tensor, value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == flat.shape
+
+
+def shards(engine: Any, parameters: Iterable[tuple[str, Parameter]], ranks: Ranks) -> list[Shard]:
+    """What this rank holds of every parameter, sorted by name; parameters of which it holds nothing are empty ranges.
+
+    Args:
+        parameters: (Hugging Face name, parameter that carries `.spec`), tied ones once, the same on all ranks of a
+            pipeline stage.
+    """
+    wrapped = _wrapped_masters(engine)
+    return [_shard(engine, name, p, ranks, wrapped) for name, p in sorted(parameters, key=lambda item: item[0])]
+
+
+def _shard(engine: Any, name: str, p: Parameter, ranks: Ranks, wrapped: Mapping[Parameter, Held]) -> Shard:
+    spec: ParamSpec = p.spec  # type: ignore[attr-defined]
+    state = base_optimizer(engine).state
+    if hasattr(p, "ds_id"):
+        start, stop, held = _zero3_held(engine.optimizer, p)
+    elif p in wrapped:
+        start, stop, held = 0, p.numel(), wrapped[p]
+    elif hasattr(p, "_hp_mapping"):
+        start, stop, held = _zero12_held(engine, p)
+    else:
+        start, stop, held = 0, p.numel(), Held(p, 0, p.numel())
+    replica, replicas = 0, 1
+    if not _partitioned(p):  # every data-parallel rank holds it whole
+        replica = ranks.data * ranks.sequence_size + ranks.sequence
+        replicas = ranks.data_size * ranks.sequence_size
+    views = held.views(state) if held is not None else {}
+    local_shape = spec.local_shape(ranks.tensor, ranks.tensor_size)
+    return Shard(name, spec, p, start, stop, replica, replicas, local_shape, views)
+
+
+def _partitioned(p: Parameter) -> bool:
+    """Whether ZeRO has split this parameter's master over the data-parallel ranks."""
+    return hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A range of one of the optimizer's own tensors."""
+
+    tensor: Tensor
+    offset: int
+    numel: int
+
+    def views(self, state: Mapping[Any, Mapping[str, Any]]) -> dict[str, Tensor]:
+        tensors = {MASTER: self.tensor} | {
+            key: value for key, value in state.get(self.tensor, {}).items() if _is_moment(self.tensor, value)
+        }
+        return {key: t.detach().view(-1).narrow(0, self.offset, self.numel) for key, t in tensors.items()}
+
+
+def _zero3_held(zero: Any, p: Any) -> tuple[int, int, Held]:
+    """Equal flat partitions, the last ones padded; frozen parameters have no master and stand for themselves."""
+    size = p.ds_tensor.ds_numel
+    start, stop = (min(p.ds_zero_partition_rank * size + n, p.ds_numel) for n in (0, size))
+    if not p.requires_grad:
+        return start, stop, Held(p.ds_tensor, 0, stop - start)
+    group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+    return start, stop, Held(zero.fp32_partitioned_groups_flat[group], offset, stop - start)
+
+
+def _zero12_held(engine: Any, p: Any) -> tuple[int, int, Held | None]:
+    """A range of the group's flat partition. Read by address: DeepSpeed links the moments only after a step."""
+    mapping = p._hp_mapping
+    if mapping is None:
+        return 0, 0, None
+    flat = base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
+    local, inside = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return local.start, local.start + local.numel, Held(flat, inside.start, inside.numel)
+
+
+def _wrapped_masters(engine: Any) -> dict[Parameter, Held]:
+    """Masters of DeepSpeed's fp16 wrappers without ZeRO: one flat tensor per group (fused), or one per parameter."""
+    found: dict[Parameter, Held] = {}
+    optimizer: Any = engine.optimizer
+    groups: list[list[Parameter]] = getattr(optimizer, "fp16_groups", [])
+    for index, group in enumerate(groups):
+        if hasattr(optimizer, "fp32_groups_flat"):
+            offset = 0
+            for p in group:
+                found[p] = Held(optimizer.fp32_groups_flat[index], offset, p.numel())
+                offset += p.numel()
+        elif hasattr(optimizer, "fp32_groups"):
+            masters = optimizer.fp32_groups[index]
+            found.update({p: Held(master, 0, master.numel()) for p, master in zip(group, masters, strict=True)})
+    return found
+
+
+def read_scalars(engine: Any) -> dict[str, Any]:
+    """Everything small that the engine's future depends on, as JSON: Adam's step, hyperparameters, counters, scaler.
+
+    Raises:
+        ValueError: parameters have taken different numbers of steps, which one number cannot describe.
+    """
+    base = base_optimizer(engine)
+    numbers: dict[str, set[float]] = {}
+    for state in base.state.values():
+        for key, value in state.items():
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
+                numbers.setdefault(key, set()).add(float(value))
+    uneven = {key: sorted(values) for key, values in numbers.items() if len(values) > 1}
+    if uneven:
+        raise ValueError(f"parameters differ in their optimizer scalars: {uneven}")
+    scaler = _loss_scaler(engine)
+    autocast_scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    scalars = {
+        "optimizer": type(base).__name__,
+        "kinds": moment_kinds(engine),
+        "scalars": {key: values.pop() for key, values in numbers.items()},
+        "groups": [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in base.param_groups],
+        "counters": {key: getattr(engine, key) for key in _COUNTERS},
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "loss_scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
+        "autocast_scaler": autocast_scaler.state_dict() if autocast_scaler is not None else None,
+    }
+    return json.loads(json.dumps(scalars))
+
+
+def create_state(engine: Any, kinds: Sequence[str], scalars: Mapping[str, float]) -> None:
+    """Gives the optimizer zero moments and the step count, which it would otherwise create in its first step."""
+    base, zero = base_optimizer(engine), engine.optimizer
+    # stage 3 hands its flat tensors to the optimizer one at a time
+    groups = [group["params"] for group in base.param_groups]
+    flats = getattr(zero, "fp32_partitioned_groups_flat", None) or [flat for group in groups for flat in group]
+    base.state.clear()
+    for flat in flats:
+        if not kinds and not scalars:
+            continue
+        dtype = torch.float32 if getattr(base, "fp32_optimizer_states", False) else flat.dtype
+        state: dict[str, Any] = {kind: torch.zeros_like(flat, dtype=dtype, requires_grad=False) for kind in kinds}
+        base.state[flat] = state | {key: _scalar(base, flat, value) for key, value in scalars.items()}
+    if hasattr(zero, "_hp_optimizer_states_linked"):  # its links still hold the old moments: cut until the next step
+        zero._hp_optimizer_states_linked = False
+        for p in engine.module.parameters():
+            if getattr(p, "_hp_mapping", None) is not None:
+                p._hp_mapping.optim_fragment = None
+
+
+def _scalar(base: torch.optim.Optimizer, flat: Tensor, value: float) -> Tensor | int:
+    """torch counts steps in a tensor (on the device where its kernels read it there); DeepSpeed's Adams in an int."""
+    if not type(base).__module__.startswith("torch."):
+        return int(value)
+    on_device = base.defaults.get("capturable") or base.defaults.get("fused")
+    return torch.tensor(float(value), dtype=torch.float32, device=flat.device if on_device else "cpu")
+
+
+def write_scalars(engine: Any, saved: Mapping[str, Any]) -> None:
+    """Puts back what `read_scalars` read, except the optimizer's own step (`create_state`).
+
+    Of the hyperparameters, the learning rate, and what else a scheduler of the JSON moves. The others are as
+    configured now, so that a resumed run may change them.
+    """
+    for key in _COUNTERS:
+        setattr(engine, key, saved["counters"][key])
+    if saved["scheduler"] is not None and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(saved["scheduler"])
+    _write_hyperparameters(engine, saved["groups"])
+    scaler = _loss_scaler(engine)
+    if scaler is not None and getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)):
+        for key, value in saved["loss_scaler"].items():
+            if hasattr(scaler, key):
+                setattr(scaler, key, value)
+    autocast_scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    if autocast_scaler is not None and saved["autocast_scaler"] is not None:
+        autocast_scaler.load_state_dict(saved["autocast_scaler"])
+
+
+def _write_hyperparameters(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
+    """A scheduler's `load_state_dict` does not set the learning rate of the step to come."""
+    keys = _SCHEDULED if engine.lr_scheduler is not None else ("lr",)
+    groups = base_optimizer(engine).param_groups
+    for index, group in enumerate(groups):
+        # a pipeline stage may have fewer groups than rank 0; schedules treat all alike
+        source = saved[index if len(groups) == len(saved) else 0]
+        for key in keys:
+            if key in source and key in group:
+                value = source[key]
+                group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _loss_scaler(engine: Any) -> Any:
+    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+
+
+@torch.no_grad()
+def refresh_model(engine: Any, held: Sequence[Shard]) -> None:
+    """Brings the model's own (low-precision, gathered) copies up to the master weights. Collective under ZeRO."""
+    if hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()
+    if hasattr(engine.optimizer, "invalidate_secondary_tensor"):
+        engine.optimizer.invalidate_secondary_tensor()
+    for shard in held:
+        p: Any = shard.parameter
+        if hasattr(p, "ds_id"):
+            p.ds_tensor.data[: shard.stop - shard.start].copy_(shard.views[MASTER])
+            _refresh_gathered(p)
+        elif not _partitioned(p):
+            p.data.view(-1).copy_(shard.views[MASTER])
+
+
+def _refresh_gathered(p: Any) -> None:
+    """Small parameters stay whole on every rank of stage 3 and are gathered only after a step: gather this one."""
+    import deepspeed.comm as dist
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if p.ds_status != ZeroParamStatus.AVAILABLE:
+        return
+    part = p.ds_tensor.data.to(p.device)
+    whole = torch.empty(p.ds_zero_partition_world_size * part.numel(), dtype=part.dtype, device=p.device)
+    dist.all_gather_into_tensor(whole, part, group=p.ds_process_group)
+    p.data.copy_(whole[: p.ds_numel].view(p.ds_shape))

@@ -1,0 +1,221 @@
+"""The files of a checkpoint: pieces streamed into safetensors while they are hashed, and the manifest that vouches for
+every byte of them. No engine, no process group; torch only through the tensors that it is handed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data_prep.errors import UserError
+from .regions import Box
+from .safetensors_format import groups, header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+PROBE = "probe.safetensors"
+_FILE_LIMIT = 4 << 30  # bytes; larger files are unhandy to copy, and a rank with little memory maps them badly
+_SYNC_EVERY = 16 << 20  # bytes; the disk works while the rest is written
+_HASH_ASIDE = 1 << 20  # bytes; below this a thread costs more than it saves
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What the manifest says of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write: a box of parameter `name`; `read` gives its fp32 values, contiguous, on the CPU."""
+
+    kind: str
+    name: str
+    box: Box
+    read: Callable[[], Tensor]
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}/{','.join(map(str, self.box.offset))}"
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.box.numel
+
+
+def parse_key(key: str) -> tuple[str, str, tuple[int, ...]]:
+    """Kind, parameter name and offset of a stored box."""
+    kind, rest = key.split("/", 1)
+    name, offset = rest.rsplit("/", 1)
+    return kind, name, tuple(int(o) for o in offset.split(",")) if offset else ()
+
+
+class HashedFile:
+    """A file that is written and hashed at the same time, and on the disk when it is closed without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._aside, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._synced: Future[None] | None = None
+        self._size = self._asked = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        size = len(data)
+        if size >= _HASH_ASIDE:  # hashing releases the interpreter lock, as does writing
+            hashing = self._aside.submit(self._hash.update, data)
+            self._file.write(data)
+            hashing.result()
+        else:
+            self._hash.update(data)
+            self._file.write(data)
+        self._size += size
+        if self._size - self._asked >= _SYNC_EVERY and (self._synced is None or self._synced.done()):
+            self._file.flush()
+            self._synced, self._asked = self._syncing.submit(os.fdatasync, self._file.fileno()), self._size
+
+    def finish(self) -> Digest:
+        """Forces the bytes to the disk, of which most are there already."""
+        self._file.flush()
+        if self._synced is not None:
+            self._synced.result()  # a disk that failed says so once
+        os.fsync(self._file.fileno())
+        return Digest(self._size, self._hash.hexdigest())
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._aside.shutdown()
+        self._syncing.shutdown()
+        self._file.close()
+
+
+def write_bytes(path: Path, data: bytes) -> Digest:
+    with HashedFile(path) as file:
+        file.write(data)
+        return file.finish()
+
+
+def write_json(path: Path, value: object) -> Digest:
+    return write_bytes(path, json.dumps(value, indent=1).encode())  # no last line end: every byte counts
+
+
+def write_pieces(
+    folder: Path, rank: int, entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Digest]:
+    """Writes a rank's entries into `rank-NNNNN.safetensors` (and `-1`, `-2`, … beyond 4 GiB each).
+
+    Args:
+        shapes: full shape of every parameter that the rank holds, for the reader.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    files = {}
+    for index, part in enumerate(groups(entries, _FILE_LIMIT)):
+        name = f"rank-{rank:05d}{f'-{index}' if index else ''}.safetensors"
+        held = {entry.name: list(shapes[entry.name]) for entry in part}
+        files[name] = _write_safetensors(folder / name, part, {"shapes": json.dumps(held)})
+    return files
+
+
+def _write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Digest:
+    with HashedFile(path) as file:
+        file.write(header(((entry.key, "F32", entry.box.shape, entry.nbytes) for entry in entries), metadata))
+        for entry in entries:
+            file.write(entry.read().numpy().reshape(-1).view("uint8").data)
+        return file.finish()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of. `sequence` counts the checkpoints of a run directory: newest is highest."""
+
+    step: int
+    sequence: int
+    files: Mapping[str, Digest]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files.values())
+
+    @property
+    def piece_files(self) -> list[str]:
+        return [name for name in sorted(self.files) if name.startswith("rank-")]
+
+    def write(self, folder: Path) -> None:
+        files = {name: {"size": d.size, "sha256": d.sha256} for name, d in sorted(self.files.items())}
+        body = {"format": FORMAT, "step": self.step, "sequence": self.sequence, "files": files}
+        write_json(folder / MANIFEST, body | {"self": _digest_of(body)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises `DamagedError` if it is not there or not as written, `UserError` if a newer version wrote it.
+
+        Every format keeps the key `self` as it is, so that damage is never taken for the future.
+        """
+        path = folder / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+            found = body.pop("self", None)
+        except FileNotFoundError:
+            raise DamagedError(f"{path}: missing") from None
+        except (ValueError, AttributeError, TypeError):
+            raise DamagedError(f"{path}: not a JSON object") from None
+        if found != _digest_of(body):
+            raise DamagedError(f"{path}: does not match its own digest")
+        if body["format"] > FORMAT:
+            raise UserError(
+                f"{path}: checkpoint format {body['format']} is newer than this version of zeropipe reads "
+                f"({FORMAT}): upgrade zeropipe"
+            )
+        return cls(body["step"], body["sequence"], {name: Digest(**d) for name, d in body["files"].items()})
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written."""
+
+
+def _digest_of(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def size_problems(folder: Path, files: Mapping[str, Digest]) -> list[str]:
+    """Files that are missing or of another size: what can be seen without reading them."""
+    problems = []
+    for name, digest in files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            problems.append(f"{path}: missing")
+            continue
+        if size != digest.size:
+            problems.append(f"{path}: {size} bytes, the manifest says {digest.size}")
+    return problems
+
+
+def digest_problems(folder: Path, files: Mapping[str, Digest]) -> list[str]:
+    """Files that are not, byte for byte, what the manifest says. Reads them."""
+    problems = size_problems(folder, files)
+    if problems:
+        return problems
+    for name, digest in files.items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest.sha256:
+            problems.append(f"{folder / name}: SHA-256 is {found}, the manifest says {digest.sha256}")
+    return problems

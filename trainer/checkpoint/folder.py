@@ -1,0 +1,233 @@
+"""The folder of checkpoints of a run: publishing, finding, listing, verifying and pruning. No torch.
+
+A checkpoint is written as `.step-00001000.partial` and renamed to `step-00001000` when all of it is on the disk, so
+that a folder under that name is whole, or has been damaged since.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data_prep.durable import sync_directory, write_durably
+from ...data_prep.errors import UserError
+from .files import (
+    MANIFEST,
+    STATE,
+    DamagedError,
+    Digest,
+    Manifest,
+    digest_problems,
+    size_problems,
+)
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One checkpoint as `zeropipe ckpt ls` shows it. `problem` is None, or what can be seen without reading it."""
+
+    path: Path
+    step: int
+    sequence: int | None
+    nbytes: int
+    problem: str | None
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    """Where a checkpoint grows before it is published."""
+    return folder / f".{step_name(step)}.partial"
+
+
+def _replaced_path(folder: Path, name: str) -> Path:
+    return folder / f".{name}.replaced"
+
+
+def tidy(folder: Path) -> None:
+    """Removes what dead runs left half-written, and puts back a checkpoint whose replacement never came."""
+    for left in folder.glob(".step-*.replaced"):
+        name = left.name.removeprefix(".").removesuffix(".replaced")
+        if (folder / name).exists():
+            shutil.rmtree(left)
+        else:
+            left.rename(folder / name)
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Makes the empty folder to write a checkpoint into. For one rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
+    partial = partial_path(folder, step)
+    partial.mkdir()
+    return partial
+
+
+def publish(folder: Path, step: int, files: dict[str, Digest]) -> Path:
+    """Gives a completely written checkpoint its name, and points `latest` at it. For one rank, after all have written.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; then nothing has been published.
+        UserError: a rank's file is not here, because the ranks do not share the folder.
+    """
+    partial, path = partial_path(folder, step), folder / step_name(step)
+    missing = size_problems(partial, files)
+    if missing:
+        raise UserError(
+            f"{folder}: rank 0 does not see what other ranks wrote ({missing[0]}): "
+            "the output folder must be shared by all hosts"
+        )
+    sequence = 1 + max((item.sequence or 0 for item in ls(folder)), default=0)
+    Manifest(step, sequence, files).write(partial)
+    sync_directory(partial)
+    replaced = _replaced_path(folder, path.name)
+    if path.exists():  # the run was resumed from before this step
+        path.rename(replaced)
+    partial.rename(path)
+    sync_directory(folder)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    write_durably(folder / LATEST, f"{path.name}\n")
+    return path
+
+
+def step_folders(path: str | Path) -> list[Path]:
+    """The checkpoints at a run directory, its `checkpoints/`, or a checkpoint itself; newest first.
+
+    Newest is what was published last, which is not the highest step in a run that went back to an earlier one.
+    """
+    path = Path(path)
+    if path.is_dir() and (_STEP.fullmatch(path.name) or _is_renamed(path)):
+        return [path]
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+
+    def age(step: Path) -> tuple[float, str]:
+        item = inspect(step)
+        # one without a readable manifest counts as newest, so that it is reported and not skipped in silence
+        return (item.sequence if item.sequence is not None else float("inf"), step.name)
+
+    return sorted(found, key=age, reverse=True)
+
+
+def _is_renamed(path: Path) -> bool:
+    """Whether this is a checkpoint that someone has copied to another name."""
+    return (path / MANIFEST).is_file() and (path / STATE).is_file()
+
+
+def inspect(path: Path) -> Listing:
+    """Looks at a checkpoint without reading its tensors."""
+    try:
+        manifest = Manifest.read(path)
+    except UserError as error:
+        named = _STEP.fullmatch(path.name)
+        return Listing(path, int(named[1]) if named else -1, None, 0, str(error))
+    problems = size_problems(path, manifest.files)
+    return Listing(path, manifest.step, manifest.sequence, manifest.nbytes, problems[0] if problems else None)
+
+
+def ls(path: str | Path) -> list[Listing]:
+    """All checkpoints there, oldest first."""
+    return [inspect(p) for p in reversed(step_folders(path))]
+
+
+def verify(path: str | Path) -> dict[Path, list[str]]:
+    """Reads every checkpoint there and compares it with its manifest; what is wrong, by checkpoint (empty: whole)."""
+    return {p: problems_of(p) for p in reversed(step_folders(path))}
+
+
+def problems_of(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with one checkpoint; the digests of every `parts`-th file only.
+
+    Raises:
+        UserError: a newer version of zeropipe wrote it.
+    """
+    try:
+        manifest = Manifest.read(path)
+    except DamagedError as error:
+        return [str(error)]
+    problems = size_problems(path, manifest.files)
+    if problems:
+        return problems
+    # the largest are dealt out first
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[part::parts]
+    return digest_problems(path, {name: manifest.files[name] for name in names})
+
+
+def find(path: str | Path) -> Path:
+    """The newest checkpoint of a run directory, of `checkpoints/`, or the one given, as far as names and sizes tell.
+
+    Raises:
+        UserError: there is none, or none is whole.
+    """
+    steps = step_folders(path)
+    if not steps:
+        raise UserError(f"{path}: no checkpoint here (expected a run directory, its checkpoints/, or a step-… folder)")
+    problems = []
+    for step in steps:
+        problem = inspect(step).problem
+        if problem is None:
+            return step
+        problems.append(problem)
+    raise UserError(f"{path}: no whole checkpoint here: {'; '.join(problems)}")
+
+
+def prune(path: str | Path, keep: int) -> list[Path]:
+    """Removes all whole checkpoints but the newest `keep`, and returns what was removed, oldest first.
+
+    Damaged ones are neither counted nor touched: they may be all that is left of a run.
+
+    Raises:
+        UserError: keep is less than one.
+    """
+    if keep < 1:
+        raise UserError(f"keep: {keep} would remove the last checkpoint; expected at least 1")
+    whole = [item.path for item in ls(path) if item.problem is None]
+    doomed = whole[:-keep]
+    for step in doomed:
+        # half a deletion must not look like a damaged checkpoint
+        aside = step.with_name(f".{step.name}.partial")
+        step.rename(aside)
+        shutil.rmtree(aside)
+    return doomed
+
+
+def check_same_run(state: dict[str, Any], **expected: Any) -> None:
+    """Refuses to resume a run on other data, another seed, sequence length, model, ….
+
+    Args:
+        state: as loaded from a checkpoint.
+        expected: what this run says of the same keys.
+
+    Raises:
+        UserError: lists every difference.
+    """
+    differences = [
+        f"{key} was {_short(state.get(key))}, this run says {_short(value)}"
+        for key, value in expected.items()
+        if state.get(key) != json.loads(json.dumps(value))
+    ]
+    if differences:
+        raise UserError(
+            f"resume: the checkpoint at step {state.get('step')} belongs to another run: {'; '.join(differences)}. "
+            "Restore the recipe, or start afresh with resume: never and another output"
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:197] + "..."

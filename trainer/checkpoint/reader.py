@@ -1,0 +1,112 @@
+"""Reading a checkpoint: whole tensors, or the boxes of them that a rank needs. No engine, no process group."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ...data_prep.errors import UserError
+from .files import STATE, Manifest, parse_key
+from .folder import find, problems_of
+from .regions import Box
+
+MASTER = "master"
+_OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may open
+
+
+class Checkpoint:
+    """One checkpoint, read tensor by tensor; memory is that of one tensor. Needs no engine and no process group."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._manifest = Manifest.read(path)
+        self.step = self._manifest.step
+        self.state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._boxes: dict[tuple[str, str], list[tuple[Box, str, str]]] = defaultdict(list)
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        for file in self._manifest.piece_files:
+            self._index(file)
+
+    find = staticmethod(find)
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> Checkpoint:
+        """Opens the newest checkpoint of a run directory, of `checkpoints/`, or the one given.
+
+        Raises:
+            UserError: none is there, or (with `verify`, which reads it all once) it is not what was written.
+        """
+        found = find(path)
+        problems = problems_of(found) if verify else []
+        if problems:
+            raise UserError(f"damaged checkpoint: {'; '.join(problems)}. Restore it, or name an older one")
+        return cls(found)
+
+    def names(self) -> list[str]:
+        """Hugging Face's parameter names, tied ones once, sorted."""
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def kinds(self, name: str) -> list[str]:
+        """What is stored of a parameter: master, and the moments if it is trained."""
+        return sorted(kind for kind, owner in self._boxes if owner == name)
+
+    def read(self, name: str, kind: str = MASTER) -> Tensor:
+        """The whole fp32 tensor, on the CPU.
+
+        Raises:
+            UserError: the checkpoint holds no such tensor, or not all of it.
+        """
+        if (kind, name) not in self._boxes:
+            raise UserError(f"{self.path}: holds no {kind} of {name!r}")
+        tensor = torch.empty(self._shapes[name], dtype=torch.float32)
+        whole = Box.whole(self._shapes[name])
+        self.read_into(name, kind, whole, lambda box: tensor[box.slices])
+        return tensor
+
+    def read_into(self, name: str, kind: str, wanted: Box, target: Callable[[Box], Tensor]) -> None:
+        """Copies what is stored of a box into the tensors that `target` gives for its parts.
+
+        Raises:
+            UserError: part of it is not stored.
+        """
+        missing = wanted.numel
+        for box, file, key in self._boxes[kind, name]:
+            common = box.intersect(wanted)
+            if common is None:
+                continue
+            inside = common.moved(box.offset, (0,) * len(box.offset))
+            stored = self._file(file)
+            whole = inside.shape == box.shape
+            part = stored.get_tensor(key) if whole else stored.get_slice(key)[inside.slices]
+            target(common).copy_(part)
+            missing -= common.numel
+        if missing:
+            raise UserError(f"{self.path}: {missing} elements of {kind} of {name!r} are not stored")
+
+    def _index(self, file: str) -> None:
+        stored = self._file(file)
+        shapes = json.loads(stored.metadata()["shapes"])
+        self._shapes |= {name: tuple(shape) for name, shape in shapes.items()}
+        for key in stored.keys():  # noqa: SIM118 (not a mapping)
+            kind, name, offset = parse_key(key)
+            shape = tuple(stored.get_slice(key).get_shape())
+            self._boxes[kind, name].append((Box(offset, shape), file, key))
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[name] = safetensors.safe_open(self.path / name, framework="pt")
+        self._open.move_to_end(name)
+        return self._open[name]

@@ -1,0 +1,271 @@
+"""Held-out loss, perplexity and bits per byte: during training through the engine, afterwards in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...data_prep.errors import UserError
+from ...data_prep.store import TokenStore
+from .baselines import Entropies, HeldOut
+from .text_bytes import byte_lengths
+
+if TYPE_CHECKING:
+    from ..data.batches import Batch, Windows
+    from ..engine.zero import Engine
+    from ..recipe.recipe import Recipe
+
+ENTROPY_TOKENS = 100_000_000  # of the training split, counted for the yardsticks: more would change little
+READ_TOKENS = 1 << 20
+LOGIT_BYTES = 256 << 20  # of one micro batch, in fp32
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The mean negative log likelihood of held-out tokens."""
+
+    loss: float  # nats per predicted token
+    tokens: int  # predicted
+    bytes_per_token: float | None = None  # UTF-8 bytes of text per predicted token
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """What the model pays per byte of text: comparable between tokenizers."""
+        return None if not self.bytes_per_token else self.loss / math.log(2) / self.bytes_per_token
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "eval_tokens": self.tokens,
+        }
+
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.tokens:,} tokens)"
+
+
+@dataclass(frozen=True)
+class HeldOutData:
+    """What a model is evaluated on."""
+
+    name: str  # "valid split of data/corpus"
+    windows: Sequence[Windows]
+    train: Sequence[Windows]  # empty where the training data is not known
+    global_batch: int
+    document_mask: bool
+    tokenizer: Path | None
+
+    @property
+    def seq_len(self) -> int:
+        return self.windows[0].seq_len
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation in one process, with its yardsticks."""
+
+    data: str
+    result: EvalResult
+    bytes_are_exact: bool
+    entropies: Entropies | None
+
+
+def evaluate(engine: Engine, batches: Iterable[Batch], lengths: np.ndarray | None = None) -> EvalResult:
+    """Evaluates the model that is being trained. Collective over all ranks.
+
+    Args:
+        batches: this rank's micro batches.
+        lengths: UTF-8 bytes of each token, for bits per byte (`token_bytes`).
+    """
+    mine = np.zeros(2)  # predicted tokens and their bytes on this rank
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            if lengths is not None:
+                labels = batch.labels[batch.labels >= 0].numpy()
+                mine[:] += len(labels), lengths[labels].sum()
+            yield batch
+
+    loss_sum, tokens = engine.eval_loss(counted())
+    if not tokens:
+        raise UserError("eval: no token to evaluate on: the valid split holds less than one sample of data.seq_len")
+    # ranks that share their samples count them alike, so the ratio holds
+    seen, text_bytes = engine.ranks.all_sum(mine.tolist())
+    return EvalResult(loss_sum / tokens, tokens, text_bytes / seen if seen else None)
+
+
+def token_bytes(tokenizer: str | Path | None, windows: Sequence[Windows], vocab_size: int) -> np.ndarray | None:
+    """UTF-8 bytes of the text of each token: exact integers for a byte-level tokenizer, else the stores' mean.
+
+    Args:
+        tokenizer: a Hugging Face folder; None: that of the first store.
+
+    Returns:
+        [vocab_size], int64 where exact, else float64; None where the stores do not record their text either.
+    """
+    folder = tokenizer or (windows[0].part.store.tokenizer if windows else None)
+    exact = byte_lengths(Path(folder), vocab_size) if folder else None
+    if exact is not None:
+        return exact
+    mean = mean_bytes(windows)
+    return None if mean is None else np.full(vocab_size, mean)
+
+
+def mean_bytes(windows: Sequence[Windows]) -> float | None:
+    """UTF-8 bytes per token over the whole stores behind `windows`; None where a store does not record its text."""
+    stores = {windows.part.store.fingerprint: windows.part.store for windows in windows}.values()
+    counts = [store.text_bytes for store in stores]
+    if not counts or None in counts:
+        return None
+    return sum(count or 0 for count in counts) / sum(store.num_tokens for store in stores)
+
+
+def evaluate_model(
+    model: Any,
+    data: HeldOutData,
+    batches: int | None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Mean loss of a plain Hugging Face model over non-overlapping windows, each predicting `seq_len` tokens.
+
+    Args:
+        batches: global batches to evaluate; None: the whole split.
+        progress: called with (sequences done, of how many).
+
+    Raises:
+        UserError: nothing to evaluate on, or a token id beyond the model's vocabulary.
+    """
+    vocab_size = model.config.vocab_size
+    check_context(model, data.seq_len)
+    lengths = token_bytes(data.tokenizer, data.windows, vocab_size)
+    held_out = HeldOut(vocab_size)
+    loss_sum, tokens, text_bytes, done = 0.0, 0, 0.0, 0
+    total = sum(len(windows) for windows in data.windows)
+    total = total if batches is None else min(total, batches * data.global_batch)
+    rows = min(32, max(1, LOGIT_BYTES // (4 * data.seq_len * vocab_size)))
+    for batch in held_out_batches(data, batches, rows, vocab_size):
+        ids, labels = batch.input_ids.numpy(), batch.labels.numpy()
+        loss_sum += loss_of(model, batch)
+        tokens += batch.tokens
+        held_out.add(ids, labels)
+        if lengths is not None:
+            text_bytes += float(lengths[labels[labels >= 0]].sum())
+        done = min(total, done + len(ids))
+        progress(done, total)
+    if not tokens:
+        raise UserError(f"{data.name}: no token to evaluate on: it holds less than one sample of {data.seq_len} tokens")
+    result = EvalResult(loss_sum / tokens, tokens, text_bytes / tokens if lengths is not None else None)
+    exact = lengths is not None and lengths.dtype == np.int64
+    return Evaluation(data.name, result, exact, yardsticks(held_out, data.train))
+
+
+def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_size: int) -> Iterator[Batch]:
+    """Micro batches, of at most `rows`, of the first global batches: the samples that the training run evaluates on."""
+    from ..data.batches import BatchShape, evaluation_batches
+    from ..ranks.ranks import Ranks
+
+    micro = max(n for n in range(1, rows + 1) if data.global_batch % n == 0)
+    accumulation = data.global_batch // micro
+    shape = BatchShape(micro, accumulation, data.global_batch, data.seq_len, vocab_size, data.document_mask)
+    return evaluation_batches(data.windows, shape, Ranks(), batches)
+
+
+def loss_of(model: Any, batch: Batch) -> float:
+    """Sum over the batch's labels of the negative log likelihood, from logits in fp32."""
+    import torch
+    import torch.nn.functional as F
+
+    from ..data.labels import IGNORE
+
+    batch = batch.to(model.device)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        flat = logits.flatten(0, 1).float()
+        losses = F.cross_entropy(flat, batch.labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return float(losses.double().sum())
+
+
+def check_context(model: Any, seq_len: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise UserError(f"sequences of {seq_len} tokens are longer than the model's context of {limit}; use --seq-len")
+
+
+def yardsticks(held_out: HeldOut, train: Sequence[Windows]) -> Entropies | None:
+    """Unigram and bigram cross entropies of the held-out tokens; of each training store an equal share is counted."""
+    if not train:
+        return None
+    share = ENTROPY_TOKENS // len(train)
+    return held_out.entropies(stream(windows, share) for windows in train)
+
+
+def stream(windows: Windows, limit: int) -> Iterator[np.ndarray]:
+    part = windows.part
+    stop = min(part.stop, part.start + limit)
+    for start in range(part.start, stop, READ_TOKENS):
+        yield part.store.read(start, min(start + READ_TOKENS, stop))
+
+
+def run_data(recipe: Recipe, split: str, tokenizer: Path | None, global_batch: int) -> HeldOutData:
+    """The valid or test split of a run's recipe, and its training split for the yardsticks."""
+    from ..data.batches import open_windows
+
+    windows = [w for w in open_windows(recipe, split) if len(w)]  # type: ignore[arg-type]
+    if not windows:
+        raise UserError(
+            f"data: the recipe has no {split} split of at least one sample of {recipe.data.seq_len} tokens "
+            f"(data.split {recipe.data.split!r}); name a store with --store, or another --split"
+        )
+    train = [w for w in open_windows(recipe, "train") if len(w)]
+    stores = ", ".join(dict.fromkeys(str(w.part.store.path) for w in windows))
+    return HeldOutData(f"{split} split of {stores}", windows, train, global_batch, recipe.data.document_mask, tokenizer)
+
+
+def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: bool = False) -> HeldOutData:
+    """A whole store to evaluate on."""
+    from ..data.batches import Windows
+    from ..data.splits import Part
+
+    store = TokenStore.open(path)
+    windows = Windows(Part(store, 1.0, 0, store.num_documents, 0, store.num_tokens), seq_len)
+    return HeldOutData(str(path), [windows], [], 8, document_mask, tokenizer or store.tokenizer)
+
+
+def report(evaluation: Evaluation) -> str:
+    """A few lines for people."""
+    result, entropies = evaluation.result, evaluation.entropies
+    lines = [
+        f"{evaluation.data}: {result.tokens:,} predicted tokens",
+        f"  loss           {result.loss:.4f} nats per token",
+        f"  perplexity     {result.perplexity:.2f}",
+    ]
+    if result.bits_per_byte is not None:
+        how = "" if evaluation.bytes_are_exact else ", from the store's mean bytes per token"
+        lines.append(f"  bits per byte  {result.bits_per_byte:.4f} ({result.bytes_per_token:.3f} bytes per token{how})")
+    if entropies is not None:
+        lines += [
+            f"  to compare, the same tokens under counts of {entropies.train_tokens:,} tokens of the train split:",
+            f"  unigram        {entropies.unigram:.4f} (add-one smoothing)",
+            f"  bigram         {entropies.bigram:.4f} (interpolated with the unigram, best strength)",
+        ]
+    return "\n".join(lines)
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    entropies = evaluation.entropies
+    record = {"data": evaluation.data, **evaluation.result.record(), "bytes_are_exact": evaluation.bytes_are_exact}
+    if entropies is not None:
+        record |= {"unigram_entropy": entropies.unigram, "bigram_entropy": entropies.bigram}
+        record["entropy_train_tokens"] = entropies.train_tokens
+    return record

@@ -1,0 +1,116 @@
+"""`zeropipe report`: a run's record on one screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .console import duration
+from .record import read_lines, read_metrics
+
+POINTS = 10
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 60  # characters
+
+Record = dict[str, Any]
+
+
+def report(run: str | Path) -> str:
+    """Loss curve, throughput, evaluations, resumes of a run directory, as text.
+
+    Raises:
+        UserError: there is no record.
+    """
+    records = read_metrics(run)
+    train = [record for record in records if record["kind"] == "train"]
+    sections = [heading(run, records, train)]
+    if train:
+        sections += [curve(train), table(train), throughput(train)]
+    evals = [record for record in records if record["kind"] == "eval"]
+    if evals:
+        sections.append(evaluations(evals))
+    sections.append(history(run))
+    return "\n\n".join(sections)
+
+
+def heading(run: str | Path, records: Sequence[Record], train: Sequence[Record]) -> str:
+    totals = [record["total_steps"] for record in records if "total_steps" in record]
+    step = train[-1]["step"] if train else 0
+    of = f" of {totals[-1]}" if totals else ""
+    tokens = f", {train[-1]['tokens']:,} tokens" if train else ""
+    return f"{Path(run)}: step {step}{of}{tokens}"
+
+
+def curve(train: Sequence[Record]) -> str:
+    """The loss as one line of bars, the means of equal stretches of steps."""
+    losses = [record["loss"] for record in train]
+    groups = [losses[len(losses) * i // CURVE : len(losses) * (i + 1) // CURVE] for i in range(CURVE)]
+    means = [sum(group) / len(group) for group in groups if group]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+
+    def bar(mean: float) -> str:
+        if not math.isfinite(mean):
+            return "!"
+        return BARS[round((mean - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0]
+
+    return f"loss {high:.3f} to {low:.3f}  {''.join(map(bar, means))}"
+
+
+def table(train: Sequence[Record]) -> str:
+    lines = [f"{'step':>10} {'loss':>10} {'lr':>10} {'grad norm':>10} {'tokens/s':>10}"]
+    for record in evenly(train, POINTS):
+        norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+        rate = "-" if record["tokens_per_second"] is None else f"{record['tokens_per_second']:,.0f}"
+        lines.append(f"{record['step']:>10} {record['loss']:>10.4f} {record['lr']:>10.2e} {norm:>10} {rate:>10}")
+    return "\n".join(lines)
+
+
+def throughput(train: Sequence[Record]) -> str:
+    seconds = [record["step_seconds"] for record in train]
+    rates = [record["tokens_per_second"] for record in train if record["tokens_per_second"] is not None]
+    text = f"throughput: median {median(rates):,.0f} tokens/s, {median(seconds):.3f} s a step" if rates else ""
+    waited = sum(record.get("data_seconds", 0.0) for record in train)
+    if rates and "data_seconds" in train[0]:
+        text += f", {100 * waited / sum(seconds):.1f} % of it waiting for data"
+    return f"{text}; {duration(sum(seconds))} in steps"
+
+
+def evaluations(evals: Sequence[Record]) -> str:
+    lines = []
+    for split in dict.fromkeys(record["split"] for record in evals):
+        of_split = [record for record in evals if record["split"] == split]
+        best = min(of_split, key=lambda record: record["loss"])
+        perplexity = f"perplexity {best['perplexity']:.2f}"
+        lines.append(f"{split}: best loss {best['loss']:.4f} ({perplexity}) at step {best['step']}")
+        shown = (f"{record['step']}: {record['loss']:.4f}" for record in evenly(of_split, POINTS))
+        lines.append("  " + "  ".join(shown))
+    return "\n".join(lines)
+
+
+def history(run: str | Path) -> str:
+    """Every process group that worked on the run: what it started from, on what, and how far it came."""
+    groups: dict[str, list[Record]] = {}
+    for record in read_lines(run):
+        groups.setdefault(record["run"], []).append(record)
+    lines = ["process groups:"]
+    for records in groups.values():
+        first, last = records[0], records[-1]
+        layout = first.get("layout", {})
+        hosts = len({host.get("host") for host in first.get("hosts", [])}) or 1
+        what = first.get("event", "start")
+        where = f"{layout.get('world', '?')} ranks on {hosts} host{'s' if hosts > 1 else ''}"
+        failed = f", failed: {last['error']}" if last.get("event") == "failed" else ""
+        steps = f"{what} at step {first['step']}, to step {last['step']}"
+        lines.append(f"  {steps}, {where}, ZeRO-{layout.get('zero_stage', '?')}{failed}")
+    return "\n".join(lines)
+
+
+def evenly(records: Sequence[Record], points: int) -> list[Record]:
+    """At most `points` of the records, evenly spread, the first and the last among them."""
+    if len(records) <= points:
+        return list(records)
+    return [records[round(i * (len(records) - 1) / (points - 1))] for i in range(points)]

@@ -1,0 +1,193 @@
+"""Builds a Hugging Face model with every parameter's values given by name, on any ZeRO stage.
+
+The model is laid out on the meta device and materialised module by module; under ZeRO-3 each module is partitioned
+before the next is made, so that no rank ever holds more than its share and one module. Initial values are seeded by
+(seed, parameter name): they do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ...data_prep.errors import UserError
+from ..families.specs import TABLES, ParamSpec, padded_vocab, parameter_seed, parameter_table
+from ..ranks.ranks import Ranks
+from .slices import local_slice
+
+Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type
+
+
+def build_model(
+    config: Mapping[str, Any],
+    values: Values | None,
+    seed: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    zero3_config: dict | None = None,
+) -> nn.Module:
+    """A causal LM whose parameters carry `.spec` and hold `values` (None: random, by name).
+
+    Args:
+        config: transformers' names, with `model_type` and the true `vocab_size`.
+        dtype: of the parameters.
+        zero3_config: the DeepSpeed JSON when parameters are to be partitioned (stage 3), else None.
+
+    Raises:
+        UserError: the family is unknown to transformers, or the configuration is wrong for it.
+    """
+    model, specs = _skeleton(config, ranks.tensor_size)
+    has_table = config.get("model_type") in TABLES
+    fill = values or RandomValues(seed)
+    made: dict[str, nn.Parameter] = {}
+    for prefix, module in _modules_with_tensors(model):
+        _materialise_buffers(model, module, ranks.device)
+        fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
+        if not fresh:
+            continue
+        module_values = fill
+        if values is None and not has_table:
+            module_values = _own_initialiser(model, module, prefix, seed)
+        for name in fresh:
+            spec = specs[f"{prefix}{name}"]
+            made[spec.name] = module._parameters[name] = make_parameter(spec, module_values, dtype, ranks)
+        if zero3_config is not None:
+            _partition(module, zero3_config, ranks)
+    _tie(model, made)
+    leftover = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not leftover, f"never materialised: {leftover}"
+    return model
+
+
+def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[str, ParamSpec]]:
+    """The model on the meta device, its vocabulary padded where the family has a table, and its parameters by name."""
+    from transformers import AutoConfig, AutoModelForCausalLM, initialization
+
+    family = config.get("model_type")
+    trained = dict(config)
+    if family in TABLES:
+        trained["vocab_size"] = padded_vocab(config["vocab_size"], tensor)
+    try:
+        hf_config = AutoConfig.for_model(**trained)
+        hf_config.use_cache = False
+        with torch.device("meta"), initialization.no_init_weights():
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
+    model.tie_weights()
+    if family in TABLES:
+        specs = {spec.name: spec for spec in parameter_table(config, tensor)}
+    else:
+        specs = {name: ParamSpec(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    expected = {name for name, _ in model.named_parameters()}
+    assert specs.keys() == expected, f"the table and the model differ in {sorted(specs.keys() ^ expected)}"
+    return model, specs
+
+
+def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in list(model.named_modules()):
+        if module._parameters or module._buffers:
+            yield (f"{name}." if name else ""), module
+
+
+def _materialise_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration."""
+    buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+    if not buffers:
+        return
+    for name, buffer in buffers.items():
+        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    model._init_weights(module)  # type: ignore[operator]
+    for name in buffers:
+        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
+
+
+def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int) -> Values:
+    """For a family without a table: transformers' initialiser of this module, seeded by the module's name."""
+    drawn = {name: torch.empty(p.shape) for name, p in module._parameters.items() if p is not None}
+    for name, tensor in drawn.items():
+        module._parameters[name] = nn.Parameter(tensor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(parameter_seed(seed, prefix))
+        model._init_weights(module)  # type: ignore[operator]
+    return lambda spec: module._parameters[spec.name.removeprefix(prefix)].detach()  # type: ignore[union-attr]
+
+
+def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
+    """This rank's piece of one parameter, on the device that trains."""
+    full = values(spec)
+    if tuple(full.shape) != spec.shape:
+        raise UserError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}")
+    piece = local_slice(full, spec, ranks.tensor, ranks.tensor_size)
+    # a copy: never a view of what the values' source holds
+    piece = piece.to(device=ranks.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    parameter = nn.Parameter(piece)
+    parameter.spec = spec  # type: ignore[attr-defined]
+    return parameter
+
+
+def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
+    import deepspeed
+
+    from ..ranks.mpu import Mpu
+
+    deepspeed.zero.Init(
+        module=module,
+        data_parallel_group=ranks.replica_group,
+        config_dict_or_path=ds_config,
+        mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
+    )
+
+
+def _tie(model: nn.Module, made: Mapping[str, nn.Parameter]) -> None:
+    """Points every tied name (a head that is the embedding) at the one parameter that was made."""
+    for target, source in (model.all_tied_weights_keys or {}).items():  # type: ignore[union-attr]
+        if source in made:
+            owner, _, name = target.rpartition(".")
+            model.get_submodule(owner)._parameters[name] = made[source]
+
+
+class RandomValues:
+    """Initial values of each parameter from (seed, name) alone, as its table row says. Always drawn on the CPU."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, spec: ParamSpec) -> Tensor:
+        if spec.init != "normal":
+            return torch.ones(spec.shape) if spec.init == "ones" else torch.zeros(spec.shape)
+        generator = torch.Generator().manual_seed(parameter_seed(self._seed, spec.name))
+        return torch.randn(spec.shape, generator=generator) * spec.std
+
+
+class FolderValues:
+    """Values from the safetensors files of a Hugging Face folder, one parameter at a time.
+
+    Raises:
+        UserError: no safetensors there (pickles are never opened), or a parameter is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(p.name for p in folder.glob("*.bin"))
+            found = f"only pickles ({', '.join(pickles)}), which can run code when opened" if pickles else "none"
+            raise UserError(f"model.init: {folder} must hold *.safetensors; found {found}")
+        self._where: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, "pt") as handle:
+                self._where.update(dict.fromkeys(handle.keys(), file))
+
+    def __call__(self, spec: ParamSpec) -> Tensor:
+        # the base model's files (GPT-2's own release) lack the head's prefix
+        for name in (spec.name, spec.name.partition(".")[2]):
+            if name in self._where:
+                with safe_open(self._where[name], "pt") as handle:
+                    return handle.get_tensor(name)
+        raise UserError(f"model.init: {self._folder} holds no parameter {spec.name}; is it the same model family?")

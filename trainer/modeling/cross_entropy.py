@@ -1,0 +1,100 @@
+"""Cross entropy over a padded vocabulary, whole or split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..data.labels import IGNORE
+from ..ranks.ranks import Ranks
+
+CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    """Loss of every token from logits of which each rank holds some columns (Megatron-LM, arXiv:1909.08053, 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, vocab_size: int, group: Any) -> Tensor:
+        scores = logits.float()
+        width = scores.shape[1]
+        if first + width > vocab_size:  # padding is never predicted
+            padded = torch.arange(first, first + width, device=scores.device) >= vocab_size
+            scores = scores.masked_fill(padded, torch.finfo(scores.dtype).min)
+        peak = scores.amax(-1)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        scores = scores - peak[:, None]
+        here = (labels >= first) & (labels < first + width)
+        column = torch.where(here, labels - first, 0)
+        target = scores.gather(1, column[:, None])[:, 0] * here
+        powers = scores.exp_()
+        totals = torch.stack([powers.sum(-1), target])
+        dist.all_reduce(totals, group=group)
+        kept = labels != IGNORE
+        ctx.save_for_backward(powers.div_(totals[0][:, None]), column, here, kept)
+        ctx.dtype = logits.dtype
+        return (totals[0].log() - totals[1]) * kept
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        probabilities, column, here, kept = ctx.saved_tensors
+        slope = probabilities.clone()
+        slope[torch.arange(len(column), device=column.device), column] -= here.to(slope.dtype)
+        slope *= (kept * gradients[0])[:, None]
+        return slope.to(ctx.dtype), None, None, None, None
+
+
+def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
+    """Sum of the tokens' cross entropies in nats, an fp32 scalar; the same on every tensor rank.
+
+    Args:
+        logits: [..., columns], this tensor rank's columns of the padded vocabulary.
+        labels: [...], ids already shifted: the token that follows, or IGNORE.
+        vocab_size: without padding.
+    """
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if ranks.tensor_size == 1:
+        return F.cross_entropy(flat[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="sum")
+    first = ranks.tensor * flat.shape[1]
+    losses: Any = _SplitCrossEntropy.apply(flat, targets, first, vocab_size, ranks.tensor_group)
+    return losses.sum()
+
+
+def head_loss_sum(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, vocab_size: int, columns: int, ranks: Ranks
+) -> Tensor:
+    """As `loss_sum` of `head(hidden)`, without ever holding the logits of more than a chunk of the tokens.
+
+    Args:
+        head: hidden states [tokens, width] to this tensor rank's columns of the logits, token by token.
+        hidden: [..., width].
+        columns: of all tensor ranks: the padded vocabulary.
+    """
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows = max(1, CHUNK_BYTES // (4 * columns))
+    if len(targets) <= rows:
+        return loss_sum(head(flat), targets, vocab_size, ranks)
+
+    def chunk_loss(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
+        return loss_sum(head(hidden_chunk), label_chunk, vocab_size, ranks)
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for hidden_chunk, label_chunk in zip(flat.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(chunk_loss, hidden_chunk, label_chunk, use_reentrant=False)
+    return total
+
+
+def whole_logits(logits: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
+    """[..., vocab_size] on every tensor rank, fp32, padding stripped, from each rank's columns. Not differentiable."""
+    columns = logits.detach().float().contiguous()
+    if ranks.tensor_size > 1:
+        parts = [torch.empty_like(columns) for _ in range(ranks.tensor_size)]
+        dist.all_gather(parts, columns, group=ranks.tensor_group)
+        columns = torch.cat(parts, -1)
+    return columns[..., :vocab_size]

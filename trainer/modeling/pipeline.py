@@ -1,0 +1,286 @@
+"""Hugging Face's own blocks as the layers of a pipeline.
+
+Position ids travel with the activations; masks and rotary tables are made from them once per stage and micro batch.
+A new family needs a `Parts` beside its table of parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from ..families.specs import padded_vocab, parameter_table
+from ..ranks.ranks import Ranks
+from .build import RandomValues, Values, make_parameter
+from .cross_entropy import head_loss_sum
+from .partition import stage_bounds
+from .tensor_parallel import parallelise
+
+Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a family keeps its parts, by Hugging Face's names, and how to make them from its configuration."""
+
+    embedding: str
+    positions: str | None  # learnt position embeddings, if any
+    blocks: str
+    norm: str
+    make_block: Callable[[Any, int], nn.Module]
+    make_norm: Callable[[Any], nn.Module]
+    make_rotary: Callable[[Any], nn.Module] | None = None
+
+
+PARTS: Mapping[str, Parts] = {
+    "gpt2": Parts(
+        "transformer.wte",
+        "transformer.wpe",
+        "transformer.h",
+        "transformer.ln_f",
+        lambda config, layer: GPT2Block(config, layer_idx=layer),
+        lambda config: nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+    ),
+    "llama": Parts(
+        "model.embed_tokens",
+        None,
+        "model.layers",
+        "model.norm",
+        LlamaDecoderLayer,
+        lambda config: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+        LlamaRotaryEmbedding,
+    ),
+}
+
+
+class Builder:
+    """Makes the layers of this rank's stage, and holds what they share."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        values: Values | None,
+        seed: int,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        checkpointing: bool = False,
+    ) -> None:
+        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass."""
+        self.parts = PARTS[config["model_type"]]
+        self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
+        self.values, self.dtype, self.ranks = values or RandomValues(seed), dtype, ranks
+        self.vocab_size, self.checkpointing = config["vocab_size"], checkpointing
+        trained = {**config, "vocab_size": padded_vocab(config["vocab_size"], ranks.tensor_size)}
+        self.config: Any = AutoConfig.for_model(**trained)
+        self.config.use_cache = False
+        self.config._attn_implementation = "sdpa"  # None or "eager" would not be causal in a bare block
+        self.tied = bool(self.config.tie_word_embeddings)
+        self._rotary: nn.Module | None = None
+        self._memo: tuple[Tensor, int, dict[str, Any]] | None = None
+
+    def make(self, name: str, construct: Callable[[], nn.Module]) -> nn.Module:
+        """A part of the model, called `name` by Hugging Face, with its values and its share of the tensor ranks."""
+        with torch.device("meta"):
+            holder = nn.Sequential(construct())  # so that the part itself can be replaced
+        for path, module in holder[0].named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    spec = self.specs[".".join(filter(None, (name, path, key)))]
+                    module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
+        parallelise(holder, self.ranks)
+        return holder[0]
+
+    def attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+        """Mask and rotary tables of a micro batch; made anew only when the positions are others."""
+        if self._memo is None or self._memo[0] is not positions or self._memo[1] != positions._version:
+            self._memo = positions, positions._version, self._attention_inputs(hidden, positions)
+        return self._memo[2]
+
+    def _attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+        if self.parts.make_rotary is None:
+            return {"attention_mask": mask}
+        if self._rotary is None:  # kept out of the model: DeepSpeed would cast its frequencies to bfloat16
+            self._rotary = self.parts.make_rotary(self.config).to(hidden.device)
+        return {"attention_mask": mask, "position_embeddings": self._rotary(hidden, position_ids=positions)}
+
+    def layers(self) -> list[LayerSpec]:
+        """The whole model as layers, none of them made yet."""
+        embedding = functools.partial(TiedLayerSpec, "embedding", Embedding, self, tied_weight_attr="table.weight")
+        first = [embedding() if self.tied else LayerSpec(Embedding, self)]
+        if self.parts.positions is not None:
+            first.append(LayerSpec(Positions, self))
+        blocks = [LayerSpec(Block, self, layer) for layer in range(self.config.num_hidden_layers)]
+        head = embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
+        return [*first, *blocks, LayerSpec(Norm, self), head]
+
+    def layer_names(self) -> list[str]:
+        """Hugging Face's name of every layer's part."""
+        first = [self.parts.embedding, *([self.parts.positions] if self.parts.positions is not None else [])]
+        blocks = [f"{self.parts.blocks}.{layer}" for layer in range(self.config.num_hidden_layers)]
+        return [*first, *blocks, self.parts.norm, self.parts.embedding if self.tied else "lm_head"]
+
+    def layer_kinds(self) -> list[str]:
+        """What every layer is. A tied head is an embedding to DeepSpeed, and a head to us."""
+        return [*(spec.typename.__name__ for spec in self.layers()[:-1]), "Head"]
+
+    def layer_sizes(self) -> list[int]:
+        """Parameters of every layer."""
+        names = self.layer_names()
+        return [sum(spec.numel for spec in self.specs.values() if spec.name.startswith(name + ".")) for name in names]
+
+
+class Embedding(nn.Module):
+    def __init__(self, builder: Builder) -> None:
+        super().__init__()
+        config = builder.config
+        padding = getattr(config, "pad_token_id", None) if config.model_type == "llama" else None
+        make = functools.partial(nn.Embedding, config.vocab_size, config.hidden_size, padding)
+        self.table = builder.make(builder.parts.embedding, make)
+
+    def forward(self, inputs: Carried) -> Carried:
+        ids, positions = inputs
+        return self.table(ids), positions
+
+
+class Positions(nn.Module):
+    def __init__(self, builder: Builder) -> None:
+        super().__init__()
+        config, name = builder.config, builder.parts.positions
+        assert name is not None
+        self.table = builder.make(name, lambda: nn.Embedding(config.max_position_embeddings, config.hidden_size))
+        self.drop = nn.Dropout(config.embd_pdrop)
+
+    def forward(self, inputs: Carried) -> Carried:
+        hidden, positions = inputs
+        return self.drop(hidden + self.table(positions)), positions
+
+
+class Block(nn.Module):
+    def __init__(self, builder: Builder, layer: int) -> None:
+        super().__init__()
+        config, parts = builder.config, builder.parts
+        self.block: Any = builder.make(f"{parts.blocks}.{layer}", lambda: parts.make_block(config, layer))
+        self.attention_inputs = builder.attention_inputs
+        if builder.checkpointing:
+            self.block.gradient_checkpointing = True
+            self.block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    def forward(self, inputs: Carried) -> Carried:
+        hidden, positions = inputs
+        return self.block(hidden, position_ids=positions, **self.attention_inputs(hidden, positions)), positions
+
+
+class Norm(nn.Module):
+    def __init__(self, builder: Builder) -> None:
+        super().__init__()
+        self.norm = builder.make(builder.parts.norm, lambda: builder.parts.make_norm(builder.config))
+
+    def forward(self, inputs: Carried) -> Tensor:
+        return self.norm(inputs[0])
+
+
+class Head(nn.Module):
+    def __init__(self, builder: Builder) -> None:
+        super().__init__()
+        config = builder.config
+        self.linear = builder.make("lm_head", lambda: nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden)
+
+
+def _tied_head(embedding: Embedding, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, embedding.table.weight)  # type: ignore[arg-type]
+
+
+class TokenMeanLoss:
+    """Head and loss of a micro batch, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks is the
+    mean over all tokens of the global batch.
+    """
+
+    def __init__(self, builder: Builder, autocast: bool) -> None:
+        self.builder, self.autocast, self.scale = builder, autocast, 1.0
+        self.head: Callable[[Tensor], Tensor] | None = None  # of the last stage
+
+    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        assert self.head is not None
+        sizes = self.builder.vocab_size, self.builder.config.vocab_size
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
+            return head_loss_sum(self.head, hidden, labels, *sizes, self.builder.ranks) * self.scale
+
+
+class Stages(PipelineModule):
+    """The layers of this rank's stage, ready for DeepSpeed's PipelineEngine.
+
+    The last stage's output is what goes into the head: the loss applies the head itself, chunk by chunk, so that the
+    logits of a whole micro batch are never held.
+    """
+
+    def __init__(
+        self, builder: Builder, method: str, costs: Sequence[float] | None = None, autocast: bool = False
+    ) -> None:
+        """Collective.
+
+        Args:
+            method: `parallel.partition` of the recipe.
+            costs: seconds of every layer, for the method `measured`.
+            autocast: the head computes in bfloat16 as the layers do under torch_autocast.
+
+        Raises:
+            UserError: the method does not fit the model.
+        """
+        ranks = builder.ranks
+        sizes = builder.layer_sizes() if costs is None else costs
+        self.bounds = stage_bounds(method, builder.layer_kinds(), sizes, ranks.pipeline_size)
+        self.before_forward: Callable[[int], None] = lambda micro: None  # seeds dropout
+        self.micro = 0
+        self.device = ranks.device
+        shape = {"num_pp": ranks.pipeline_size, "num_dp": ranks.data_size}
+        if ranks.tensor_size > 1:
+            topology: Any = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
+        else:
+            topology = PipeDataParallelTopology(**shape)
+        loss = TokenMeanLoss(builder, autocast)
+        super().__init__(builder.layers(), topology=topology, loss_fn=loss)
+        assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
+        if self.is_last:
+            loss.head = self.forward_funcs.pop()
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage_id == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage_id == len(self.bounds) - 2
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the stage's input carries position ids: all but a stage of the head alone."""
+        return self.bounds[self.stage_id] < self.bounds[-1] - 1
+
+    def forward(self, forward_input: Any) -> Any:
+        self.before_forward(self.micro)
+        self.micro += 1
+        return super().forward(forward_input)
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Ours: DeepSpeed's would make every layer on every rank to count parameters, and may leave a stage empty."""
+        self.parts = self.bounds
+        self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])

@@ -1,0 +1,133 @@
+"""Sequence parallelism: each rank holds a stretch of every sequence; attention exchanges it for some of the heads.
+
+The exchange is DeepSpeed's Ulysses (arXiv:2309.14509) around Hugging Face's own attention. Unlike DeepSpeed's wrapper
+for Hugging Face, this one keeps document masks, takes any batch size, knows GPT-2, and leaves gradients to the engine:
+every rank's loss sum is divided by the tokens of the whole batch, so that summing gradients over all ranks is right on
+every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.sequence.layer import DistributedAttention
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..ranks.ranks import Ranks
+
+NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
+SEQUENCE, HEADS = 1, 2  # dimensions of [batch, time, heads, head size]
+
+
+class SequenceParallel(nn.Module):
+    """A causal LM's objective on whole sequences, of which this rank computes its stretch.
+
+    Args:
+        objective: takes ids, labels and positions as `CausalLM` does, its model being `objective.model`.
+    """
+
+    def __init__(self, objective: nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        assert ranks.sequence_group is not None
+        self.objective: Any = objective
+        self.ranks: Any = ranks
+        self.mask: Tensor | None = None
+        config = self.objective.model.config
+        self._mask_config: Any = copy.deepcopy(config)  # whose attention is still "sdpa"
+        config._attn_implementation = NAME
+        exchange = DistributedAttention(_local_attention, ranks.sequence_group, HEADS, SEQUENCE)  # type: ignore[arg-type]
+        for module in objective.modules():
+            if hasattr(module, "is_causal") and hasattr(module, "head_dim"):
+                _convert(module, exchange, self, ranks)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """This rank's part of the loss sum, or, without labels, the logits of the whole sequence on every rank.
+
+        Args:
+            input_ids, labels, position_ids: [batch, time] of whole sequences, the same on every sequence rank.
+        """
+        time, size = input_ids.shape[1], self.ranks.sequence_size
+        if time % size:
+            assert labels is None, f"{size} ranks cannot share {time} tokens"
+            input_ids = F.pad(input_ids, (0, size - time % size))  # a later token changes no earlier logit
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        hidden = torch.empty(*input_ids.shape, 1, device=input_ids.device, dtype=self._dtype)
+        self.mask = create_causal_mask(
+            config=self._mask_config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        if labels is not None:
+            return self.objective(self._mine(input_ids), self._mine(labels), self._mine(position_ids))
+        return self._whole(self.objective(self._mine(input_ids), None, self._mine(position_ids)))[:, :time]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.parameters())
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        return whole.chunk(self.ranks.sequence_size, SEQUENCE)[self.ranks.sequence].contiguous()
+
+    def _whole(self, mine: Tensor) -> Tensor:
+        parts = [torch.empty_like(mine) for _ in range(self.ranks.sequence_size)]
+        dist.all_gather(parts, mine.contiguous(), group=self.ranks.sequence_group)
+        return torch.cat(parts, SEQUENCE)
+
+
+def _convert(module: Any, exchange: DistributedAttention, owner: SequenceParallel, ranks: Ranks) -> None:
+    """Tells an attention module how to attend. Its owner is kept in a closure: as an attribute it would be a child."""
+    size = ranks.sequence_size
+    if hasattr(module, "num_key_value_groups"):
+        heads, kv_heads = (
+            projection.weight.spec.local_shape(ranks.tensor, ranks.tensor_size)[0] // module.head_dim
+            for projection in (module.q_proj, module.k_proj)
+        )
+        if kv_heads < size:  # the key-value heads are repeated, one for each rank
+            module.num_key_value_groups = heads // size
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        if key.shape[HEADS] < size:
+            copies = size // key.shape[HEADS]
+            key, value = key.repeat_interleave(copies, HEADS), value.repeat_interleave(copies, HEADS)
+        return exchange(query, key, value, 0, None, module, owner.mask, **kwargs)
+
+    module.attend_in_parallel = attend
+
+
+def _ulysses_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Hugging Face's attention interface: query, key and value [batch, heads, local time, head size].
+
+    The mask that Hugging Face passes is of the local stretch, and is not used.
+    """
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return module.attend_in_parallel(query, key, value, dropout=dropout, scaling=scaling), None
+
+
+def _local_attention(
+    query: Tensor, key: Tensor, value: Tensor, module: Any, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Attention of this rank's heads over the whole sequence; [batch, time, heads, head size] in and out."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _ulysses_attention)

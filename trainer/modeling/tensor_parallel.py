@@ -1,0 +1,168 @@
+"""Tensor parallelism from outside: Hugging Face's own blocks, split over ranks as the table of parameters says.
+
+Column-parallel linears need no code of their own: their weights are narrower, and so is their output. What changes is
+where activations cross the split: norms that feed them (sum the gradient), row-parallel linears and the vocabulary's
+embedding (sum the output), the attention's head counts, and its random numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..families.specs import ParamSpec
+from ..ranks.ranks import Ranks
+from .split_noise import SplitNoise
+
+# norms whose output feeds column-parallel linears or the head
+FEEDING_NORM = re.compile(r"(\.ln_[12f]|\.(input|post_attention)_layernorm|^model\.norm)\.weight$")
+
+
+class _Fork(torch.autograd.Function):
+    """Identity that sums the gradient: a replicated activation enters a split region."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Reduce(torch.autograd.Function):
+    """Sum whose gradient is the identity: partial results leave a split region."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class RowParallelLinear(nn.Module):
+    """A linear whose input features are split: each rank adds its part, the bias comes after the sum."""
+
+    def __init__(self, linear: nn.Module, group: dist.ProcessGroup):
+        """Takes over the parameters of `linear`, an nn.Linear or a Conv1D (whose weight is [in, out])."""
+        super().__init__()
+        self.weight: nn.Parameter = linear.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
+        self.transposed = isinstance(linear, Conv1D)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = x @ self.weight if self.transposed else F.linear(x, self.weight)
+        total = _Reduce.apply(part, self.group)
+        return total if self.bias is None else total + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding of which each rank holds some rows: it looks its own up and the sum fills in the others."""
+
+    def __init__(self, embedding: nn.Embedding, ranks: Ranks):
+        super().__init__()
+        self.weight = embedding.weight
+        self.first, self.last = _spec(embedding).ranges(ranks.tensor, ranks.tensor_size)[0]
+        self.padding_idx = embedding.padding_idx  # this row gets no gradient, as in nn.Embedding
+        self.group = ranks.tensor_group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        elsewhere = (ids < self.first) | (ids >= self.last)
+        frozen = elsewhere if self.padding_idx is None else elsewhere | (ids == self.padding_idx)
+        rows = F.embedding((ids - self.first).masked_fill(elsewhere, 0), self.weight)
+        if self.padding_idx is not None:
+            rows = torch.where(frozen[..., None], rows.detach(), rows)
+        return _Reduce.apply(rows.masked_fill(elsewhere[..., None], 0), self.group)
+
+
+def parallelise(module: nn.Module, ranks: Ranks) -> None:
+    """Makes the children of `module` compute with their local pieces.
+
+    Every parameter holds its piece for this tensor rank already and carries its `spec`; materialising them is another
+    step. Marks split parameters (`model_parallel`), so that DeepSpeed counts each once in the gradient's norm. Call it
+    once, before ZeRO-3 partitions the parameters, on a model, a block, or a container of one embedding.
+    """
+    if ranks.tensor_size == 1:
+        return
+    assert ranks.tensor_group is not None
+    for parameter in module.parameters():
+        _mark(parameter, ranks)
+    for path, child in list(module.named_modules()):
+        spec = getattr(child._parameters.get("weight"), "spec", None)
+        if spec is not None:
+            _convert(module, path, child, spec, ranks)
+    for child in module.modules():
+        _localise_heads(child, ranks)
+
+
+def _spec(module: nn.Module) -> ParamSpec:
+    return module.weight.spec  # type: ignore[union-attr, return-value]
+
+
+def _convert(module: nn.Module, path: str, child: nn.Module, spec: ParamSpec, ranks: Ranks) -> None:
+    group = ranks.tensor_group
+    assert group is not None
+    if spec.kind == "row":
+        module.set_submodule(path, RowParallelLinear(child, group))
+    elif isinstance(child, nn.Embedding) and spec.kind == "vocab":
+        module.set_submodule(path, VocabParallelEmbedding(child, ranks))
+    elif isinstance(child, Conv1D):
+        child.nf = spec.local_shape(ranks.tensor, ranks.tensor_size)[1]
+    elif FEEDING_NORM.search(spec.name):
+        child.register_forward_hook(lambda _module, _inputs, output: _Fork.apply(output, group))
+
+
+def _localise_heads(child: Any, ranks: Ranks) -> None:
+    """Head counts of an attention module, which Hugging Face takes from the configuration; and its random numbers."""
+
+    def width(projection: nn.Module, dim: int) -> int:
+        return _spec(projection).local_shape(ranks.tensor, ranks.tensor_size)[dim]
+
+    if hasattr(child, "c_attn") and hasattr(child, "split_size"):  # GPT-2
+        child.split_size = width(child.c_attn, 1) // 3
+        child.num_heads = child.split_size // child.head_dim
+        if child.attn_dropout.p > 0:
+            SplitNoise(child, ranks).between(child.c_attn, child.c_proj)
+    elif hasattr(child, "q_proj") and hasattr(child, "num_key_value_groups"):  # Llama
+        child.num_key_value_groups = width(child.q_proj, 0) // width(child.k_proj, 0)
+        if child.attention_dropout > 0:
+            SplitNoise(child, ranks).between(child.v_proj, child.o_proj)
+
+
+def _mark(parameter: nn.Parameter, ranks: Ranks) -> None:
+    spec: ParamSpec = parameter.spec  # type: ignore[attr-defined]
+    if spec.dim is None:
+        return
+    copies = spec.copies(ranks.tensor_size)
+    # DeepSpeed counts these on every rank in the norm, and unmarked ones on rank 0 only
+    parameter.model_parallel = ranks.tensor % copies == 0  # type: ignore[attr-defined]
+    if copies > 1:
+        parameter.register_hook(partial(_sum_copies, copies=copies, ranks=ranks))
+
+
+def _sum_copies(gradient: Tensor, copies: int, ranks: Ranks) -> Tensor:
+    """Sums the gradients of one key-value head over the ranks that hold a copy of it.
+
+    One all-reduce over the tensor group, with a row for each head: heads are copied only when there are few, and no
+    groups of their own are needed.
+    """
+    rows = gradient.new_zeros(ranks.tensor_size // copies, *gradient.shape)
+    row = rows[ranks.tensor // copies]
+    row.copy_(gradient)
+    dist.all_reduce(rows, group=ranks.tensor_group)
+    return row

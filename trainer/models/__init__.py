@@ -1,1 +1,0 @@
-"""Parameter tables, and models built from them on any layout."""

@@ -1,0 +1,111 @@
+"""The keys that DeepSpeed 0.19.8 reads from its JSON, and those it has dropped. A test compares them with DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..recipe.text_files import words
+
+DEEPSPEED_VERSION = "0.19.8"
+
+TOP_LEVEL = words(
+    """
+    activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    csv_monitor data_efficiency data_parallel_size data_types dataloader_drop_last datastates_ckpt disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
+    gradient_clipping gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown
+    optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size
+    steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """
+)
+
+REMOVED: Mapping[str, str] = {
+    "amp": "use bf16, fp16 or torch_autocast",
+    "bfloat16": "write bf16",
+    "compression_training": "there is no replacement",
+    "curriculum_learning": "there is no replacement here",
+    "eigenvalue": "there is no replacement",
+    "elasticity": "set train_micro_batch_size_per_gpu; a run resumes on any number of ranks without it",
+    "graph_harvesting": "there is no replacement",
+    "nebula": "checkpoints are written without it",
+    "progressive_layer_drop": "there is no replacement",
+    "quantize_training": "there is no replacement",
+    "sparse_attention": "there is no replacement",
+    "sparse_gradients": "there is no replacement",
+}
+
+_ZERO = words(
+    """
+    stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+    allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
+    elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size stage3_prefetch_bucket_size
+    stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
+    stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold
+    stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters legacy_stage1
+    round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights
+    zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint
+    override_module_apply log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory
+    leaf_module
+    """
+)
+
+REMOVED_ZERO: Mapping[str, str] = {
+    "cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": 'write "offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": "write pin_memory inside offload_optimizer or offload_param",
+    "stage3_gather_fp16_weights_on_model_save": "write stage3_gather_16bit_weights_on_model_save",
+    "mics_hierarchical_params_gather": "there is no replacement",
+    "mics_shard_size": "there is no replacement",
+    "zeropp_loco_param": "there is no replacement",
+}
+
+# sub-section: its keys. Sections that are not here are DeepSpeed's own to check
+SECTIONS: Mapping[tuple[str, ...], frozenset[str]] = {
+    (): TOP_LEVEL,
+    ("zero_optimization",): _ZERO,
+    ("zero_optimization", "offload_optimizer"): words(
+        """
+        device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload
+        cpuadam_cores_perc
+        """
+    ),
+    ("zero_optimization", "offload_param"): words("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
+    ("bf16",): words(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    ("fp16",): words(
+        """
+        enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale fp16_master_weights_and_grads
+        """
+    ),
+    ("torch_autocast",): words("enabled dtype lower_precision_safe_modules"),
+    ("activation_checkpointing",): words(
+        """
+        partition_activations number_checkpoints contiguous_memory_optimization synchronize_checkpoint_boundary
+        profile cpu_checkpointing
+        """
+    ),
+    ("pipeline",): words(
+        """
+        stages partition seed_layers activation_checkpoint_interval pipe_partitioned grad_partitioned use_reentrant
+        """
+    ),
+    ("optimizer",): words("type params legacy_fusion"),
+    ("optimizer", "params"): words(
+        "lr betas eps weight_decay bias_correction torch_adam adam_w_mode foreach fp32_optimizer_states"
+    ),
+    ("scheduler",): words("type params"),
+    ("tensor_parallel",): words(
+        """
+        dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp injection_policy_tuple
+        partition_config preset_model keep_module_on_host kernel_inject
+        """
+    ),
+    ("data_types",): words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+}
+
+SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+OPTIMIZERS = ("AdamW", "Adam")  # those whose state the checkpoints know

@@ -1,0 +1,182 @@
+"""The plan of a run: what the recipe and the DeepSpeed JSON come to on a number of devices. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from ...data_prep.errors import UserError
+from ...data_prep.store import TokenStore
+from ..data.splits import Part, Split, open_split
+from ..data.vocabulary import vocabulary_of
+from ..families.specs import TABLES, padded_vocab, parameter_table
+from ..recipe.errors import explain
+from ..recipe.recipe import Recipe
+from .deepspeed_json import checkpoints_activations, fill_scheduler, precision_of, reconcile, unknown_keys
+from .layout import Layout
+from .legality import check, layout_of
+from .memory import BUCKET, MemoryEstimate, estimate_memory
+from .model_config import resolve_model
+
+__all__ = ["Layout", "MemoryEstimate", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that follows from recipe, JSON and devices. Batches are in sequences."""
+
+    recipe: Recipe  # with everything filled that the JSON states
+    layout: Layout
+    precision: str  # fp32 | bf16 | fp16 | bf16_autocast
+    micro_batch: int  # of one data-parallel rank
+    accumulation: int
+    global_batch: int
+    seq_len: int
+    vocab_size: int
+    padded_vocab_size: int
+    model_config: dict[str, Any]
+    samples: int  # of `seq_len` tokens in the train split: one epoch
+    total_steps: int
+    warmup_steps: int
+    decay_steps: int
+    deepspeed: dict[str, Any]  # resolved: no "auto", batch sizes and optimizer filled
+    parameters: int | None  # trained ones, vocabulary padded
+    memory: MemoryEstimate | None  # None where there is no parameter table for the family
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.total_steps * self.global_batch * self.seq_len
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return checkpoints_activations(self.deepspeed)
+
+
+def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
+    """Opens the stores and works out the run.
+
+    Raises:
+        UserError: anything that cannot run, with the nearest alternatives.
+    """
+    if problems := unknown_keys(ds):
+        raise UserError("DeepSpeed JSON: " + "; ".join(problems))
+    layout = layout_of(recipe, ds, devices)
+    resolved = reconcile(recipe, ds, layout)
+    parts = open_split(recipe.data, "train")
+    model = resolve_model(recipe, *vocabulary_of(_stores(recipe, parts), recipe.tokenizer))
+    check(recipe, resolved, layout, model)
+    global_batch = resolved["train_batch_size"]
+    samples = _samples(recipe, parts, global_batch)
+    total = _total_steps(recipe, samples, global_batch)
+    warmup, decay = _schedule_steps(recipe, total)
+    if "scheduler" in resolved:
+        fill_scheduler(resolved, total, warmup)
+    parameters = _parameters(model, layout)
+    if parameters is not None and (layout.zero_stage > 0 or layout.pipeline > 1):
+        # DeepSpeed allocates its bucket whole, 500 million elements unless told otherwise, however small the model is
+        resolved["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
+    return Plan(
+        recipe=_resolved_recipe(recipe, resolved),
+        layout=layout,
+        precision=precision_of(resolved),
+        micro_batch=resolved["train_micro_batch_size_per_gpu"],
+        accumulation=resolved["gradient_accumulation_steps"],
+        global_batch=global_batch,
+        seq_len=recipe.data.seq_len,
+        vocab_size=model["vocab_size"],
+        padded_vocab_size=padded_vocab(model["vocab_size"], layout.tensor),
+        model_config=model,
+        samples=samples,
+        total_steps=total,
+        warmup_steps=warmup,
+        decay_steps=decay,
+        deepspeed=resolved,
+        parameters=parameters,
+        memory=None if parameters is None else _memory(recipe, resolved, layout, model),
+    )
+
+
+def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
+    """All stores of a run: those of the train split, and those that validation and test have of their own."""
+    own: list[Split] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
+    return [part.store for part in (*parts, *(part for split in own for part in open_split(recipe.data, split)))]
+
+
+def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
+    if model["model_type"] not in TABLES:
+        return None
+    return sum(spec.numel for spec in parameter_table(model, layout.tensor))
+
+
+def _memory(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
+    if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
+        layout = replace(layout, zero_stage=max(1, layout.zero_stage))
+    return estimate_memory(model, layout, precision_of(ds), ds, recipe.data.seq_len, recipe.parallel.partition)
+
+
+def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
+    """Samples of the train split, of which there must be enough for one global batch."""
+    seq_len = recipe.data.seq_len
+    if not parts:
+        raise UserError(f"data.split {recipe.data.split}: leaves no document to train on")
+    if empty := [str(part.store.path) for part in parts if not part.samples(seq_len)]:
+        raise UserError(f"{empty[0]}: its train split is shorter than one sample of {seq_len} + 1 tokens")
+    samples = sum(part.samples(seq_len) for part in parts)
+    if samples < global_batch:
+        raise UserError(
+            f"the train split holds {samples} samples of {seq_len} tokens, one global batch takes {global_batch}; "
+            f"use batch.global={max(1, samples)} or less, a shorter data.seq_len, or more data"
+        )
+    return samples
+
+
+def _total_steps(recipe: Recipe, samples: int, global_batch: int) -> int:
+    """Steps of the run; an epoch is as many samples as the train split holds, whatever the weights draw them from."""
+    duration = recipe.duration
+    if duration.steps is not None:
+        return duration.steps
+    if duration.tokens is not None:
+        return math.ceil(duration.tokens / (global_batch * recipe.data.seq_len))
+    epochs = duration.epochs or 0
+    if (steps := int(epochs * samples) // global_batch) < 1:
+        raise UserError(f"duration.epochs {epochs} is less than one step of {global_batch} sequences")
+    return steps
+
+
+def _schedule_steps(recipe: Recipe, total: int) -> tuple[int, int]:
+    """Warm-up steps, and the steps in which the learning rate falls."""
+    schedule = recipe.schedule
+    warmup = _steps(schedule.warmup, total)
+    decay = {"constant": 0, "wsd": _steps(schedule.decay, total)}.get(schedule.type, total - warmup)
+    if warmup > total or warmup + decay > total:
+        raise UserError(
+            f"schedule: {warmup} warm-up steps"
+            + (f" and {decay} steps of decay" if schedule.type == "wsd" else "")
+            + f" do not fit into {total} steps; shorten them or train longer"
+        )
+    return warmup, decay
+
+
+def _steps(amount: float, total: int) -> int:
+    """Whole numbers are steps, fractions are of `total`, rounded to the nearest and at least one if not zero."""
+    if isinstance(amount, int):
+        return amount
+    return max(1, round(amount * total)) if amount else 0
+
+
+def _resolved_recipe(recipe: Recipe, resolved: Mapping[str, Any]) -> Recipe:
+    params = resolved["optimizer"]["params"]
+    values = {key: getattr(recipe, key) for key in type(recipe).model_fields if key in recipe.model_fields_set}
+    values["optimizer"] = {key: params[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    values["batch"] = {"global": resolved["train_batch_size"]}
+    if "scheduler" not in resolved:
+        values["schedule"] = recipe.schedule
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, "recipe, with the values of the DeepSpeed JSON", {})) from None

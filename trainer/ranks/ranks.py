@@ -1,0 +1,209 @@
+"""Process groups: who this rank is on every axis of the layout, and the few reductions that training needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from ...data_prep.errors import UserError
+from .ports import free_port
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process on every axis. Rank order: tensor innermost, then sequence, then data, pipeline outermost.
+
+    A group is None when its axis has size 1. Ranks of one tensor or sequence group read the same samples. The replica
+    group holds the same weights and sees different tokens: gradients are summed over it. It is never None in a world of
+    more than one rank: to torch, None is the whole world, and DeepSpeed would average unlike weights.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    data: int = 0
+    data_size: int = 1
+    tensor: int = 0
+    tensor_size: int = 1
+    sequence: int = 0
+    sequence_size: int = 1
+    pipeline: int = 0
+    pipeline_size: int = 1
+    data_group: ProcessGroup | None = field(default=None, compare=False)
+    tensor_group: ProcessGroup | None = field(default=None, compare=False)
+    sequence_group: ProcessGroup | None = field(default=None, compare=False)
+    pipeline_group: ProcessGroup | None = field(default=None, compare=False)
+    replica_group: ProcessGroup | None = field(default=None, compare=False)  # data x sequence
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same weights and see different tokens."""
+        return self.data_size * self.sequence_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def lay_out(self, tensor: int, sequence: int, pipeline: int) -> Ranks:
+        """This process on the axes of a layout, with its groups. Collective over the world."""
+        return _lay_out(self, tensor, sequence, pipeline)
+
+    def all_sum(self, values: Sequence[float]) -> list[float]:
+        """Sums float64 values over all ranks of the world. Collective."""
+        # NCCL and gloo both take float64; some accelerators (MPS) do not, and none of those runs DeepSpeed
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def all_true(self, verdict: bool) -> bool:
+        """Whether every rank says True. Collective."""
+        return self.all_sum([0.0 if verdict else 1.0])[0] == 0.0
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's picklable `value`, in rank order, on every rank. Collective; for small things only."""
+        if self.world == 1:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; where it fails on one, all raise, so that none waits for it. Collective.
+
+        Raises:
+            UserError: on every rank alike, so that rank 0 can speak for all.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        self.raise_together(problem)
+        return result  # type: ignore[return-value]
+
+    def raise_together(self, problem: str | None) -> None:
+        """Raises a UserError on every rank if any has a problem. Collective."""
+        problems = self.gather_objects(problem)
+        found = list(dict.fromkeys(text for text in problems if text is not None))
+        if not found:
+            return
+        if None in problems:  # on some ranks only: say on which
+            found = [f"{text} (on rank {problems.index(text)})" for text in found]
+        raise UserError("; ".join(found))
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def accelerator() -> Any:
+    """DeepSpeed's accelerator: CUDA where there is one, else the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
+def prepare_backend() -> None:
+    """Settings that must precede any use of DeepSpeed's communication.
+
+    On CPUs DeepSpeed would build a shared-memory extension that leaks 66 MiB of /dev/shm per rank and launch.
+    """
+    import deepspeed.ops
+
+    if accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+
+
+def init_distributed(
+    tensor: int = 1, sequence: int = 1, pipeline: int = 1, timeout: timedelta = timedelta(minutes=10)
+) -> Ranks:
+    """Joins the world and lays it out: data parallel is what the other sizes leave. Collective.
+
+    Raises:
+        ValueError: the sizes do not divide the world (plans refuse this before launch).
+    """
+    return join_world(timeout).lay_out(tensor, sequence, pipeline)
+
+
+def join_world(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+    """Joins the process group that the environment describes (a single process when it describes none).
+
+    Args:
+        timeout: of every collective, of every group.
+    """
+    import deepspeed
+    import torch.distributed.distributed_c10d as c10d
+
+    prepare_backend()
+    for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, default)
+    if "MASTER_PORT" not in os.environ:  # alone in the world: any free port will do
+        os.environ["MASTER_PORT"] = str(free_port())
+    # sub-groups made without a timeout take the module's default, or a cut link hangs them
+    c10d.default_pg_timeout = timeout
+    device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
+    if device_type != "cpu":
+        accelerator().set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:  # the ranks of a host share its cores
+        local_size = int(os.environ.get("LOCAL_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    deepspeed.init_distributed(
+        "gloo" if device_type == "cpu" else accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
+    world, device = dist.get_world_size(), torch.device(accelerator().current_device_name())
+    return Ranks(rank=dist.get_rank(), world=world, data_size=world, local_rank=local_rank, device=device)
+
+
+def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
+    rank, world = here.rank, here.world
+    if world % (tensor * sequence * pipeline):
+        raise ValueError(f"{world} ranks cannot hold tensor {tensor} x sequence {sequence} x pipeline {pipeline}")
+    sizes = {
+        "pipeline": pipeline,
+        "data": world // (tensor * sequence * pipeline),
+        "sequence": sequence,
+        "tensor": tensor,
+    }
+    grid = torch.arange(world).reshape(tuple(sizes.values()))
+    coordinates = dict(zip(sizes, (int(i) for i in (grid == rank).nonzero()[0]), strict=True))
+    groups: dict[str, ProcessGroup | None] = dict.fromkeys(sizes)
+    for axis, (name, size) in enumerate(sizes.items()):
+        if size == 1:
+            continue
+        for members in grid.movedim(axis, -1).reshape(-1, size).tolist():
+            group = dist.new_group(members)  # collective over the world: every rank makes every group
+            if rank in members:
+                groups[name] = group  # type: ignore[assignment]  # a member gets no NON_GROUP_MEMBER
+    replica_group = groups["data"] or groups["sequence"]
+    if (sizes["data"] > 1) == (sizes["sequence"] > 1) and world > 1:  # both axes, or a rank alone
+        for members in grid.flatten(1, 2).movedim(1, -1).reshape(-1, sizes["data"] * sizes["sequence"]).tolist():
+            group = dist.new_group(members)
+            if rank in members:
+                replica_group = group
+    return replace(
+        here,
+        replica_group=replica_group,
+        **coordinates,
+        **{f"{name}_size": size for name, size in sizes.items()},  # type: ignore[arg-type]
+        **{f"{name}_group": group for name, group in groups.items()},  # type: ignore[arg-type]
+    )
+
+
+def shut_down() -> None:
+    """Leaves the process group; without this, some runs abort with signal 6 after they have finished."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,275 @@
+"""The recipe: what is trained, on what, for how long. Strict and frozen; the DeepSpeed JSON says how it is laid out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ...data_prep.errors import UserError
+from .errors import explain
+from .overrides import apply_override
+from .text_files import parse_yaml, read_named, yaml_lines
+
+
+def _whole(value: Any) -> Any:
+    """10e9 is a float in YAML; as a count it is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _from_home(value: Any) -> Any:
+    """No shell expands a ~ inside a recipe or after key=."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Place = Annotated[str, Field(min_length=1), BeforeValidator(_from_home)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+CountOrNever = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _steps_or_fraction(value: Any) -> Any:
+    """A whole number is steps, a fraction is of all steps; 1.0 could be meant as either."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"must be steps (a whole number) or a fraction of all steps, got {value!r}")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"a fraction of all steps is below 1, steps are whole numbers; got {value!r}")
+    return value
+
+
+Steps = Annotated[int | float, BeforeValidator(_steps_or_fraction)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(_Section):
+    init: Place = "random"
+    """"random", a Hugging Face folder (safetensors), or a run directory of ours to continue from."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """transformers' own configuration names, e.g. {model_type: gpt2, n_layer: 12}. vocab_size comes from the store."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Model:
+        if self.init == "random" and "model_type" not in self.config:
+            raise ValueError("config.model_type is missing: state the family, e.g. {model_type: gpt2, n_layer: 12}")
+        return self
+
+
+class Source(_Section):
+    store: Place
+    """A token store, or a bare Megatron prefix."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the mixture, relative to the other sources."""
+
+
+class Data(_Section):
+    train: list[Source] = Field(min_length=1)
+    """The stores to train on."""
+    valid: list[Source] | None = Field(default=None, min_length=1)
+    """Stores of their own for validation; replaces `split`."""
+    test: list[Source] | None = Field(default=None, min_length=1)
+    """Stores of their own for testing; replaces `split`."""
+    split: str = "949,50,1"
+    """Shares of the documents of `train` for train, valid and test, in this order."""
+    seq_len: Count = 1024
+    """Tokens of one sample."""
+    document_mask: bool = False
+    """Whether attention stops at document boundaries."""
+
+    @model_validator(mode="after")
+    def _one_source_of_validation(self) -> Data:
+        split_shares(self.split)
+        own = [key for key in ("valid", "test") if getattr(self, key) is not None]
+        if own and "split" in self.model_fields_set and split_shares(self.split)[1:] != (0, 0):
+            raise ValueError(f"split and {' and '.join(own)} are both stated; keep one")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of the train stores' documents that go to train, valid and test."""
+        return split_shares(self.split) if self.valid is None and self.test is None else (1, 0, 0)
+
+
+class Parallel(_Section):
+    pipeline: Count = 1
+    """Pipeline stages. Data parallel is what is left; tensor and sequence parallel come from the DeepSpeed JSON."""
+    partition: str = Field(default="parameters", pattern=r"^(parameters|uniform|measured|type:.+)$")
+    """How layers are shared out over the stages: parameters, uniform, measured or type:REGEX."""
+
+    @model_validator(mode="after")
+    def _expression_is_one(self) -> Parallel:
+        try:
+            re.compile(self.partition.removeprefix("type:"))
+        except re.error as error:
+            raise ValueError(f"partition {self.partition!r}: not a regular expression: {error}") from None
+        return self
+
+
+class Batch(_Section):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_by_name=True
+    )
+    global_batch: Count | None = Field(default=None, alias="global")
+    """Sequences of one optimizer step, over all ranks. The micro batch comes from the DeepSpeed JSON."""
+
+
+class Duration(_Section):
+    steps: Count | None = None
+    """Optimizer steps."""
+    tokens: Count | None = None
+    """Tokens to train on; rounded up to whole steps."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Times through the train split; rounded down to whole steps."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Duration:
+        stated = [key for key in ("steps", "tokens", "epochs") if getattr(self, key) is not None]
+        if len(stated) != 1:
+            hint = f" (duration.{stated[0]}=null takes one away)" if stated else ""
+            raise ValueError(f"state exactly one of steps, tokens, epochs; got {', '.join(stated) or 'none'}{hint}")
+        return self
+
+
+class Optimizer(_Section):
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
+
+
+class Schedule(_Section):
+    type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: Steps = 0.01
+    """Steps (a whole number), or a fraction of all steps, in which the rate rises linearly from zero."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Where linear, cosine and wsd end."""
+    decay: Steps = 0.2
+    """wsd only: the steps, or the fraction of all steps, of the final decay."""
+
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> Schedule:
+        if "decay" in self.model_fields_set and self.type != "wsd":
+            raise ValueError(f"decay is for type wsd only; {self.type} ignores it, so leave it out")
+        return self
+
+
+class Log(_Section):
+    every: Count = 10
+    """Steps between progress lines."""
+
+
+class Eval(_Section):
+    every: CountOrNever = 100
+    """Steps between evaluations on the valid split; 0: never."""
+    batches: Count = 10
+    """Global batches of each evaluation."""
+
+
+class Save(_Section):
+    every: CountOrNever = 500
+    """Steps between checkpoints; 0: at the end only."""
+    keep: Count = 3
+    """Newest checkpoints to keep."""
+
+
+class Recipe(_Section):
+    """A run of ZeroPipe: model, data, duration and schedule. Paths are relative to the working directory."""
+
+    name: str = Field(default="run", min_length=1)
+    """Name of the run; the file's own name if left out."""
+    seed: int = Field(default=1234, ge=0)
+    """Everything random comes from it."""
+    output: Annotated[Path, Field(strict=False), BeforeValidator(_from_home)] = Path("runs/run")
+    """The run directory; runs/NAME if left out."""
+    model: Model
+    tokenizer: Place | None = None
+    """A Hugging Face tokenizer folder; the one recorded in the store if left out."""
+    data: Data
+    objective: Literal["causal_lm"] = "causal_lm"
+    adapter: Literal["none"] = "none"
+    parallel: Parallel = Parallel()
+    batch: Batch = Batch()
+    duration: Duration
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    log: Log = Log()
+    eval: Eval = Eval()
+    save: Save = Save()
+    resume: Place = "auto"
+    """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _output_follows_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "output" not in values and isinstance(values.get("name"), str):
+            return {**values, "output": f"runs/{values['name']}"}
+        return values
+
+    @model_validator(mode="after")
+    def _ends_below_peak(self) -> Recipe:
+        if self.schedule.min_lr > self.optimizer.lr and "lr" in self.optimizer.model_fields_set:
+            raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
+        return self
+
+
+def split_shares(split: str) -> tuple[float, float, float]:
+    """The three shares of "949,50,1"; shares that are left out are 0.
+
+    Raises:
+        ValueError: not one to three non-negative numbers with a positive first.
+    """
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not shares[0]:
+        raise ValueError(f"split must be shares of train, valid and test, such as '949,50,1'; got {split!r}")
+    train, valid, test = [*shares, 0.0, 0.0][:3]
+    return train, valid, test
+
+
+def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file, or a shipped recipe by its name, and applies `section.key=value` overrides.
+
+    Raises:
+        UserError: one line that lists everything wrong in it: unknown keys, wrong types, values out of range.
+    """
+    text, source = read_named(path_or_name, "recipes", ".yaml")
+    values = parse_yaml(text, source)
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: a recipe is a mapping of sections; got {type(values).__name__}")
+    lines = yaml_lines(text)
+    for override in overrides:
+        lines = apply_override(values, override, lines)
+    values.setdefault("name", Path(source).stem)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, source, lines)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back equal, with every default spelled out.
+
+    A schedule that was never stated stays out, because the DeepSpeed JSON may hold a scheduler of its own.
+    """
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if "schedule" not in recipe.model_fields_set:
+        values.pop("schedule")
+    elif recipe.schedule.type != "wsd":
+        values["schedule"].pop("decay")
+    if "split" not in recipe.data.model_fields_set and recipe.data.shares == (1, 0, 0):
+        values["data"].pop("split")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

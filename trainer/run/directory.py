@@ -1,0 +1,95 @@
+"""Reading a run directory from outside: its recipe, tokenizer and precision, from the run or any checkpoint in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data_prep.errors import UserError
+from ...data_prep.store import TokenStore
+from ..recipe.recipe import Recipe, Source, load_recipe
+
+
+@dataclass(frozen=True)
+class Precision:
+    """torch dtypes by name: of the weights a run computes with, and of its matrix products."""
+
+    weights: str
+    products: str
+
+
+PRECISIONS = {
+    "fp32": Precision("float32", "float32"),
+    "bf16": Precision("bfloat16", "bfloat16"),
+    "fp16": Precision("float16", "float16"),
+    "bf16_autocast": Precision("float32", "bfloat16"),
+}
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether `path` is a Hugging Face model folder, not a run of ours."""
+    return (path / "config.json").is_file()
+
+
+def run_directory(path: str | Path) -> Path | None:
+    """The run that `path` (a run directory, its checkpoints/, or one of them) belongs to; None where there is none."""
+    path = Path(path).absolute()
+    return next((p for p in (path, *list(path.parents)[:2]) if (p / "recipe.yaml").is_file()), None)
+
+
+def load_run_recipe(run: Path) -> Recipe:
+    """The recipe of a run, its stores found from here.
+
+    Relative paths are meant from the directory in which the run was started; that one is recorded, so that a run can be
+    evaluated from anywhere.
+    """
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    started_in = _started_in(run)
+
+    def found(path: str) -> str:
+        return path if started_in is None or Path(path).exists() else str(started_in / path)
+
+    def sources(listed: list[Source] | None) -> list[Source] | None:
+        return listed and [source.model_copy(update={"store": found(source.store)}) for source in listed]
+
+    data = recipe.data
+    moved = {key: sources(getattr(data, key)) for key in ("train", "valid", "test")}
+    tokenizer = recipe.tokenizer and found(recipe.tokenizer)
+    return recipe.model_copy(update={"data": data.model_copy(update=moved), "tokenizer": tokenizer})
+
+
+def _started_in(run: Path) -> Path | None:
+    try:
+        return Path(json.loads((run / "environment.json").read_text())["directory"])
+    except (OSError, ValueError, KeyError):  # a run that was copied without it: paths are taken from here
+        return None
+
+
+def tokenizer_folder(path: str | Path) -> Path | None:
+    """The Hugging Face tokenizer folder of a run, one of its checkpoints, or a model folder; None if there is none."""
+    path = Path(path)
+    if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+        return path
+    run = run_directory(path)
+    if run is None:
+        return None
+    recipe = load_run_recipe(run)
+    if recipe.tokenizer is not None:
+        return Path(recipe.tokenizer)
+    try:
+        return TokenStore.open(recipe.data.train[0].store).tokenizer
+    except UserError:  # the store has moved away; the model itself can still be read
+        return None
+
+
+def run_precision(path: str | Path, state: dict[str, Any]) -> Precision:
+    """What a checkpoint's run computed with: from `state["precision"]`, else from the run's DeepSpeed JSON."""
+    if "precision" in state:
+        return PRECISIONS[state["precision"]]
+    run = run_directory(path)
+    config = json.loads((run / "deepspeed.json").read_text()) if run else {}
+    keys = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16_autocast"}
+    on = [name for key, name in keys.items() if config.get(key, {}).get("enabled")]
+    return PRECISIONS[on[0] if on else "fp32"]

@@ -1,0 +1,156 @@
+"""Curves of a recipe: by plain Hugging Face and torch in one process, and by the engine of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batches import BatchStream, open_windows, sample_order
+from ..engine.zero import Engine, build_engine, planned_rate
+from ..families.specs import parameter_table
+from ..loop import batch_shape, initial_values
+from ..modeling.build import RandomValues
+from ..modeling.slices import merge_slices
+from ..plan.plan import Plan
+from ..ranks.ranks import Ranks, init_distributed
+from ..run.quiet import quiet
+
+Sabotage = Callable[[], None]  # plants a defect in a rank, for tests of the gate
+
+
+@dataclass
+class Curve:
+    """What a layout did: loss and gradient norm (before clipping) of every step, and how it ended."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)  # final ones, by Hugging Face's names
+    torn: list[str] = field(default_factory=list)  # weights of which ranks hold copies that are not the same
+    masks_differ: bool | None = None  # whether tensor ranks drop different things; None: there are no such ranks
+
+
+def one_process(plan: Plan) -> Curve:
+    """The truth: Hugging Face's model on the whole global batch at once, torch's AdamW, nothing of DeepSpeed or ours
+    but the order of the data and the initial values.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, curve, ranks = plan.recipe, Curve(), init_distributed()
+    config = AutoConfig.for_model(**plan.model_config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().to(ranks.device)
+    values = initial_values(recipe) or RandomValues(recipe.seed)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for spec in parameter_table(plan.model_config):
+            parameters[spec.name].copy_(values(spec))
+    optimizer, clip = _adamw(list(parameters.values()), plan), plan.deepspeed["gradient_clipping"]
+    stream = open_stream(plan, ranks)
+    for step in range(plan.total_steps):
+        micro_batches = [micro.to(ranks.device) for micro in stream.next_step().micro_batches]
+        ids, labels = (torch.cat([getattr(m, key) for m in micro_batches]) for key in ("input_ids", "labels"))
+        positions = [m.position_ids for m in micro_batches if m.position_ids is not None]
+        logits = model(input_ids=ids, position_ids=torch.cat(positions) if positions else None, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip if clip else float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = planned_rate(recipe, plan, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.losses.append(loss.item())
+        curve.norms.append(norm.item())
+    stream.close()
+    curve.weights = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
+    return curve
+
+
+def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
+    """What one rank of the plan's layout sees; the weights on rank 0 only. Collective over ranks of this machine."""
+    quiet()
+    if sabotage is not None:
+        sabotage()
+    layout = plan.layout
+    ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
+    engine = build_engine(plan.recipe, plan, ranks, initial_values(plan.recipe))
+    stream, curve = open_stream(plan, ranks), Curve()
+    for step in range(plan.total_steps):
+        output = engine.train_step(stream, step)
+        curve.losses.append(output.loss)
+        curve.norms.append(float("nan") if output.grad_norm is None else output.grad_norm)
+    stream.close()
+    weights, curve.torn = whole_weights(engine)
+    curve.weights = weights if ranks.is_main else {}
+    return curve
+
+
+def whole_weights(engine: Engine) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Weights by Hugging Face's names, without padding, on every rank; and the names of those whose copies on several
+    ranks are not the same. Collective; for small models.
+    """
+    import deepspeed
+
+    ranks, local, torn = engine.ranks, {}, set()
+    for name, parameter in engine.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            piece = parameter.detach().float().contiguous().clone()
+        pieces = [piece]
+        if ranks.tensor_size > 1:
+            pieces = [torch.empty_like(piece) for _ in range(ranks.tensor_size)]
+            dist.all_gather(pieces, piece, group=ranks.tensor_group)
+        spec = parameter.spec  # type: ignore[attr-defined]
+        if spec.dim is None and not all(torch.equal(piece, other) for other in pieces):
+            torn.add(name)
+        local[name] = merge_slices(pieces, spec).cpu().numpy().copy()
+    weights: dict[str, np.ndarray] = {}
+    for of_rank, torn_there in ranks.gather_objects((local, torn)):
+        torn |= torn_there
+        for name, weight in of_rank.items():
+            if name in weights and not np.array_equal(weights[name], weight):
+                torn.add(name)
+            weights.setdefault(name, weight)
+    return weights, sorted(torn)
+
+
+def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) -> bool:
+    """Whether tensor ranks drop different attention probabilities where their heads are alike. Collective."""
+    from ..modeling.build import build_model
+    from ..modeling.tensor_parallel import RowParallelLinear, parallelise
+
+    quiet()
+    if sabotage is not None:
+        sabotage()
+    ranks = init_distributed(tensor)
+    key = "attn_pdrop" if config["model_type"] == "gpt2" else "attention_dropout"
+    model = build_model({**config, key: 0.5}, None, 0, torch.float32, ranks).train()
+    parallelise(model, ranks)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), 0)
+    seen: list[Tensor] = []
+    row: nn.Module = next(module for module in model.modules() if isinstance(module, RowParallelLinear))
+    row.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+    torch.manual_seed(0)
+    model(input_ids=torch.arange(8, device=ranks.device)[None])
+    contexts = [torch.empty_like(seen[0]) for _ in range(tensor)]
+    dist.all_gather(contexts, seen[0].contiguous(), group=ranks.tensor_group)
+    return not any(torch.equal(contexts[0], other) for other in contexts[1:])
+
+
+def _adamw(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.AdamW:
+    params = plan.deepspeed["optimizer"]["params"]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": params["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"])
+
+
+def open_stream(plan: Plan, ranks: Ranks) -> BatchStream:
+    """The plan's training data, from its first sample."""
+    windows = open_windows(plan.recipe, "train")
+    return BatchStream(windows, sample_order(plan.recipe, windows), batch_shape(plan.recipe, plan), ranks)

@@ -1,0 +1,181 @@
+"""The parity gate: every legal layout of a few ranks must follow one process of plain Hugging Face and torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...data_prep.errors import UserError
+from ..families.specs import TABLES
+from ..plan.layout import Layout
+from ..plan.plan import Plan, make_plan
+from ..recipe.recipe import Recipe
+from .local_ranks import RankFailed, on_local_ranks
+
+if TYPE_CHECKING:
+    from .curves import Curve, Sabotage
+
+DROPOUT = {"gpt2": ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "llama": ("attention_dropout",)}
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative difference of every loss, every gradient norm, and the final weights together."""
+
+    loss: float = 1e-6
+    norm: float = 1e-5
+    weights: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a layout is from one process; `difference` names the first step and quantity beyond the bounds."""
+
+    layout: Layout
+    loss: float
+    norm: float
+    weights: float
+    difference: str | None
+
+    def __str__(self) -> str:
+        figures = f"{self.loss:8.1e} {self.norm:8.1e} {self.weights:8.1e}"
+        return f"{self.layout!s:<44} {figures}  {self.difference or 'same'}"
+
+
+HEADING = f"{'layout':<44} {'loss':>8} {'norm':>8} {'weights':>8}"
+
+
+def parity(
+    recipe: Recipe, ds: Mapping[str, Any], ranks: int = 4, steps: int = 20, bounds: Bounds | None = None
+) -> Iterator[Verdict]:
+    """Trains `steps` steps in fp32, without dropout, on every legal layout of 1, 2, 4 … `ranks` ranks of this machine.
+
+    Raises:
+        UserError: the recipe cannot be planned on one rank, or its family has no table of parameters.
+    """
+    from .curves import one_process
+
+    plans = plans_of(recipe, ds, ranks, steps)
+    [truth] = on_local_ranks(1, one_process, plans[0])
+    for plan in plans:
+        yield verdict(plan, truth, bounds or Bounds())
+
+
+def verdict(plan: Plan, truth: Curve, bounds: Bounds, sabotage: Sabotage | None = None) -> Verdict:
+    """Trains the plan's layout and compares it with one process."""
+    from .curves import masks_differ, of_layout
+
+    try:
+        found = on_local_ranks(plan.layout.world, of_layout, plan, sabotage)[0]
+        if plan.layout.tensor > 1:
+            arguments = plan.model_config, plan.layout.tensor, sabotage
+            found.masks_differ = all(on_local_ranks(plan.layout.tensor, masks_differ, *arguments))
+    except RankFailed as failure:
+        nothing = float("nan")
+        return Verdict(plan.layout, nothing, nothing, nothing, str(failure).strip().splitlines()[-1])
+    return compare(plan.layout, found, truth, bounds)
+
+
+def compare(layout: Layout, found: Curve, truth: Curve, bounds: Bounds) -> Verdict:
+    losses, norms = _apart(found.losses, truth.losses), _apart(found.norms, truth.norms)
+    weights = _weights_apart(found.weights, truth.weights)
+    return Verdict(
+        layout, max(losses), max(norms), weights, _first_difference(losses, norms, weights, found, truth, bounds)
+    )
+
+
+def _first_difference(
+    losses: Sequence[float], norms: Sequence[float], weights: float, found: Curve, truth: Curve, bounds: Bounds
+) -> str | None:
+    for step in range(len(losses)):
+        # not "greater": a NaN must not pass
+        if not losses[step] <= bounds.loss:
+            return f"step {step + 1}: loss {found.losses[step]:.8g}, one process {truth.losses[step]:.8g}"
+        if not norms[step] <= bounds.norm:
+            return f"step {step + 1}: gradient norm {found.norms[step]:.8g}, one process {truth.norms[step]:.8g}"
+    if not weights <= bounds.weights:
+        return f"step {len(losses)}: weights are {weights:.1e} of their norm away"
+    if found.torn:
+        return f"step {len(losses)}: ranks hold unlike copies of {', '.join(found.torn)}"
+    if found.masks_differ is False:
+        return "step 1: tensor ranks drop the same attention probabilities"
+    return None
+
+
+def _apart(found: Sequence[float], truth: Sequence[float]) -> list[float]:
+    return [abs(one / two - 1) for one, two in zip(found, truth, strict=True)]
+
+
+def _weights_apart(found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> float:
+    """Norm of the difference of all weights over the norm of all weights."""
+    assert found.keys() == truth.keys(), f"only in one of the two: {sorted(found.keys() ^ truth.keys())}"
+    squares = sum(float(np.square(_seen(name, found[name] - truth[name])).sum()) for name in truth)
+    whole = sum(float(np.square(weight).sum()) for weight in truth.values())
+    return (squares / whole) ** 0.5
+
+
+def _seen(name: str, difference: np.ndarray) -> np.ndarray:
+    """Without GPT-2's bias of the keys: softmax does not see it, its gradient is rounding noise, and Adam blows noise
+    up to full steps.
+    """
+    if not name.endswith("attn.c_attn.bias"):
+        return difference
+    third = len(difference) // 3
+    return np.delete(difference, slice(third, 2 * third))
+
+
+def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> list[Plan]:
+    """Plans of every legal layout, one process first.
+
+    Raises:
+        UserError: as `parity`.
+    """
+    first = plan_of(recipe, ds, Layout(world=1, data=1, zero_stage=0), steps)
+    if first.model_config["model_type"] not in TABLES:
+        family = first.model_config["model_type"]
+        raise UserError(f"model_type {family!r} has no table of parameters; there are tables for {', '.join(TABLES)}")
+    plans = [first]
+    for layout in _layouts(ranks):
+        if layout == first.layout:
+            continue
+        try:
+            plans.append(plan_of(recipe, ds, layout, steps))
+        except UserError:  # not legal for this model, or the global batch cannot be shared so
+            continue
+    return plans
+
+
+def _layouts(ranks: int) -> Iterator[Layout]:
+    worlds = [1 << power for power in range(ranks.bit_length()) if 1 << power <= ranks]
+    for world in worlds:
+        sizes = [size for size in worlds if size <= world]
+        for pipeline, tensor, sequence in itertools.product(sizes, repeat=3):
+            model = pipeline * tensor * sequence
+            if world % model == 0:
+                for stage in range(4):
+                    yield Layout(world, world // model, tensor, sequence, pipeline, stage)
+
+
+def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
+    """The recipe's plan on another layout, in fp32 and without dropout, with two micro batches or more where it can."""
+    config = recipe.model.config
+    quiet_model = {**config, **dict.fromkeys(DROPOUT.get(str(config.get("model_type")), ()), 0.0)}
+    changed = {
+        "model": recipe.model.model_copy(update={"config": quiet_model}),
+        "parallel": recipe.parallel.model_copy(update={"pipeline": layout.pipeline}),
+        "duration": recipe.duration.model_copy(update={"steps": steps, "tokens": None, "epochs": None}),
+    }
+    batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    json = {key: value for key, value in ds.items() if key not in (*PRECISIONS, *batches, "pipeline")}
+    json["zero_optimization"] = {"stage": layout.zero_stage}
+    json["tensor_parallel"] = {"autotp_size": layout.tensor}
+    json["sequence_parallel_size"] = layout.sequence
+    sequences = recipe.batch.global_batch or json.get("train_batch_size")
+    if isinstance(sequences, int):
+        json["train_micro_batch_size_per_gpu"] = max(1, sequences // layout.data // (2 * layout.pipeline))
+    return make_plan(recipe.model_copy(update=changed), json, layout.world)
