@@ -71,7 +71,7 @@ def _tied_gradient_not_summed():
 
 
 def _mean_of_means():
-    from zeropipe.trainer import engine
+    from zeropipe.trainer.engine import zero as engine
 
     next_batch = engine.next_batch
 

@@ -124,7 +124,7 @@ def test_what_only_one_rank_finds_wrong_is_told_by_rank_0(store, tmp_path):
 def _train_on_other_data(recipe: dict, ds: dict, folder: str) -> str:
     from tests.tiny import _train
     from zeropipe.data_prep.errors import UserError
-    from zeropipe.trainer import data
+    from zeropipe.trainer.data import batches as data
 
     real = data.make_batch
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer import checkpoint_files
+from zeropipe.trainer.checkpoint import files as checkpoint_files
 from zeropipe.trainer.checkpoint.files import (
     DamagedError,
     Digest,

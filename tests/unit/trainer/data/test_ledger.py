@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from zeropipe.trainer import ledger
+from zeropipe.trainer.data import ledger
 
 MASK = (1 << 64) - 1
 

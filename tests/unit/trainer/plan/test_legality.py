@@ -72,7 +72,7 @@ def test_every_refusal_says_what_to_do_and_has_something_legal_nearby():
 
 def test_what_no_rule_knows_is_refused_by_the_table(monkeypatch):
     """As if DeepSpeed went wrong tomorrow with something that plans take today."""
-    from zeropipe.trainer import legality
+    from zeropipe.trainer.plan import legality
 
     broken = Combination(data=2, stage=2, precision="bf16")
     changed = {**TABLE.trials, broken: Trial(broken, "raises", "AssertionError: no more")}
