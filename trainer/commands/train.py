@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         plan = ranks.together(lambda: plan_of(arguments, ranks.world))  # a path may be missing on one host only
         layout = plan.layout
-        state = train(plan.recipe, plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
+        state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
     except UserError:
         shut_down()
         raise

@@ -83,13 +83,13 @@ def _identity(
             "imported without a recipe: it can be exported, evaluated and be another run's model.init, not resumed"
         ]
     from ..plan.plan import make_plan
-    from ..run.identity import run_identity
+    from ..run.data import RunData
 
     # any layout gives the same identity: the simplest that the recipe allows
     plan = make_plan(recipe, {"zero_optimization": {"stage": 1}}, recipe.parallel.pipeline)
     consumed = found.step * plan.global_batch if samples is None else samples
     identity = {
-        **run_identity(plan.recipe, plan),
+        **RunData.open(plan).identity(),
         **precision,
         "samples_consumed": consumed,
         "tokens_consumed": consumed * plan.seq_len,

@@ -18,7 +18,7 @@ from ..checkpoint.saving import Checkpoint
 from ..data import ledger
 from ..data.order import SampleOrder
 from ..run.directory import load_run_recipe
-from .record import read_metrics
+from .reading import read_metrics
 
 CHUNK = 1 << 18  # samples recomputed at a time
 SHOWN = 5  # defects named in full

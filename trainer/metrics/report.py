@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .console import duration
-from .record import read_lines, read_metrics
+from ..sinks.console import duration
+from .reading import read_lines, read_metrics
 
 POINTS = 10
 BARS = "▁▂▃▄▅▆▇█"

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from ..families.specs import padded_vocab, parameter_table
 from ..ranks.ranks import Ranks
 from .build import RandomValues, Values, make_parameter
-from .cross_entropy import head_loss_sum
+from .cross_entropy import head_token_losses
 from .partition import stage_bounds
 from .tensor_parallel import parallelise
 
@@ -209,20 +209,33 @@ def _tied_head(embedding: Embedding, hidden: Tensor) -> Tensor:
     return F.linear(hidden, embedding.table.weight)  # type: ignore[arg-type]
 
 
-class TokenMeanLoss:
-    """Head and loss of a micro batch, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks is the
-    mean over all tokens of the global batch.
+class StageLoss:
+    """Head and objective of the last stage, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks
+    is the mean over the weight of the global batch.
+
+    Args:
+        loss: a micro batch's tensors (labels first) and its token losses, to the scalar that is trained on.
     """
 
-    def __init__(self, builder: Builder, autocast: bool) -> None:
-        self.builder, self.autocast, self.scale = builder, autocast, 1.0
+    def __init__(self, builder: Builder, loss: Callable[[Sequence[Tensor], Tensor], Tensor], autocast: bool) -> None:
+        self.builder, self.loss, self.autocast, self.scale = builder, loss, autocast, 1.0
         self.head: Callable[[Tensor], Tensor] | None = None  # of the last stage
 
-    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        return self.loss(tensors, self.token_losses(hidden, tensors[0])) * self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This tensor rank's columns of all logits [batch, time, columns]."""
+        assert self.head is not None
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.head(hidden)
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Nats of every label [batch, time]."""
         assert self.head is not None
         sizes = self.builder.vocab_size, self.builder.config.vocab_size
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
-            return head_loss_sum(self.head, hidden, labels, *sizes, self.builder.ranks) * self.scale
+            return head_token_losses(self.head, hidden, labels, *sizes, self.builder.ranks)
 
 
 class Stages(PipelineModule):
@@ -232,15 +245,13 @@ class Stages(PipelineModule):
     logits of a whole micro batch are never held.
     """
 
-    def __init__(
-        self, builder: Builder, method: str, costs: Sequence[float] | None = None, autocast: bool = False
-    ) -> None:
+    def __init__(self, builder: Builder, loss: StageLoss, method: str, costs: Sequence[float] | None = None) -> None:
         """Collective.
 
         Args:
+            loss: of the last stage, which gives it its head.
             method: `parallel.partition` of the recipe.
             costs: seconds of every layer, for the method `measured`.
-            autocast: the head computes in bfloat16 as the layers do under torch_autocast.
 
         Raises:
             UserError: the method does not fit the model.
@@ -256,7 +267,6 @@ class Stages(PipelineModule):
             topology: Any = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
         else:
             topology = PipeDataParallelTopology(**shape)
-        loss = TokenMeanLoss(builder, autocast)
         super().__init__(builder.layers(), topology=topology, loss_fn=loss)
         assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
         if self.is_last:

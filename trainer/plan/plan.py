@@ -14,8 +14,10 @@ from ...data_prep.store import TokenStore
 from ..data.splits import Part, Split, open_split
 from ..data.vocabulary import vocabulary_of
 from ..families.specs import TABLES, padded_vocab, parameter_table
+from ..objectives.registry import objective_of
 from ..recipe.errors import explain
 from ..recipe.recipe import Recipe
+from ..sinks.registry import SINKS
 from .deepspeed_json import checkpoints_activations, fill_scheduler, precision_of, reconcile, unknown_keys
 from .layout import Layout
 from .legality import check, layout_of
@@ -63,6 +65,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     Raises:
         UserError: anything that cannot run, with the nearest alternatives.
     """
+    check_names(recipe)
     if problems := unknown_keys(ds):
         raise UserError("DeepSpeed JSON: " + "; ".join(problems))
     layout = layout_of(recipe, ds, devices)
@@ -99,6 +102,17 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         parameters=parameters,
         memory=None if parameters is None else _memory(recipe, resolved, layout, model),
     )
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuses what the recipe names and no registry knows.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    objective_of(recipe.objective)
+    for sink in recipe.log.sinks:
+        SINKS[sink]
 
 
 def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:

@@ -51,6 +51,11 @@ class Ranks:
         return self.data_size * self.sequence_size
 
     @property
+    def reads_samples(self) -> bool:
+        """Whether this rank speaks for its samples: all ranks of a tensor, sequence or pipeline group read the same."""
+        return self.tensor == self.sequence == self.pipeline == 0
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

@@ -168,6 +168,8 @@ class Schedule(_Section):
 class Log(_Section):
     every: Count = 10
     """Steps between progress lines."""
+    sinks: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    """Where the metrics go, beside metrics.jsonl and the console."""
 
 
 class Eval(_Section):

@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Entries by name. A file is imported when its entry is first asked for, so that names alone cost nothing."""
 
-    def __init__(self, kind: str, package: str, files: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, package: str | None, files: Mapping[str, str]) -> None:
         """Args: `kind` in words for messages; `files` maps each name to "file:attribute" in `package`."""
         self.kind, self._package, self._files = kind, package, dict(files)
         self._entries: dict[str, T] = {}

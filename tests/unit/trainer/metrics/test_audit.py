@@ -14,7 +14,7 @@ from zeropipe.launcher.cli import main
 from zeropipe.trainer.data.ledger import digest, sample_ids
 from zeropipe.trainer.data.order import SampleOrder, Source
 from zeropipe.trainer.metrics.audit import audit, check_records, report
-from zeropipe.trainer.metrics.record import read_lines, read_metrics
+from zeropipe.trainer.metrics.reading import read_lines, read_metrics
 
 BATCH = 6
 

@@ -36,9 +36,9 @@ def held_bytes() -> int:
 
 def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]:
     """Bytes held after the backward pass of each micro batch of a step, and after the step."""
-    from zeropipe.trainer.data.batches import BatchShape, BatchStream, open_windows, sample_order
-    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.engine.build import build_engine
     from zeropipe.trainer.ranks.ranks import join_world
+    from zeropipe.trainer.run.data import RunData
     from zeropipe.trainer.run.quiet import quiet
 
     quiet()
@@ -46,10 +46,7 @@ def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]
     plan = plan_of(recipe, ds, ranks.world)
     layout = plan.layout
     ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
-    engine = build_engine(plan.recipe, plan, ranks)
-    windows = open_windows(plan.recipe, "train")
-    shape = BatchShape(plan.micro_batch, plan.accumulation, plan.global_batch, plan.seq_len, plan.vocab_size)
-    stream = BatchStream(windows, sample_order(plan.recipe, windows), shape, ranks)
+    engine, stream = build_engine(plan, ranks), RunData.open(plan).stream(ranks)
     step, held = engine.deepspeed.step, []
 
     def counting_step(*args: Any, **kwargs: Any) -> Any:
