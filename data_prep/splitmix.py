@@ -1,4 +1,4 @@
-"""SplitMix64 (Steele, Lea, Flood 2014): nothing but unsigned 64-bit arithmetic, which no version of NumPy can change."""
+"""SplitMix64 (Steele, Lea, Flood 2014): unsigned 64-bit arithmetic alone, which no version of NumPy can change."""
 
 from __future__ import annotations
 

@@ -10,7 +10,11 @@ from pathlib import Path
 import torch
 
 from ..data_prep.errors import UserError
-from .checkpoint.saving import Checkpoint, check_same_run, load, resolve_resume, save
+from .checkpoint.deepspeed_state import Live
+from .checkpoint.folder import check_same_run
+from .checkpoint.loader import load, resolve_resume
+from .checkpoint.reader import Checkpoint
+from .checkpoint.writer import save
 from .data.batches import Batch, BatchShape, BatchStream, Windows, evaluation_batches, open_windows, sample_order
 from .engine.zero import Engine, StepOutput, build_engine
 from .evaluation.evaluate import evaluate, token_bytes
@@ -134,13 +138,12 @@ def resume_or_start(engine: Engine, stream: BatchStream, recipe: Recipe, plan: P
     if source is None:
         engine.ranks.together(lambda: log.event("start", 0))
         return TrainState()
-    saved = Checkpoint.open(source, verify=False).state  # `resolve_resume` has verified it
-    check_same_run(saved, **run_identity(recipe, plan))
-    load(engine.deepspeed, engine.named_parameters(), engine.ranks, source, verify=False)
+    check_same_run(source.state, **run_identity(recipe, plan))
+    saved = load(Live(engine.deepspeed, engine.named_parameters(), engine.ranks), source)
     state = TrainState(saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
     stream.samples_consumed = state.samples_consumed
-    said = f"resumed from {source} at step {state.step}"
-    engine.ranks.together(lambda: log.event("resume", state.step, message=said, path=str(source)))
+    said = f"resumed from {source.path} at step {state.step}"
+    engine.ranks.together(lambda: log.event("resume", state.step, message=said, path=str(source.path)))
     return state
 
 
@@ -156,5 +159,5 @@ def save_run(engine: Engine, state: TrainState, recipe: Recipe, plan: Plan) -> P
     vocab = plan.vocab_size
     ids = (torch.arange(min(PROBE_TOKENS, plan.seq_len))[None] * 7919 + 1) % vocab  # a prime's multiples: many tokens
     probe = {"ids": ids, "logits": engine.logits(ids).cpu().contiguous()}
-    parameters = engine.named_parameters()
-    return save(engine.deepspeed, parameters, engine.ranks, recipe.output, record, recipe.save.keep, probe)
+    live = Live(engine.deepspeed, engine.named_parameters(), engine.ranks)
+    return save(live, recipe.output, record, recipe.save.keep, probe)

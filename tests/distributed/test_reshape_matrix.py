@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.huggingface import export
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +74,8 @@ def runs(tmp_path_factory) -> Runs:
 def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[float]:
     """Loads, saves at once what was loaded, and trains two more steps; their losses."""
     from zeropipe.trainer import loop
-    from zeropipe.trainer.checkpoint.saving import load
+    from zeropipe.trainer.checkpoint.deepspeed_state import Live
+    from zeropipe.trainer.checkpoint.loader import load
     from zeropipe.trainer.data.batches import BatchStream, open_windows, sample_order
     from zeropipe.trainer.engine.zero import build_engine
     from zeropipe.trainer.ranks.ranks import join_world
@@ -84,7 +85,7 @@ def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[floa
     layout = plan.layout
     ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
     engine = build_engine(plan.recipe, plan, ranks)
-    saved = load(engine.deepspeed, engine.named_parameters(), ranks, Checkpoint.find(source))
+    saved = load(Live(engine.deepspeed, engine.named_parameters(), ranks), Checkpoint.find(source))
     state = loop.TrainState(saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
     loop.save_run(engine, state, plan.recipe, plan)
     windows = open_windows(plan.recipe, "train")
