@@ -1,5 +1,7 @@
 """Errors whose message is for the user, and the process exit codes that other programs rely on."""
 
+import errno
+
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2  # the input, configuration or data is wrong
 EXIT_RANK_FAILED = 3  # a rank or a host failed
@@ -11,3 +13,14 @@ class UserError(Exception):
 
     The command line prints it as one `error: …` on stderr, without a traceback, and exits with `EXIT_USER_ERROR`.
     """
+
+
+def remedy(error: OSError) -> str:
+    """What the user can do about a failed read or write, by its errno; empty where nothing in particular helps."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space"
+    if error.errno == errno.EFBIG:
+        return "raise the file size limit (ulimit -f)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check its permissions, its owner and how it is mounted"
+    return ""

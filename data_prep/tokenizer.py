@@ -52,7 +52,7 @@ def adopt_tokenizer(source: Path, target: Path, eod_token: str | None) -> Vocabu
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (target / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(source)
+        tokenizer = read_tokenizer(source)
     else:
         tokenizer = _from_vocabulary(source)
         tokenizer.save(str(target / "tokenizer.json"))
@@ -127,7 +127,7 @@ def _complete_folder(folder: Path, tokenizer: Tokenizer, token: str, number: int
     return Vocabulary(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, token, number)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"

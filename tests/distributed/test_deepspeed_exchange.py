@@ -13,7 +13,7 @@ from tests.distributed.test_checkpoint_memory import _growth as growth
 from tests.harness import run_ranks
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.deepspeed_import import import_checkpoint
 from zeropipe.trainer.export.universal import write_universal
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.huggingface import export
 
 pytestmark = pytest.mark.distributed
@@ -73,7 +73,7 @@ def runs(tmp_path_factory) -> Runs:
 
 def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[float]:
     """Loads, saves at once what was loaded, and trains two more steps; their losses."""
-    from zeropipe.trainer.checkpoint.saving import load
+    from zeropipe.trainer.checkpoint.loader import load
     from zeropipe.trainer.engine.build import build_engine
     from zeropipe.trainer.engine.checkpoints import Checkpoints
     from zeropipe.trainer.metrics.record import RunLog
@@ -87,7 +87,7 @@ def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[floa
     layout = plan.layout
     ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
     engine = build_engine(plan, ranks)
-    saved = load(engine.deepspeed, engine.named_parameters(), ranks, Checkpoint.find(source))
+    saved = load(engine.live, Checkpoint.find(source))
     state = TrainState(plan.total_steps, saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
     data = RunData.open(plan)
     stream = data.stream(ranks)

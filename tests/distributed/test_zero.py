@@ -28,7 +28,7 @@ from tests.tiny import (
     tiny_store,
     train_on_ranks,
 )
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.data.ledger import digest, sample_ids
 from zeropipe.trainer.data.order import SampleOrder, Source
 from zeropipe.trainer.families.specs import parameter_table

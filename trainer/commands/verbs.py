@@ -45,7 +45,7 @@ def _batches(text: str) -> int | None:
 
 
 def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
-    from ..checkpoint.saving import Checkpoint
+    from ..checkpoint.reader import Checkpoint
     from ..evaluation.evaluate import run_data, store_data
     from ..run.directory import is_hf_folder, load_run_recipe, run_directory, tokenizer_folder
 
@@ -152,9 +152,9 @@ def ckpt_ls(args: argparse.Namespace) -> int:
 
 
 def ckpt_verify(args: argparse.Namespace) -> int:
-    from ..checkpoint.folder import verify
+    from ..checkpoint.folder import verify_checkpoints
 
-    found = verify(args.path)
+    found = verify_checkpoints(args.path)
     if not found:
         raise UserError(f"{args.path}: no checkpoint here")
     bad = {path: problems for path, problems in found.items() if problems}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
+from ..checkpoint.deepspeed_state import Live
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.ledger import join, split
 from ..data.order import key64
@@ -95,6 +96,11 @@ class Engine(ABC):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
         return sorted(((p.spec.name, p) for p in self.module.parameters()), key=lambda pair: pair[0])  # type: ignore[attr-defined]
+
+    @property
+    def live(self) -> Live:
+        """What checkpoints read and write."""
+        return Live(self.deepspeed, self.named_parameters(), self.ranks)
 
     def _vector(self, loss: LossSum | None) -> Tensor:
         """Loss sum and metric sums as float64 on the CPU."""

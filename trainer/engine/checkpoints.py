@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoint.saving import Checkpoint, check_same_run, load, resolve_resume, save
+from ..checkpoint.folder import check_same_run
+from ..checkpoint.loader import load, resolve_resume
+from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
 from ..data.batches import BatchStream
 from ..metrics.record import RunLog
 from ..run.data import RunData
@@ -21,6 +23,10 @@ class Checkpoints:
         self.engine, self.stream, self.log = engine, stream, log
         self.plan, self.recipe, self.ranks = engine.plan, engine.plan.recipe, engine.ranks
         self.identity = data.identity()
+        save = self.recipe.save
+        self.writer: CheckpointWriter = SynchronousWriter(
+            self.recipe.output, save.every, save.keep, self.plan.total_steps
+        )
 
     def resume_or_start(self) -> TrainState:
         """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective.
@@ -29,13 +35,12 @@ class Checkpoints:
             UserError: on every rank: no whole checkpoint where there should be one, or one of another run.
         """
         state = TrainState(self.plan.total_steps)
-        source = resolve_resume(self.recipe.output, self.recipe.resume, self.ranks)
-        if source is None:
+        checkpoint = resolve_resume(self.recipe.output, self.recipe.resume, self.ranks)
+        if checkpoint is None:
             self.log.start("start", 0)
             return state
-        saved = Checkpoint.open(source, verify=False).state  # `resolve_resume` has verified it
-        check_same_run(saved, **self.identity)
-        load(self.engine.deepspeed, self.engine.named_parameters(), self.ranks, source, verify=False)
+        check_same_run(checkpoint.state, **self.identity)
+        saved, source = load(self.engine.live, checkpoint), checkpoint.path
         state.step, state.samples_consumed = saved["step"], saved["samples_consumed"]
         state.tokens_consumed = saved["tokens_consumed"]
         self.stream.samples_consumed = state.samples_consumed
@@ -43,17 +48,18 @@ class Checkpoints:
         return state
 
     def save_if_due(self, state: TrainState) -> None:
-        """Publishes a checkpoint where one is due. Collective.
+        """Saves where a checkpoint is due, and records those that were published. Collective.
 
         Raises:
             UserError: on every rank, if one of them cannot write; older checkpoints are as they were.
         """
-        every = self.recipe.save.every
-        if state.done or (every and state.step % every == 0):
+        if state.stopped or self.writer.due(state.step):
             self.save(state)
+        for path in self.writer.wait() if state.done else self.writer.poll():
+            self.log.event("save", state.step, path=str(path), drawn=self.stream.drawn())
 
     def save(self, state: TrainState) -> None:
-        """Publishes a checkpoint. Collective, and raises, as `save_if_due`."""
+        """Saves now. Collective, and raises, as `save_if_due`."""
         record = {
             "step": state.step,
             "samples_consumed": state.samples_consumed,
@@ -61,9 +67,7 @@ class Checkpoints:
             "precision": self.plan.precision,
             **self.identity,
         }
-        parameters, output, keep = self.engine.named_parameters(), self.recipe.output, self.recipe.save.keep
-        path = save(self.engine.deepspeed, parameters, self.ranks, output, record, keep, self._probe())
-        self.log.event("save", state.step, path=str(path), drawn=self.stream.drawn())
+        self.writer.save(self.engine.live, record, self._probe())
 
     def _probe(self) -> dict[str, torch.Tensor]:
         """What the live engine computes, which exports must match."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
-from ..checkpoint.safetensors_format import groups
-from ..checkpoint.safetensors_stream import Entry, write_tensors
-from ..checkpoint.saving import Checkpoint
+from ..checkpoint.files import PROBE
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.safetensors_writer import FileTensor, in_groups, write_safetensors
 from ..run.directory import run_directory, run_precision, tokenizer_folder
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
 
@@ -87,39 +87,22 @@ def export(
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound)
 
 
-@contextmanager
-def publishing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name if the block succeeds, and vanishes if it does not."""
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: already there; say --overwrite to replace it, or choose another --output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
-
-
 def write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
-    entries = [Entry(name, tuple(checkpoint.shape(name)), dtype) for name in sorted(checkpoint.names())]
-    files = groups(entries, shard_bytes)
+    code = str(dtype).removeprefix("torch.")
+    names = checkpoint.names()
+    tensors = [FileTensor(name, checkpoint.shape(name), code, partial(checkpoint.read, name)) for name in names]
+    files = in_groups(tensors, shard_bytes)
     where = {}
     for number, group in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        write_tensors(folder / name, group, checkpoint.read)
-        where.update({entry.name: name for entry in group})
+        with (folder / name).open("wb") as file:
+            write_safetensors(file, group)
+            file.flush()
+            os.fsync(file.fileno())
+        where.update({tensor.key: name for tensor in group})
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     write_configs(checkpoint.state["model_config"], folder, dtype)
 
@@ -172,7 +155,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def read_probe(checkpoint: Path) -> tuple[Tensor, Tensor] | None:
     """(ids [1, time], logits [1, time, vocab] fp32) that the live training engine computed when it saved."""
-    file = checkpoint / "probe.safetensors"
+    file = checkpoint / PROBE
     if not file.exists():
         return None
     with safe_open(file, "pt") as handle:

@@ -13,7 +13,7 @@ from ...data_prep.errors import UserError
 from ..run.directory import is_hf_folder, run_precision, tokenizer_folder
 
 if TYPE_CHECKING:
-    from ..checkpoint.saving import Checkpoint
+    from ..checkpoint.reader import Checkpoint
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype | None = None) -> tuple[Any, Any]:
@@ -30,7 +30,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None) -> tupl
     if is_hf_folder(path):
         model = load_folder(path, dtype)
     else:
-        from ..checkpoint.saving import Checkpoint
+        from ..checkpoint.reader import Checkpoint
 
         checkpoint = Checkpoint.open(Checkpoint.find(path))
         model = load_checkpoint(checkpoint, dtype or run_precision(checkpoint.path, checkpoint.state).weights)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
-from ..checkpoint.reader import MASTER
-from ..checkpoint.saving import Checkpoint
-from .huggingface import publishing
+from ..checkpoint.reader import MASTER, Checkpoint
 
 MOST_GROUPS = 1024
 FILES = {MASTER: "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...data_prep.errors import UserError
-from ..checkpoint.saving import Checkpoint
+from ..checkpoint.reader import Checkpoint
 from ..data import ledger
 from ..data.order import SampleOrder
 from ..run.directory import load_run_recipe

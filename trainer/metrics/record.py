@@ -25,6 +25,8 @@ from ..sinks.console import duration
 from ..sinks.registry import ALWAYS, SINKS
 from .reading import resumed_from
 
+_DOING = "the run's record cannot be written"
+
 
 class RunLog:
     """Writes the record of one process group, on the main rank.
@@ -52,7 +54,9 @@ class RunLog:
         Raises:
             UserError: on every rank, if the run directory cannot be written.
         """
-        self.ranks.together(lambda: self._start(event, step, message, fields) if self.ranks.is_main else None)
+        self.ranks.together(
+            lambda: self._start(event, step, message, fields) if self.ranks.is_main else None, _DOING, self.directory
+        )
 
     def step(self, state: TrainState, output: StepOutput) -> None:
         record = {
@@ -95,15 +99,11 @@ class RunLog:
         facts = {"total_steps": plan.total_steps, "layout": vars(plan.layout), "hosts": self.hosts}
         record = {"kind": "event", "event": event, "step": step, **fields, **facts}
         settings = SinkSettings(self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record))
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            record_configuration(plan)
-            text = json.dumps(environment(self.run, self.hosts), indent=2)
-            write_durably(self.directory / "environment.json", text + "\n")
-            self._sinks = [SINKS[name](settings) for name in dict.fromkeys([*ALWAYS, *plan.recipe.log.sinks])]
-        except OSError as error:
-            where = error.filename or self.directory
-            raise UserError(f"output: {where} cannot be written: {error.strerror}") from error
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record_configuration(plan)
+        text = json.dumps(environment(self.run, self.hosts), indent=2)
+        write_durably(self.directory / "environment.json", text + "\n")
+        self._sinks = [SINKS[name](settings) for name in dict.fromkeys([*ALWAYS, *plan.recipe.log.sinks])]
         said = [heading(plan)] if LAUNCH_FOLDER not in os.environ else []  # `zeropipe launch` has said so already
         self._write(record, "\n".join([*said, *([message] if message else [])]) or None)
 
@@ -123,7 +123,7 @@ class RunLog:
                 sink.write(stamped, message)
             except OSError as error:
                 where = error.filename or f"{self.directory} ({type(sink).__name__})"
-                raise UserError(f"{where}: the run's record cannot be written: {error.strerror}") from error
+                raise UserError(f"{where}: {_DOING}: {error.strerror}") from error
 
 
 def heading(plan: Plan) -> str:

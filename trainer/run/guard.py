@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, TypeVar
+from typing import IO
 
 from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError
+from ...data_prep.lock import LockedError, lock_file
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..recipe.recipe import dump_recipe
 
-T = TypeVar("T")
+_CANNOT_WRITE = "the run's output cannot be written"
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def exclusive(output: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         UserError: on every rank, if it cannot be written or another run is using it.
     """
-    lock = ranks.together(lambda: _lock(output) if ranks.is_main else None)
+    lock = ranks.together(lambda: _lock(output) if ranks.is_main else None, _CANNOT_WRITE, output)
     try:
         yield
     finally:
@@ -47,29 +45,14 @@ def record_configuration(plan: Plan) -> None:
     write_durably(plan.recipe.output / "deepspeed.json", json.dumps(plan.deepspeed, indent=2) + "\n")
 
 
-def _written(output: Path, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except OSError as error:
-        raise UserError(f"output: {output} cannot be written: {error.strerror}") from error
-
-
 def _lock(output: Path) -> IO[str]:
-    _written(output, lambda: output.mkdir(parents=True, exist_ok=True))
-    lock = _written(output, lambda: (output / ".lock").open("a+"))
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
+        return lock_file(output / ".lock")
+    except LockedError as error:
         raise UserError(
-            f"output: {output} is in use by {holder}; wait for it, stop it, or choose another output"
+            f"output: {output} is in use by {error.holder}; wait for it, stop it, or choose another output"
         ) from None
-    lock.truncate(0)
-    _written(output, lambda: lock.write(f"process {os.getpid()} on {socket.gethostname()}\n"))
-    lock.flush()
-    return lock
 
 
 class StopRequest:

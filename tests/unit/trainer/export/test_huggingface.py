@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.trainer.runs import CONFIGS, VOCAB, fresh_model, train_run, write_run
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.huggingface import BOUNDS, export
 
 SMALL = {**CONFIGS["gpt2"], "vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}

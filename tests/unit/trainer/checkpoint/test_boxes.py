@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeropipe.trainer.checkpoint.regions import Box, boxes_of_range, flat_index, pieces, strides, written_pieces
+from zeropipe.trainer.checkpoint.boxes import Box, boxes_of_range, flat_index, pieces, strides, written_pieces
 from zeropipe.trainer.families.specs import ParamSpec, parameter_table
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
