@@ -17,7 +17,10 @@ ORDER = [
 ]  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
 LIGHT_ROOMS = ("recipe", "families", "optim", "plan", "commands")  # importable without any of HEAVY
-LIGHT_FILES = ("data.order", "data.splits", "data.ledger", "data.vocabulary", "modeling.partition", "run.exit_notes")
+LIGHT_FILES = (
+    "data.order", "data.splits", "data.ledger", "data.vocabulary", "modeling.partition", "modeling.chunks",
+    "run.exit_notes",
+)  # fmt: skip
 MOST_MODULES = 14
 
 

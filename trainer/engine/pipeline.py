@@ -41,6 +41,7 @@ class PipeEngine:
         self._vocab_size, self._step, self._steps_run = plan.vocab_size, 0, 0
         with hushed():
             builder, method = Builder(*arguments), recipe.parallel.partition
+            self._width = builder.config.hidden_size
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
             self._stages: Any = Stages(builder, method, costs, plan.precision == "bf16_autocast")
             self._stages.before_forward = self._seed
@@ -125,11 +126,6 @@ class PipeEngine:
         hidden = inputs[0] if isinstance(inputs, tuple) else inputs
         dist.send(hidden.to(DTYPES[self._plan.precision]).contiguous(), self.ranks.rank + self._stride)
         return None
-
-    @property
-    def _width(self) -> int:
-        config = self._plan.model_config
-        return config["n_embd"] if config["model_type"] == "gpt2" else config["hidden_size"]
 
     def _set_learning_rate(self, step: int) -> None:
         if self.deepspeed.lr_scheduler is None:

@@ -15,6 +15,7 @@ from ...data_prep.errors import UserError
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.ledger import join, split
 from ..data.order import key64
+from ..families.registry import family_of
 from ..modeling.build import Values, build_model
 from ..objectives.causal_lm import CausalLM
 from ..optim.schedule import learning_rate
@@ -102,7 +103,7 @@ class ZeroEngine:
         config = runtime_config(plan.deepspeed, ranks)
         zero3 = config if plan.layout.zero_stage == 3 else None
         model = build_model(plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, zero3)
-        parallelise(model, ranks)
+        parallelise(model, family_of(plan.model_config), ranks)
         if "activation_checkpointing" in config:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks).train()

@@ -14,7 +14,8 @@ from ..checkpoint.files import STATE, Entry, write_json, write_pieces
 from ..checkpoint.folder import CHECKPOINTS, begin, ls, partial_path, publish, tidy
 from ..checkpoint.reader import MASTER
 from ..checkpoint.regions import Box
-from ..families.specs import TABLES, parameter_table
+from ..families.registry import FAMILIES
+from ..families.specs import parameter_table
 from ..plan.deepspeed_json import precision_of
 from ..recipe.recipe import Recipe, load_recipe
 from .deepspeed_checkpoint import DeepSpeedCheckpoint, open_deepspeed
@@ -129,7 +130,7 @@ def _model_config(path: Path) -> dict[str, Any]:
 
 def model_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Shape of every parameter by Hugging Face's name, tied ones once."""
-    if config.get("model_type") in TABLES:
+    if config.get("model_type") in FAMILIES:
         return {spec.name: spec.shape for spec in parameter_table(config)}
     import torch
 

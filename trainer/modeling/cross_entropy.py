@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.labels import IGNORE
 from ..ranks.ranks import Ranks
-
-CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
+from .chunks import chunk_rows
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -77,7 +76,7 @@ def head_loss_sum(
         columns: of all tensor ranks: the padded vocabulary.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = max(1, CHUNK_BYTES // (4 * columns))
+    rows = chunk_rows(columns)
     if len(targets) <= rows:
         return loss_sum(head(flat), targets, vocab_size, ranks)
 

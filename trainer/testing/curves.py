@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batches import BatchStream, open_windows, sample_order
 from ..engine.zero import Engine, build_engine, planned_rate
+from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..loop import batch_shape, initial_values
 from ..modeling.build import RandomValues
@@ -126,9 +127,9 @@ def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) ->
     if sabotage is not None:
         sabotage()
     ranks = init_distributed(tensor)
-    key = "attn_pdrop" if config["model_type"] == "gpt2" else "attention_dropout"
-    model = build_model({**config, key: 0.5}, None, 0, torch.float32, ranks).train()
-    parallelise(model, ranks)
+    family = FAMILIES[config["model_type"]]
+    model = build_model({**config, family.dropout["attention"]: 0.5}, None, 0, torch.float32, ranks).train()
+    parallelise(model, family, ranks)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
     seen: list[Tensor] = []
