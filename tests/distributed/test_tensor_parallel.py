@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tests.distributed import reference
 from tests.distributed.reference import Curve, assert_same, gpt2, llama, micro_batch
 from tests.harness import RankFailed, run_ranks
+from zeropipe.trainer.families.registry import family_of
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.modeling.build import build_model
 from zeropipe.trainer.modeling.cross_entropy import token_losses
@@ -25,7 +26,7 @@ STEPS = 4
 
 def _model(config: dict, ranks: Ranks):
     model = build_model(config, reference.values, 0, torch.float32, ranks)
-    parallelise(model, ranks)
+    parallelise(model, family_of(config), ranks)
     return model.train()
 
 

@@ -16,16 +16,11 @@ ORDER = [
     "adapters", "sinks", "modeling", "optim", "checkpoint", "families", "data", "ranks", "recipe",
 ]  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
-LIGHT_ROOMS = (
-    "recipe",
-    "families",
-    "optim",
-    "sinks",
-    "objectives",
-    "plan",
-    "commands",
-)  # without HEAVY
-LIGHT_FILES = ("data.order", "data.splits", "data.ledger", "data.vocabulary", "modeling.partition", "run.exit_notes")
+LIGHT_ROOMS = ("recipe", "families", "optim", "sinks", "objectives", "plan", "commands")  # without HEAVY
+LIGHT_FILES = (
+    "data.order", "data.splits", "data.ledger", "data.vocabulary", "modeling.partition", "modeling.chunks",
+    "run.exit_notes",
+)  # fmt: skip
 MOST_MODULES = 14
 
 

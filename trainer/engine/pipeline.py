@@ -41,6 +41,7 @@ class PipelineEngine(Engine):
         self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras
         with hushed():
             builder, method = Builder(*arguments), plan.recipe.parallel.partition
+            self._width = builder.config.hidden_size
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
             self._head = StageLoss(builder, self._add_loss, plan.precision == "bf16_autocast")
             self._stages = Stages(builder, self._head, method, costs)
@@ -127,11 +128,6 @@ class PipelineEngine(Engine):
         hidden = inputs[0] if isinstance(inputs, tuple) else inputs
         dist.send(hidden.to(self._dtype).contiguous(), self.ranks.rank + self._stride)
         return None
-
-    @property
-    def _width(self) -> int:
-        config = self.plan.model_config
-        return config["n_embd"] if config["model_type"] == "gpt2" else config["hidden_size"]
 
     def _compare_prediction(self, seconds: float) -> None:
         """Says once, at the third step of this process, what the measured partition promised and what came."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, StepBatch
+from ..families.registry import family_of
 from ..modeling.build import Values, build_model
 from ..modeling.causal import CausalLM
 from ..modeling.tensor_parallel import parallelise
@@ -29,7 +30,7 @@ class ZeroEngine(Engine):
         config = runtime_config(plan.deepspeed, ranks)
         zero3 = config if plan.layout.zero_stage == 3 else None
         model = build_model(plan.model_config, values, plan.recipe.seed, DTYPES[plan.precision], ranks, zero3)
-        parallelise(model, ranks)
+        parallelise(model, family_of(plan.model_config), ranks)
         if "activation_checkpointing" in config:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks).train()

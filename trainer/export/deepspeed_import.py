@@ -15,7 +15,8 @@ from ..checkpoint.files import STATE, box_tensor, write_json, write_rank
 from ..checkpoint.folder import CHECKPOINTS, begin, clear_leftovers, ls, partial_path, publish
 from ..checkpoint.reader import MASTER
 from ..checkpoint.safetensors_writer import FileTensor
-from ..families.specs import TABLES, parameter_table
+from ..families.registry import FAMILIES
+from ..families.specs import parameter_table
 from ..plan.deepspeed_json import precision_of
 from ..recipe.recipe import Recipe, load_recipe
 from .deepspeed_checkpoint import DeepSpeedCheckpoint, open_deepspeed
@@ -128,7 +129,7 @@ def _model_config(path: Path) -> dict[str, Any]:
 
 def model_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Shape of every parameter by Hugging Face's name, tied ones once."""
-    if config.get("model_type") in TABLES:
+    if config.get("model_type") in FAMILIES:
         return {spec.name: spec.shape for spec in parameter_table(config)}
     import torch
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
 from .cross_entropy import head_token_losses, token_losses, whole_logits
 
@@ -39,14 +40,11 @@ class CausalLM(nn.Module):
         if labels is None:
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             return whole_logits(logits, self.vocab_size, self.ranks)
-        if not self._chunked_head_is_exact():
+        family = FAMILIES.get(self.model.config.model_type)
+        if family is None or not family.plain_head:
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             return token_losses(logits, labels, self.vocab_size, self.ranks)
         body = self.model.base_model
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
         return head_token_losses(head, hidden, labels, self.vocab_size, columns, self.ranks)
-
-    def _chunked_head_is_exact(self) -> bool:
-        """Families whose logits are head(hidden) and nothing more; others may scale or cap them."""
-        return self.model.config.model_type in ("gpt2", "llama")

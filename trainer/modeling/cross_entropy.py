@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.labels import IGNORE
 from ..ranks.ranks import Ranks
-
-CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
+from .chunks import chunk_rows
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -78,7 +77,7 @@ def head_token_losses(
         columns: of all tensor ranks: the padded vocabulary.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = max(1, CHUNK_BYTES // (4 * columns))
+    rows = chunk_rows(columns)
 
     def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
         return token_losses(head(hidden_chunk), label_chunk, vocab_size, ranks)

@@ -62,6 +62,7 @@ class SequenceParallel(nn.Module):
         config._attn_implementation = NAME
         exchange = DistributedAttention(_local_attention, ranks.sequence_group, HEADS, SEQUENCE)  # type: ignore[arg-type]
         for module in causal.modules():
+            # what transformers' attention interface asks of a module, in any family
             if hasattr(module, "is_causal") and hasattr(module, "head_dim"):
                 _convert(module, exchange, self, ranks)
 
@@ -100,12 +101,9 @@ class SequenceParallel(nn.Module):
 def _convert(module: Any, exchange: DistributedAttention, owner: SequenceParallel, ranks: Ranks) -> None:
     """Tells an attention module how to attend. Its owner is kept in a closure: as an attribute it would be a child."""
     size = ranks.sequence_size
-    if hasattr(module, "num_key_value_groups"):
-        heads, kv_heads = (
-            projection.weight.spec.local_shape(ranks.tensor, ranks.tensor_size)[0] // module.head_dim
-            for projection in (module.q_proj, module.k_proj)
-        )
-        if kv_heads < size:  # the key-value heads are repeated, one for each rank
+    if hasattr(module, "num_key_value_groups"):  # the interface repeats key-value heads by it
+        heads = module.config.num_attention_heads // ranks.tensor_size
+        if heads // module.num_key_value_groups < size:  # the key-value heads are repeated, one for each rank
             module.num_key_value_groups = heads // size
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:

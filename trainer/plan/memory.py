@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..families.specs import ParamSpec, padded_vocab, parameter_table
+from ..recipe.precision import PRECISIONS
 from .activations import activation_bytes
 from .deepspeed_json import checkpoints_activations, stated
 from .layout import Layout
@@ -75,7 +76,7 @@ def estimate_memory(
         states = _STATES[layout.zero_stage](_sizes(stage.specs, layout.tensor), layout, precision, ds)
         activations = activation_bytes(
             model,
-            precision,
+            PRECISIONS[precision],
             tokens,
             stage.blocks,
             in_flight=min(layout.pipeline - number, accumulation),
@@ -83,7 +84,6 @@ def estimate_memory(
             head=number == layout.pipeline - 1,
             padded_vocab=padded_vocab(model["vocab_size"], layout.tensor),
             tensor=layout.tensor,
-            chunks=layout.pipeline == 1,
         )
         estimates.append(MemoryEstimate(**states, activations=activations))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)

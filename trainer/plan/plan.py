@@ -13,7 +13,8 @@ from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..data.splits import Part, Split, open_split
 from ..data.vocabulary import vocabulary_of
-from ..families.specs import TABLES, padded_vocab, parameter_table
+from ..families.registry import FAMILIES
+from ..families.specs import padded_vocab, parameter_table
 from ..objectives.registry import objective_of
 from ..recipe.errors import explain
 from ..recipe.recipe import Recipe
@@ -122,7 +123,7 @@ def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
 
 
 def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
-    if model["model_type"] not in TABLES:
+    if model["model_type"] not in FAMILIES:
         return None
     return sum(spec.numel for spec in parameter_table(model, layout.tensor))
 

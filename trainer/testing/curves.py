@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
+from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..modeling.build import RandomValues
 from ..modeling.initial import initial_values
@@ -127,9 +128,9 @@ def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) ->
     if sabotage is not None:
         sabotage()
     ranks = init_distributed(tensor)
-    key = "attn_pdrop" if config["model_type"] == "gpt2" else "attention_dropout"
-    model = build_model({**config, key: 0.5}, None, 0, torch.float32, ranks).train()
-    parallelise(model, ranks)
+    family = FAMILIES[config["model_type"]]
+    model = build_model({**config, family.dropout["attention"]: 0.5}, None, 0, torch.float32, ranks).train()
+    parallelise(model, family, ranks)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
     seen: list[Tensor] = []

@@ -113,7 +113,7 @@ def test_chunked_head_gives_the_same_loss_and_gradients(monkeypatch):
     labels[0, :9] = -100
     results = []
     for chunk_bytes in (1 << 30, 4 * 384 * 10):  # whole; ten positions at a time
-        monkeypatch.setattr("zeropipe.trainer.modeling.cross_entropy.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("zeropipe.trainer.modeling.chunks.CHUNK_BYTES", chunk_bytes)
         model.zero_grad()
         loss = model(ids[:, :-1], labels).sum()
         loss.backward()
