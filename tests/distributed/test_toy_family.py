@@ -15,11 +15,11 @@ from tests.distributed.reference import Curve, assert_same, llama
 from tests.harness import RankFailed, run_ranks
 from tests.toys.family import NAME, TOY, ToyForCausalLM
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.huggingface import export
 from zeropipe.trainer.families.family import Family
 from zeropipe.trainer.families.registry import FAMILIES
-from zeropipe.trainer.metrics.record import read_metrics
+from zeropipe.trainer.metrics.reading import read_metrics
 from zeropipe.trainer.plan.layout import Layout
 
 pytestmark = pytest.mark.distributed

@@ -199,6 +199,10 @@ def prune(path: str | Path, keep: int) -> list[Path]:
     return doomed
 
 
+# what checkpoints did not say before there was a choice
+_UNSAID = {"objective": "causal_lm", "adapter": "none"}
+
+
 def check_same_run(state: dict[str, Any], **expected: Any) -> None:
     """Refuses to resume a run on other data, another seed, sequence length, model, ….
 
@@ -209,10 +213,11 @@ def check_same_run(state: dict[str, Any], **expected: Any) -> None:
     Raises:
         UserError: lists every difference.
     """
+    saved = {**_UNSAID, **state}
     differences = [
-        f"{key} was {_short(state.get(key))}, this run says {_short(value)}"
+        f"{key} was {_short(saved.get(key))}, this run says {_short(value)}"
         for key, value in expected.items()
-        if state.get(key) != json.loads(json.dumps(value))
+        if saved.get(key) != json.loads(json.dumps(value))
     ]
     if differences:
         raise UserError(

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
+from ..adapters.base import install
+from ..adapters.registry import adapter_of
 from ..checkpoint.deepspeed_state import Live
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.ledger import join, split
 from ..data.order import key64
+from ..modeling.build import RandomValues, make_parameter
 from ..objectives.base import LossSum, Objective
 from ..objectives.registry import objective_of
 from ..optim.schedule import learning_rate
@@ -50,6 +53,7 @@ class Engine(ABC):
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
         self.objective: Objective = objective_of(plan.recipe.objective)
+        self.adapter = adapter_of(plan.recipe.adapter)
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -96,6 +100,11 @@ class Engine(ABC):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
         return sorted(((p.spec.name, p) for p in self.module.parameters()), key=lambda pair: pair[0])  # type: ignore[attr-defined]
+
+    def _adapt(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say."""
+        values = RandomValues(self.plan.recipe.seed)
+        install(self.adapter, module, lambda spec: make_parameter(spec, values, dtype, self.ranks))
 
     @property
     def live(self) -> Live:

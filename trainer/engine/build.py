@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ...data_prep.errors import UserError
 from ..modeling.build import Values
-from ..modeling.initial import initial_values
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, accelerator
 from .base import Engine
+from .initial import initial_values
 
 
 def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None) -> Engine:

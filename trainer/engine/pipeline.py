@@ -40,7 +40,10 @@ class PipelineEngine(Engine):
         self._step, self._steps_run = 0, 0
         self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras
         with hushed():
-            builder, method = Builder(*arguments), plan.recipe.parallel.partition
+            builder, method = (
+                Builder(*arguments, lambda module: self._adapt(module, self._dtype)),
+                plan.recipe.parallel.partition,
+            )
             self._width = builder.config.hidden_size
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
             self._head = StageLoss(builder, self._add_loss, plan.precision == "bf16_autocast")

@@ -31,6 +31,7 @@ class ZeroEngine(Engine):
         zero3 = config if plan.layout.zero_stage == 3 else None
         model = build_model(plan.model_config, values, plan.recipe.seed, DTYPES[plan.precision], ranks, zero3)
         parallelise(model, family_of(plan.model_config), ranks)
+        self._adapt(model, DTYPES[plan.precision])
         if "activation_checkpointing" in config:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks).train()

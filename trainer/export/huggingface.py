@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
+from ..adapters.merged import MergedWeights
 from ..checkpoint.files import PROBE
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_writer import FileTensor, in_groups, write_safetensors
@@ -90,8 +91,8 @@ def export(
 def write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
     code = str(dtype).removeprefix("torch.")
-    names = checkpoint.names()
-    tensors = [FileTensor(name, checkpoint.shape(name), code, partial(checkpoint.read, name)) for name in names]
+    weights = MergedWeights(checkpoint)
+    tensors = [FileTensor(name, weights.shape(name), code, partial(weights.read, name)) for name in weights.names()]
     files = in_groups(tensors, shard_bytes)
     where = {}
     for number, group in enumerate(files, 1):
@@ -133,15 +134,16 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
 
 def verify_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """Reads every tensor back and compares it with the checkpoint's, bit for bit."""
+    weights = MergedWeights(checkpoint)
     found = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             names = set(handle.keys())
             found |= names
             for name in names:
-                if not same_bits(handle.get_tensor(name), checkpoint.read(name).to(dtype)):
+                if not same_bits(handle.get_tensor(name), weights.read(name).to(dtype)):
                     raise UserError(f"{file.name}: {name} reads back other than it was written; is the disk sound?")
-    missing = set(checkpoint.names()) - found
+    missing = set(weights.names()) - found
     if missing:
         raise UserError(f"{folder}: parameters are missing after writing: {sorted(missing)}")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...data_prep.errors import UserError
+from ..adapters.merged import MergedWeights
 from ..run.directory import is_hf_folder, run_precision, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ def load_folder(folder: Path, dtype: str | torch.dtype | None) -> Any:
 def load_checkpoint(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Any:
     """A checkpoint's master weights, cast to `dtype`, in the plain Hugging Face model; one parameter at a time."""
     model = build_plain(checkpoint.state["model_config"], dtype)
-    expected = dict(model.named_parameters())
-    missing = sorted(set(expected) - set(checkpoint.names()))
+    expected, weights = dict(model.named_parameters()), MergedWeights(checkpoint)
+    missing = sorted(set(expected) - set(weights.names()))
     if missing:
         raise UserError(f"{checkpoint.path}: the checkpoint lacks parameters of its own model: {missing}")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(checkpoint.read(name))
+            parameter.copy_(weights.read(name))
     return model
 
 

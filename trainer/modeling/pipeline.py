@@ -41,8 +41,12 @@ class Builder:
         dtype: torch.dtype,
         ranks: Ranks,
         checkpointing: bool = False,
+        adapt: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
-        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass."""
+        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass, `adapt`
+        gets every part when it is made.
+        """
+        self.adapt = adapt
         self.family = FAMILIES[config["model_type"]]
         self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
         self.values, self.dtype, self.ranks = values or RandomValues(seed), dtype, ranks
@@ -65,6 +69,7 @@ class Builder:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
                     module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
         parallelise(holder, self.family, self.ranks)
+        self.adapt(holder[0])
         return holder[0]
 
     def attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:

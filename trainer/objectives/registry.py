@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..recipe.registry import Registry
+from .base import Objective
 
 OBJECTIVES: Registry[Any] = Registry("objective", __package__, {"causal_lm": "causal_lm:CausalLMLoss"})
 
 
-def objective_of(stated: str | Mapping[str, Any]) -> Any:
-    """The `Objective` that a recipe states: by name, or as a mapping of `type` and options.
+def objective_of(stated: str | Mapping[str, Any]) -> Objective:
+    """The objective that a recipe states: by name, or as a mapping of `type` and options.
 
     Raises:
         UserError: no such objective, or an option that it does not take.
     """
-    options = {"type": stated} if isinstance(stated, str) else dict(stated)
-    return OBJECTIVES[str(options.pop("type", None))](**options)
+    return OBJECTIVES.make(stated)

@@ -49,4 +49,6 @@ class RunData:
             "global_batch": self.plan.global_batch,
             "document_mask": self.plan.recipe.data.document_mask,
             "model_config": self.plan.model_config,
+            "objective": self.plan.recipe.objective,
+            "adapter": self.plan.recipe.adapter,
         }

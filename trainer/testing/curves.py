@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
+from ..engine.initial import initial_values
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..modeling.build import RandomValues
-from ..modeling.initial import initial_values
 from ..modeling.slices import merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import init_distributed

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..adapters.merged import MergedWeights
 from ..checkpoint.reader import Checkpoint
-from .build import FolderValues, Values
+from ..modeling.build import FolderValues, Values
 
 
 def initial_values(init: str) -> Values | None:
@@ -19,5 +20,5 @@ def initial_values(init: str) -> Values | None:
     folder = Path(init)
     if (folder / "config.json").is_file():
         return FolderValues(folder)
-    checkpoint = Checkpoint.open(folder)
-    return lambda spec: checkpoint.read(spec.name)
+    weights = MergedWeights(Checkpoint.open(folder))
+    return lambda spec: weights.read(spec.name)
