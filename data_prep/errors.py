@@ -1,5 +1,10 @@
 """Errors whose message is for the user, and the process exit codes that other programs rely on."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2  # the input, configuration or data is wrong
 EXIT_RANK_FAILED = 3  # a rank or a host failed
@@ -11,3 +16,9 @@ class UserError(Exception):
 
     The command line prints it as one `error: …` on stderr, without a traceback, and exits with `EXIT_USER_ERROR`.
     """
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the closest choice, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -141,12 +141,10 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
     Raises:
         UserError: whatever is wrong with the recipe, the JSON, the data or the layout.
     """
-    from ..trainer.plan.deepspeed_json import load_ds_config
+    from ..trainer.plan.deepspeed_json import load_pair
     from ..trainer.plan.plan import make_plan
-    from ..trainer.recipe.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    return make_plan(recipe, load_ds_config(args.deepspeed_config), devices)
+    return make_plan(*load_pair(args.recipe, args.deepspeed_config, args.overrides), devices)
 
 
 def print_dry_run(launch: Launch) -> None:

@@ -82,7 +82,9 @@ def check_finite(output: StepOutput, state: TrainState, plan: Plan) -> None:
         UserError: on every rank; checkpoints are as they were.
     """
     numbers = {"loss": output.loss}
-    if plan.precision != "fp16" and output.grad_norm is not None:  # fp16 skips such steps and lowers its loss scale
+    if (
+        plan.precision.name != "fp16" and output.grad_norm is not None
+    ):  # fp16 skips such steps and lowers its loss scale
         numbers["gradient norm"] = output.grad_norm
     for name, value in numbers.items():
         if not math.isfinite(value):
@@ -150,7 +152,7 @@ def save_run(engine: Engine, state: TrainState, recipe: Recipe, plan: Plan) -> P
         "step": state.step,
         "samples_consumed": state.samples_consumed,
         "tokens_consumed": state.tokens_consumed,
-        "precision": plan.precision,
+        "precision": plan.precision.name,
         **run_identity(recipe, plan),
     }
     vocab = plan.vocab_size

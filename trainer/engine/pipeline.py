@@ -14,11 +14,12 @@ from ..data.batches import Batch, BatchStream
 from ..data.order import key64
 from ..modeling.build import Values
 from ..modeling.cross_entropy import loss_sum, whole_logits
+from ..optim.groups import parameter_groups
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..recipe.recipe import Recipe
 from ..run.quiet import hushed
-from .zero import DTYPES, StepOutput, next_batch, parameter_groups, planned_rate, runtime_config
+from .zero import DTYPES, StepOutput, next_batch, planned_rate, runtime_config
 
 
 class PipeEngine:
@@ -37,17 +38,24 @@ class PipeEngine:
         config["zero_optimization"]["stage"] = max(1, plan.layout.zero_stage)
         # blocks checkpoint their own activations; DeepSpeed's way fails on the embedding's integer input
         config.get("pipeline", {}).pop("activation_checkpoint_interval", None)
-        arguments = plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, plan.activation_checkpointing
+        arguments = (
+            plan.model_config,
+            values,
+            recipe.seed,
+            DTYPES[plan.precision.name],
+            ranks,
+            plan.activation_checkpointing,
+        )
         self._vocab_size, self._step, self._steps_run = plan.vocab_size, 0, 0
         with hushed():
             builder, method = Builder(*arguments), recipe.parallel.partition
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
-            self._stages: Any = Stages(builder, method, costs, plan.precision == "bf16_autocast")
+            self._stages: Any = Stages(builder, method, costs, plan.precision.autocast)
             self._stages.before_forward = self._seed
             self.module: nn.Module = self._stages
             self.deepspeed: Any = deepspeed.initialize(
                 model=self._stages,
-                model_parameters=parameter_groups(self._stages, config),  # type: ignore[arg-type]
+                model_parameters=parameter_groups(self._stages, plan.settings.optimizer),  # type: ignore[arg-type]
                 config=config,
             )[0]
         # of a step, by the measured costs of the layers; None unless they were measured
@@ -111,11 +119,11 @@ class PipeEngine:
             inputs: Any = micro.input_ids.to(device), positions
         else:
             width = self._width
-            hidden = torch.empty(*micro.input_ids.shape, width, dtype=DTYPES[self._plan.precision], device=device)
+            hidden = torch.empty(*micro.input_ids.shape, width, dtype=DTYPES[self._plan.precision.name], device=device)
             dist.recv(hidden, self.ranks.rank - self._stride)
             inputs = (hidden, positions) if stages.takes_positions else hidden
         stages.eval()
-        autocast = self._plan.precision == "bf16_autocast"
+        autocast = self._plan.precision.autocast
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             for layer in [*stages.forward_funcs, *([stages.loss_fn.head] if stages.is_last else [])]:
                 inputs = layer(inputs)
@@ -123,7 +131,7 @@ class PipeEngine:
         if stages.is_last:
             return inputs
         hidden = inputs[0] if isinstance(inputs, tuple) else inputs
-        dist.send(hidden.to(DTYPES[self._plan.precision]).contiguous(), self.ranks.rank + self._stride)
+        dist.send(hidden.to(DTYPES[self._plan.precision.name]).contiguous(), self.ranks.rank + self._stride)
         return None
 
     @property

@@ -17,6 +17,7 @@ from ..data.ledger import join, split
 from ..data.order import key64
 from ..modeling.build import Values, build_model
 from ..objectives.causal_lm import CausalLM
+from ..optim.groups import parameter_groups
 from ..optim.schedule import learning_rate
 from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
@@ -79,9 +80,9 @@ def build_engine(recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None
     Raises:
         UserError: on every rank: the accelerator cannot compute in the plan's precision.
     """
-    able = {"fp16": accelerator().is_fp16_supported, "bf16": accelerator().is_bf16_supported}.get(plan.precision)
+    able = {"fp16": accelerator().is_fp16_supported, "bf16": accelerator().is_bf16_supported}.get(plan.precision.name)
     if able is not None and not able():
-        device, instead = accelerator().device_name(), "bf16" if plan.precision == "fp16" else "neither, for fp32"
+        device, instead = accelerator().device_name(), "bf16" if plan.precision.name == "fp16" else "neither, for fp32"
         raise UserError(f"{plan.precision}: the accelerator ({device}) cannot train in it; enable {instead}")
     if plan.layout.pipeline > 1:
         from .pipeline import PipeEngine
@@ -101,7 +102,7 @@ class ZeroEngine:
         self.ranks, self._recipe, self._plan = ranks, recipe, plan
         config = runtime_config(plan.deepspeed, ranks)
         zero3 = config if plan.layout.zero_stage == 3 else None
-        model = build_model(plan.model_config, values, recipe.seed, DTYPES[plan.precision], ranks, zero3)
+        model = build_model(plan.model_config, values, recipe.seed, DTYPES[plan.precision.name], ranks, zero3)
         parallelise(model, ranks)
         if "activation_checkpointing" in config:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -112,7 +113,7 @@ class ZeroEngine:
             self.module = SequenceParallel(self.module, ranks).train()
         self.deepspeed: Any = deepspeed.initialize(
             model=self.module,
-            model_parameters=parameter_groups(self.module, config),  # type: ignore[arg-type]
+            model_parameters=parameter_groups(self.module, plan.settings.optimizer),  # type: ignore[arg-type]
             config=config,
             mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
         )[0]
@@ -184,7 +185,7 @@ class ZeroEngine:
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""
-        if self._plan.layout.zero_stage > 0 or self._plan.precision not in ("fp32", "bf16_autocast"):
+        if self._plan.layout.zero_stage > 0 or self._plan.precision.name not in ("fp32", "bf16_autocast"):
             return None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         if self.ranks.tensor_size == 1:
@@ -256,17 +257,6 @@ def planned_rate(recipe: Recipe, plan: Plan, step: int) -> float:
         warmup=plan.warmup_steps,
         decay=plan.decay_steps,
     )
-
-
-def parameter_groups(module: nn.Module, config: dict) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices, with weight decay, and norms and biases, without."""
-    decay = config["optimizer"]["params"].get("weight_decay", 0.0)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.spec.decays], "weight_decay": decay},  # type: ignore[attr-defined]
-        {"params": [p for p in trained if not p.spec.decays], "weight_decay": 0.0},  # type: ignore[attr-defined]
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def runtime_config(resolved: dict, ranks: Ranks) -> dict:

@@ -42,6 +42,15 @@ def _steps_or_fraction(value: Any) -> Any:
     return value
 
 
+def _name_or_mapping(value: Any) -> Any:
+    """A name, or a mapping of type and options, which only what is named can check."""
+    name = value.get("type") if isinstance(value, dict) else value
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"must be a name, or a mapping with the name as its type; got {value!r}")
+    return value
+
+
+Choice = Annotated[str | dict[str, Any], BeforeValidator(_name_or_mapping)]
 Steps = Annotated[int | float, BeforeValidator(_steps_or_fraction)]
 
 
@@ -197,8 +206,10 @@ class Recipe(_Section):
     tokenizer: Place | None = None
     """A Hugging Face tokenizer folder; the one recorded in the store if left out."""
     data: Data
-    objective: Literal["causal_lm"] = "causal_lm"
-    adapter: Literal["none"] = "none"
+    objective: Choice = "causal_lm"
+    """What is learnt: a name, or a mapping of `type` and its options."""
+    adapter: Choice = "none"
+    """What is trained beside or instead of all weights: none, or a mapping of `type` and its options."""
     parallel: Parallel = Parallel()
     batch: Batch = Batch()
     duration: Duration
@@ -209,6 +220,24 @@ class Recipe(_Section):
     save: Save = Save()
     resume: Place = "auto"
     """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
+
+    @property
+    def objective_type(self) -> str:
+        return _type_of(self.objective)
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        """What the recipe says of the objective beside its type."""
+        return _options_of(self.objective)
+
+    @property
+    def adapter_type(self) -> str:
+        return _type_of(self.adapter)
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """What the recipe says of the adapter beside its type."""
+        return _options_of(self.adapter)
 
     @model_validator(mode="before")
     @classmethod
@@ -222,6 +251,14 @@ class Recipe(_Section):
         if self.schedule.min_lr > self.optimizer.lr and "lr" in self.optimizer.model_fields_set:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self
+
+
+def _type_of(choice: str | dict[str, Any]) -> str:
+    return choice if isinstance(choice, str) else choice["type"]
+
+
+def _options_of(choice: str | dict[str, Any]) -> dict[str, Any]:
+    return {} if isinstance(choice, str) else {key: value for key, value in choice.items() if key != "type"}
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
@@ -266,6 +303,8 @@ def dump_recipe(recipe: Recipe) -> str:
     A schedule that was never stated stays out, because the DeepSpeed JSON may hold a scheduler of its own.
     """
     values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    # keys that the optimizer may not take stay out, as long as nobody states them
+    values["optimizer"] = recipe.optimizer.model_dump(mode="json", exclude_unset=True)
     if "schedule" not in recipe.model_fields_set:
         values.pop("schedule")
     elif recipe.schedule.type != "wsd":

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Generic, TypeVar
 
-from ...data_prep.errors import UserError
-from .text_files import did_you_mean
+from ...data_prep.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -15,7 +14,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Entries by name. A file is imported when its entry is first asked for, so that names alone cost nothing."""
 
-    def __init__(self, kind: str, package: str, files: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, package: str | None, files: Mapping[str, str]) -> None:
         """Args: `kind` in words for messages; `files` maps each name to "file:attribute" in `package`."""
         self.kind, self._package, self._files = kind, package, dict(files)
         self._entries: dict[str, T] = {}
@@ -33,12 +32,21 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Raises UserError, with the nearest name, where there is none such."""
-        if name not in self:
-            raise UserError(f"no {self.kind} {name!r}" + (did_you_mean(name, self) or f"; there are {', '.join(self)}"))
+        self.require(name)
         if name not in self._entries:
             file, attribute = self._files[name].split(":")
             self._entries[name] = getattr(import_module(f".{file}", self._package), attribute)
         return self._entries[name]
+
+    def require(self, name: str, *others: str) -> None:
+        """Raises UserError, with the nearest name, where there is none such; imports no entry.
+
+        Args:
+            others: names that mean something without being entries.
+        """
+        if name not in self and name not in others:
+            known = [*others, *self]
+            raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, known)}; there is {', '.join(known)}")
 
     def get(self, name: object) -> T | None:
         return self[name] if isinstance(name, str) and name in self else None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,14 @@ import pytest
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.plan.deepspeed_json import (
-    checkpoints_activations,
     default_micro_batch,
     fill_scheduler,
     load_ds_config,
-    precision_of,
-    reconcile,
-    unknown_keys,
 )
+from zeropipe.trainer.plan.deepspeed_json import reconcile as reconcile_settings
 from zeropipe.trainer.plan.deepspeed_keys import DEEPSPEED_VERSION, REMOVED, REMOVED_ZERO, SECTIONS, TOP_LEVEL
 from zeropipe.trainer.plan.layout import Layout
+from zeropipe.trainer.plan.settings import precision_of, read_settings, unknown_keys
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.recipe.text_files import shipped_names
 
@@ -31,6 +30,10 @@ def make_recipe(**sections: Any) -> Recipe:
         "duration": {"steps": 10},
     }
     return Recipe.model_validate({**values, **sections})
+
+
+def reconcile(recipe: Recipe, ds: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    return reconcile_settings(recipe, read_settings(ds), layout)
 
 
 class Asked(dict):
@@ -67,7 +70,7 @@ def test_top_level_keys_are_those_that_deepspeed_asks_for():
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    assert deepspeed.__version__.split("+")[0] == DEEPSPEED_VERSION, "go through trainer/ds_keys.py again"
+    assert deepspeed.__version__.split("+")[0] == DEEPSPEED_VERSION, "go through trainer/plan/deepspeed_keys.py again"
     asked = Asked(train_batch_size=1, train_micro_batch_size_per_gpu=1)
     asked.keys_asked = set()
     DeepSpeedConfig(asked)  # type: ignore[arg-type]
@@ -273,16 +276,17 @@ def test_default_micro_batch():
     assert default_micro_batch(6, 1024) == 3
     assert default_micro_batch(7, 2048) == 1
     assert default_micro_batch(5, 8192) == 1
-    assert default_micro_batch(1000, 128) == 25
+    assert default_micro_batch(1000, 128) == 4  # at most
+    assert default_micro_batch(25, 128) == 1
     assert default_micro_batch(16, 128, pipeline=2) == 2  # eight micro batches for two stages
     assert default_micro_batch(4, 128, pipeline=2) == 1
 
 
 def test_precision():
-    assert precision_of({}) == "fp32"
-    assert precision_of({"bf16": {"enabled": True}, "fp16": {"enabled": False}}) == "bf16"
-    assert precision_of({"fp16": {"enabled": True}}) == "fp16"
-    assert precision_of({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}}) == "bf16_autocast"
+    assert str(precision_of({})) == "fp32"
+    assert str(precision_of({"bf16": {"enabled": True}, "fp16": {"enabled": False}})) == "bf16"
+    assert str(precision_of({"fp16": {"enabled": True}})) == "fp16"
+    assert str(precision_of({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}})) == "bf16_autocast"
     resolved = reconcile(make_recipe(), {"torch_autocast": {"enabled": True}}, Layout(1, 1))
     assert resolved["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     with pytest.raises(UserError, match="bf16 and fp16 are both enabled"):
@@ -294,9 +298,9 @@ def test_precision():
 
 
 def test_activation_checkpointing_is_on_where_its_section_is():
-    assert checkpoints_activations({"activation_checkpointing": {}})
-    assert checkpoints_activations({"pipeline": {"activation_checkpoint_interval": 1}})
-    assert not checkpoints_activations({"activation_checkpointing": None})
+    assert read_settings({"activation_checkpointing": {}}).activation_checkpointing
+    assert read_settings({"pipeline": {"activation_checkpoint_interval": 1}}).activation_checkpointing
+    assert not read_settings({"activation_checkpointing": None}).activation_checkpointing
     assert "activation_checkpointing" in reconcile(make_recipe(), {"activation_checkpointing": {}}, Layout(1, 1))
 
 
