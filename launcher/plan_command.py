@@ -6,13 +6,13 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from ..trainer.commands.arguments import add_run_arguments
+from ..trainer.commands.arguments import add_run_arguments, add_verb
 from .command import Launch, deepspeed_command
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
 
-EPILOG = """\
+_EPILOG = """\
 examples:
   zeropipe plan gpt2_345m --deepspeed_config zero2 --devices 2
   zeropipe plan my.yaml --deepspeed_config my.json --devices 16 batch.global=512 --json
@@ -22,17 +22,11 @@ Needs the token stores, but neither torch nor a GPU. What cannot run is refused 
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser(
-        "plan",
-        help="show layout, batches, steps and memory of a run, or why it cannot be run",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "show layout, batches, steps and memory of a run, or why it cannot be run"
+    parser = add_verb(verbs, "plan", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks in all, on all hosts; default 1")
     parser.add_argument("--json", action="store_true", help="print the DeepSpeed JSON that the run would use")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

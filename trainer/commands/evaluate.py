@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data_prep.errors import UserError
+from ..run.quiet import quiet
 from .arguments import add_model_arguments, add_verb
 from .chosen import chosen_checkpoint
 
@@ -34,12 +35,11 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    quiet()  # before the libraries are imported
     from ..evaluation.evaluate import as_json, evaluate_model
     from ..evaluation.evaluate import report as text_of
     from ..export.load import load_model, pick_device
-    from ..run.quiet import quiet
 
-    quiet()
     batches = _batches(args.batches)
     source = chosen_checkpoint(args.model, args.checkpoint)
     device = pick_device(args.device)
