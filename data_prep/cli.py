@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .command_line import Parser
 from .errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -191,10 +192,10 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """This room's verbs alone: `python -m zeropipe.data_prep.cli prepare …`."""
-    parser = argparse.ArgumentParser(prog="zeropipe")
-    register(parser.add_subparsers(required=True))
-    args = parser.parse_args(argv)
+    parser = Parser(prog="zeropipe")
+    register(parser.add_subparsers(required=True, parser_class=Parser))
     try:
+        args = parser.parse_args(argv)
         return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,10 @@
 """Errors whose message is for the user, and the process exit codes that other programs rely on."""
 
+from __future__ import annotations
+
+import difflib
 import errno
+from collections.abc import Iterable
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2  # the input, configuration or data is wrong
@@ -24,3 +28,9 @@ def remedy(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check its permissions, its owner and how it is mounted"
     return ""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the closest choice, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""

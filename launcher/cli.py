@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
 
 from ..data_prep import cli as data_prep_verbs
-from ..data_prep.errors import EXIT_USER_ERROR, UserError
+from ..data_prep.command_line import Parser
+from ..data_prep.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from ..trainer.commands import cli as trainer_verbs
 from . import init_command, launch_command, plan_command
 
@@ -20,8 +19,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
-DESCRIPTION = "Text in, model out, on any hostfile: one recipe, one DeepSpeed JSON, the same loss on every layout."
-EPILOG = """\
+_DESCRIPTION = "Text in, model out, on any hostfile: one recipe, one DeepSpeed JSON, the same loss on every layout."
+_EPILOG = """\
 a first run, start to end:
   zeropipe prepare --builtin stdlib --train-tokenizer 2048 --output data/demo
   zeropipe launch demo --deepspeed_config demo --devices 2
@@ -32,23 +31,12 @@ saving. `zeropipe VERB --help` tells the rest.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong command line is a `UserError` like any other, and long options are never abbreviated."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n  usage: see `{self.prog} --help`")
-
-
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The whole command line, and the parser of each verb."""
     parser = Parser(
         prog="zeropipe",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"zeropipe {version('zeropipe')}")
@@ -58,7 +46,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, dict(verbs.choices)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_command(argv: Sequence[str]) -> argparse.Namespace:
     """Parses a command line; `section.key=value` may stand anywhere after the verb where the verb takes overrides.
 
     Raises:
@@ -66,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser, verbs = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
-        raise UserError(f"there is no verb '{argv[0]}'{did_you_mean(argv[0], verbs)}; see `zeropipe --help`")
+        raise UserError(f"there is no verb '{argv[0]}'{did_you_mean(argv[0], verbs) or ';'} see `zeropipe --help`")
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "overrides"):  # argparse ends a positional list at the first option: collect the later ones too
         args.overrides = [*args.overrides, *(word for word in rest if is_override(word))]
@@ -74,17 +62,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         known = [option for action in verbs[args.verb]._actions for option in action.option_strings]
         hint = did_you_mean(rest[0].split("=")[0], known)
-        raise UserError(f"`zeropipe {args.verb}` does not know '{rest[0]}'{hint}; see `zeropipe {args.verb} --help`")
+        raise UserError(
+            f"`zeropipe {args.verb}` does not know '{rest[0]}'{hint or ';'} see `zeropipe {args.verb} --help`"
+        )
     return args
 
 
 def is_override(word: str) -> bool:
     return not word.startswith("-") and "=" in word
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = parse(argv)
+        args = parse_command(argv)
         return args.run(args) or 0
     finally:
         sys.stdout.flush()  # here, where a reader that has gone is still an exception and not noise at exit

@@ -7,15 +7,15 @@ from importlib import resources
 from pathlib import Path
 
 from ..data_prep.errors import UserError
+from ..trainer.commands.arguments import add_verb
 
 ROOMS = {"recipes": (".yaml", ".json"), "ds_configs": (".json",)}
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser("init", help="copy the shipped recipes and DeepSpeed JSONs out, to edit")
+    parser = add_verb(verbs, "init", run, "copy the shipped recipes and DeepSpeed JSONs out, to edit")
     parser.add_argument("directory", metavar="DIR", help="gets recipes/ and ds_configs/; existing files are kept")
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
-from ..trainer.commands.arguments import add_run_arguments
+from ..trainer.commands.arguments import add_run_arguments, add_verb
 from ..trainer.ranks.ports import free_port
 from .command import (
     Launch,
@@ -30,7 +30,7 @@ from .processes import MARK
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
 
-EPILOG = """\
+_EPILOG = """\
 examples:
   zeropipe launch gpt2_345m --deepspeed_config zero2 --devices 4
   zeropipe launch my.yaml --deepspeed_config my.json --hostfile hostfile optimizer.lr=3e-4 duration.steps=200
@@ -44,13 +44,8 @@ Ctrl-C or SIGTERM: the ranks finish the step, save and stop (exit code 4); the s
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser(
-        "launch",
-        help="train on this machine or on every host of a hostfile",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "train on this machine or on every host of a hostfile"
+    parser = add_verb(verbs, "launch", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
     parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
     parser.add_argument(
@@ -69,7 +64,6 @@ def register(verbs: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
     parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,12 +135,10 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
     Raises:
         UserError: whatever is wrong with the recipe, the JSON, the data or the layout.
     """
-    from ..trainer.plan.deepspeed_json import load_ds_config
+    from ..trainer.plan.deepspeed_json import load_pair
     from ..trainer.plan.plan import make_plan
-    from ..trainer.recipe.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    return make_plan(recipe, load_ds_config(args.deepspeed_config), devices)
+    return make_plan(*load_pair(args.recipe, args.deepspeed_config, args.overrides), devices)
 
 
 def print_dry_run(launch: Launch) -> None:

@@ -6,13 +6,13 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from ..trainer.commands.arguments import add_run_arguments
+from ..trainer.commands.arguments import add_run_arguments, add_verb
 from .command import Launch, deepspeed_command
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
 
-EPILOG = """\
+_EPILOG = """\
 examples:
   zeropipe plan gpt2_345m --deepspeed_config zero2 --devices 2
   zeropipe plan my.yaml --deepspeed_config my.json --devices 16 batch.global=512 --json
@@ -22,38 +22,30 @@ Needs the token stores, but neither torch nor a GPU. What cannot run is refused 
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser(
-        "plan",
-        help="show layout, batches, steps and memory of a run, or why it cannot be run",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "show layout, batches, steps and memory of a run, or why it cannot be run"
+    parser = add_verb(verbs, "plan", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks in all, on all hosts; default 1")
     parser.add_argument("--json", action="store_true", help="print the DeepSpeed JSON that the run would use")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from ..trainer.plan.deepspeed_json import load_ds_config
+    from ..trainer.plan.deepspeed_json import load_pair
     from ..trainer.plan.plan import make_plan
-    from ..trainer.recipe.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    plan = make_plan(recipe, load_ds_config(args.deepspeed_config), args.devices)
+    plan = make_plan(*load_pair(args.recipe, args.deepspeed_config, args.overrides), args.devices)
     if args.json:
         print(json.dumps(plan.deepspeed, indent=2))
         return 0
-    for name, value in rows(plan):
+    for name, value in plan_rows(plan):
         print(f"{name:<14} {value}")
     print("\nto run it\n  " + "\n  ".join(launch_lines(args)))
     return 0
 
 
-def rows(plan: Plan) -> list[tuple[str, str]]:
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """Name and value of each line of the table."""
     recipe, config = plan.recipe, plan.model_config
     parameters = f"{plan.parameters:,} parameters" if plan.parameters else "parameters not known for this family"
@@ -66,7 +58,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{config['model_type']}, {parameters}, {vocabulary}{init}"),
         ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
         ("batch", _batch(plan)),
-        ("steps", f"{plan.total_steps:,} = {plan.tokens:,} tokens{_epochs(plan)}"),
+        ("steps", f"{plan.total_steps:,} = {plan.positions:,} sequence positions{_epochs(plan)}"),
         ("schedule", _schedule(plan)),
         ("optimizer", _optimizer(plan)),
         *_memory(plan),
@@ -93,7 +85,7 @@ def _epochs(plan: Plan) -> str:
 
 
 def _schedule(plan: Plan) -> str:
-    if own := plan.deepspeed.get("scheduler"):
+    if own := plan.settings.scheduler:
         return f"{own.get('type')}, the DeepSpeed JSON's own (the recipe's schedule is not used)"
     schedule = plan.recipe.schedule
     text = f"{schedule.type}, {plan.warmup_steps:,} steps of warm-up"
@@ -103,22 +95,21 @@ def _schedule(plan: Plan) -> str:
 
 
 def _optimizer(plan: Plan) -> str:
-    params = plan.deepspeed["optimizer"]["params"]
-    clipping = plan.deepspeed["gradient_clipping"]
-    return (
-        f"{plan.deepspeed['optimizer']['type']}, lr {params['lr']:g}, betas {params['betas']}, "
-        f"weight decay {params['weight_decay']:g}, " + (f"clipped at {clipping:g}" if clipping else "not clipped")
-    )
+    settings = plan.settings
+    said = {key.replace("_", " "): settings.optimizer_params[key] for key in settings.optimizer.keys if key != "eps"}
+    numbers = [f"{key} {value if isinstance(value, list) else f'{value:g}'}" for key, value in said.items()]
+    clipping = f"clipped at {settings.clipping:g}" if settings.clipping else "not clipped"
+    return ", ".join([settings.optimizer_type, *numbers, clipping])
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
-    from ..trainer.plan.memory import rows as memory_rows
-    from ..trainer.plan.memory import tidy
+    from ..data_prep.sizes import format_bytes
+    from ..trainer.plan.memory import memory_rows
 
     if plan.memory is None:
         return [("memory", "not known for this family")]
     lines = [(f"  {name}", size) for name, size in memory_rows(plan.memory)]
-    total = f"{tidy(plan.memory.peak)} at the peak on each device"
+    total = f"{format_bytes(plan.memory.peak)} at the peak on each device"
     if plan.memory.host:
-        total += f", and {tidy(plan.memory.host)} of its host"
+        total += f", and {format_bytes(plan.memory.host)} of its host"
     return [("memory", total), *lines]

@@ -1,8 +1,8 @@
-"""Tries every small combination of ZeRO, precision, offload and parallelism; writes the table that plans consult.
+"""Tries every small combination of ZeRO, precision, offload and parallelism; writes the table that tests hold plans to.
 
 usage: legality.py [WORD …]: with words, only combinations whose description holds one of them, merged into the table;
 `plain` tries what plain DeepSpeed does beside them.
-Writes trainer/legality.json and docs/legality.md. About ten minutes on two idle cores.
+Writes tests/distributed/legality.json and docs/legality.md. About ten minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TRANSFORMERS_VERBOS
 
 from scripts.legality_page import page  # noqa: E402
 from tests.distributed import plain_trials, trials  # noqa: E402
-from zeropipe.trainer.plan.legality_table import TABLE, Combination, Table, Trial  # noqa: E402
+from tests.distributed.legality_table import TABLE, Combination, Table, Trial  # noqa: E402
 
 PAGE = ROOT / "docs" / "legality.md"
 

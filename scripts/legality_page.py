@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from zeropipe.trainer.plan.legality_table import Combination, Table
+from tests.distributed.legality_table import Combination, Table
 
 CELLS = {"works": "yes", "raises": "raises", "differs": "**wrong**", "ignored": "ignored", "hangs": "hangs"}
 AXES = ("pipeline", "data", "sequence", "tensor")
@@ -23,7 +23,8 @@ def page(table: Table) -> str:
         f"Written by `scripts/legality.py` from {len(table.trials)} trials on CPUs with {versions}; not by hand.",
         "Each trial trained three steps of a tiny GPT-2 on 1, 2 or 4 gloo ranks, with active clipping unless said",
         "otherwise, and compared losses, gradient norms and weights with one process of plain transformers and torch.",
-        "`zeropipe plan` accepts what says yes and refuses the rest (`trainer/legality.json`; a test holds that).",
+        "`zeropipe plan` accepts what says yes and refuses the rest, by rules (a test holds them against this table,",
+        "`tests/distributed/legality.json`).",
         "",
         f"Largest relative differences that count as the same: {bounds}.",
         "",

@@ -9,9 +9,9 @@ from tests.distributed import reference
 from tests.distributed.reference import BATCH, Curve, micro_batch
 from zeropipe.trainer.data.batches import Batch, StepBatch
 from zeropipe.trainer.engine.build import build_engine
-from zeropipe.trainer.plan.deepspeed_json import precision_of
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.plan import Plan
+from zeropipe.trainer.plan.settings import read_settings
 from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.testing.curves import whole_weights
@@ -63,7 +63,6 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
     known = {
         "recipe": recipe,
         "layout": layout,
-        "precision": precision_of(ds),
         "micro_batch": micro,
         "accumulation": accumulation,
         "global_batch": BATCH,
@@ -73,7 +72,7 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
         "total_steps": STEPS,
         "warmup_steps": 0,
         "decay_steps": 0,
-        "deepspeed": resolved,
+        "settings": read_settings(resolved),
     }
     # the rest of a plan (data, memory) plays no part in training
     return Plan(**{field.name: known.get(field.name) for field in fields(Plan)})  # type: ignore[arg-type]

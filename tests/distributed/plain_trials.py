@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from tests.distributed import reference
+from tests.distributed.legality_table import Combination, Plain
 from tests.distributed.reference import BETAS, CLIP, DECAY, LR, Curve, gpt2, llama
 from tests.distributed.trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
 from tests.harness import RankFailed, RankGroup, run_ranks
-from zeropipe.trainer.plan.legality_table import Combination, Plain
 from zeropipe.trainer.ranks.ranks import init_distributed
 
 MODELS = {"GPT-2": gpt2(), "Llama": llama()}

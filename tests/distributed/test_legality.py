@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 
 from tests.distributed import trials
+from tests.distributed.legality_table import Combination, known_table
 from tests.distributed.trials import combinations, splits
-from zeropipe.trainer.plan.legality_table import Combination, shipped_table
 
 pytestmark = pytest.mark.distributed
-TABLE = shipped_table().trials
+TABLE = known_table().trials
 AGAIN = [
     Combination(stage=0, precision="bf16"),
     Combination(stage=1, precision="bf16"),

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tests.distributed import layouts, reference
+from tests.distributed.legality_table import OFFLOADS, Combination, Outcome, Trial
 from tests.distributed.reference import Curve, gpt2
 from tests.harness import RankFailed, RankGroup, run_ranks
-from zeropipe.trainer.plan.legality_table import OFFLOADS, Combination, Outcome, Trial
 
 STEPS = 3
 AXES = ("pipeline", "data", "sequence", "tensor")

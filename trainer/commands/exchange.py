@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from ...data_prep.errors import UserError
+from ..run.quiet import quiet
+from .arguments import add_verb
 
 
 def register(actions: argparse._SubParsersAction) -> None:
@@ -16,29 +18,27 @@ def register(actions: argparse._SubParsersAction) -> None:
 
 def _register_import(actions: argparse._SubParsersAction) -> None:
     text = "take in a DeepSpeed checkpoint: ZeRO 0-3 or universal, weights, moments and step"
-    parser = actions.add_parser("import", help=text, description=text[0].upper() + text[1:] + ".")
+    parser = add_verb(actions, "import", _import, text)
     parser.add_argument("source", metavar="SRC", help="what save_checkpoint wrote: the folder, or one tag in it")
     parser.add_argument("--output", metavar="RUN", help="run directory to write; default: the recipe's")
     parser.add_argument("--recipe", metavar="RECIPE", help="of the run that goes on from it")
     parser.add_argument("--config", metavar="FOLDER_OR_JSON", help="instead of a recipe: the model, to export or init")
     parser.add_argument("--samples", type=int, metavar="N", help="of the data consumed; default: steps x global batch")
     parser.add_argument("--trust", action="store_true", help="open its pickles, which can run any code in them")
-    parser.set_defaults(run=ckpt_import)
 
 
 def _register_convert(actions: argparse._SubParsersAction) -> None:
     text = "write a checkpoint for others: a DeepSpeed universal folder, or safetensors (as export)"
-    parser = actions.add_parser("convert", help=text, description=text[0].upper() + text[1:] + ".")
+    parser = add_verb(actions, "convert", _convert, text)
     parser.add_argument("source", metavar="RUN", help="a run directory or a checkpoint")
     parser.add_argument("--to", choices=("universal", "safetensors"), default="universal", help="default: %(default)s")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--prefix", default="", help="before the parameters' names, where a module wraps the model")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
-    parser.set_defaults(run=ckpt_convert)
 
 
-def ckpt_import(args: argparse.Namespace) -> int:
-    _quiet()
+def _import(args: argparse.Namespace) -> int:
+    quiet()  # before the libraries are imported
     from ..export.deepspeed_import import import_checkpoint
 
     done = import_checkpoint(args.source, args.output, args.recipe, args.config, args.samples, args.trust)
@@ -48,8 +48,8 @@ def ckpt_import(args: argparse.Namespace) -> int:
     return 0
 
 
-def ckpt_convert(args: argparse.Namespace) -> int:
-    _quiet()
+def _convert(args: argparse.Namespace) -> int:
+    quiet()  # before the libraries are imported
     if args.to == "safetensors":
         if args.prefix:
             raise UserError("--prefix: Hugging Face folders have Hugging Face's names; leave it out")
@@ -62,9 +62,3 @@ def ckpt_convert(args: argparse.Namespace) -> int:
     folder = write_universal(args.source, Path(args.output), args.prefix, args.overwrite)
     print(f'DeepSpeed universal checkpoint: {folder}; load it with {{"checkpoint": {{"load_universal": true}}}}')
     return 0
-
-
-def _quiet() -> None:
-    from ..run.quiet import quiet
-
-    quiet()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_run_arguments
+from ..run.quiet import quiet
+from .arguments import add_run_arguments, add_verb
 
 EXIT_DIFFERS = 1  # some layout does not follow one process
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Trains a recipe for a few steps on every legal layout of 1, 2, 4 … ranks of this machine, in fp32 and without dropout,
 and compares each loss, each gradient norm and the final weights with one process of plain Hugging Face and torch.
 
@@ -18,28 +19,21 @@ Exit code 0: all are the same; 1: some layout differs, and its line names the fi
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = verbs.add_parser(
-        "parity",
-        help="train a recipe on every layout of this machine and compare them",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    text = "train a recipe on every layout of this machine and compare them"
+    parser = add_verb(verbs, "parity", run, text, _DESCRIPTION)
     add_run_arguments(parser, "zero1", " (its layout and precision are replaced)")
     parser.add_argument("--ranks", type=int, default=4, help="most ranks to start; default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..plan.deepspeed_json import load_ds_config
-    from ..recipe.recipe import load_recipe
-    from ..run.quiet import quiet
+    quiet()  # before the libraries are imported
+    from ..plan.deepspeed_json import load_pair
     from ..testing.parity import HEADING, parity
 
-    quiet()
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe, ds = load_pair(args.recipe, args.deepspeed_config, args.overrides)
     differing, tried = 0, 0
-    for found in parity(recipe, load_ds_config(args.deepspeed_config), args.ranks, args.steps):
+    for found in parity(recipe, ds, args.ranks, args.steps):
         if not tried:
             print(HEADING)
         print(found, flush=True)

@@ -54,6 +54,7 @@ class Engine(ABC):
         self.plan, self.ranks = plan, ranks
         self.objective: Objective = objective_of(plan.recipe.objective)
         self.adapter = adapter_of(plan.recipe.adapter)
+        self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -101,10 +102,10 @@ class Engine(ABC):
         """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
         return sorted(((p.spec.name, p) for p in self.module.parameters()), key=lambda pair: pair[0])  # type: ignore[attr-defined]
 
-    def _adapt(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def _adapt(self, module: nn.Module) -> None:
         """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say."""
         values = RandomValues(self.plan.recipe.seed)
-        install(self.adapter, module, lambda spec: make_parameter(spec, values, dtype, self.ranks))
+        install(self.adapter, module, lambda spec: make_parameter(spec, values, self.dtype, self.ranks))
 
     @property
     def live(self) -> Live:
@@ -141,7 +142,7 @@ class Engine(ABC):
 
     def _refuse_what_is_no_number(self, output: StepOutput, step: int) -> None:
         numbers = {"loss": output.loss}
-        if self.plan.precision != "fp16" and output.grad_norm is not None:  # fp16 skips such steps, lowers its scale
+        if self.plan.precision.name != "fp16" and output.grad_norm is not None:  # fp16 skips such steps
             numbers["gradient norm"] = output.grad_norm
         for name, value in numbers.items():
             if not math.isfinite(value):
@@ -224,30 +225,19 @@ def planned_rate(plan: Plan, step: int) -> float:
     )
 
 
-def parameter_groups(module: nn.Module, config: dict) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices, with weight decay, and norms and biases, without."""
-    decay = config["optimizer"]["params"].get("weight_decay", 0.0)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.spec.decays], "weight_decay": decay},  # type: ignore[attr-defined]
-        {"params": [p for p in trained if not p.spec.decays], "weight_decay": 0.0},  # type: ignore[attr-defined]
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def runtime_config(resolved: dict, ranks: Ranks) -> dict:
+def runtime_config(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """The resolved JSON as DeepSpeed gets it.
 
-    A CPU takes torch's Adam, which needs no compiler. Tensor and sequence parallelism are ours: DeepSpeed would apply
-    AutoTP, or scale gradients by sequence groups of its own. To it, sequence ranks are data-parallel ones.
+    Tensor and sequence parallelism are ours: DeepSpeed would apply AutoTP, or scale gradients by sequence groups of its
+    own. To it, sequence ranks are data-parallel ones.
     """
-    config = copy.deepcopy(resolved)
+    config = copy.deepcopy(plan.deepspeed)
     config.setdefault("steps_per_print", 2**31)
     config.pop("tensor_parallel", None)
     if config.pop("sequence_parallel_size", 1) > 1:
         config["train_batch_size"] *= ranks.sequence_size
+    optimizer = config["optimizer"]
+    optimizer["params"] = plan.settings.optimizer.params_on(ranks.device.type, optimizer["params"])
     if ranks.device.type == "cpu":
-        if config["optimizer"]["type"].lower() in ("adam", "adamw"):
-            config["optimizer"]["params"].setdefault("torch_adam", True)
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config

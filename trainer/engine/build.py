@@ -20,9 +20,9 @@ def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None) -> Engi
         UserError: on every rank: the accelerator cannot compute in the plan's precision, or the initial values cannot
             be read.
     """
-    able = {"fp16": accelerator().is_fp16_supported, "bf16": accelerator().is_bf16_supported}.get(plan.precision)
+    able = {"fp16": accelerator().is_fp16_supported, "bf16": accelerator().is_bf16_supported}.get(plan.precision.name)
     if able is not None and not able():
-        device, instead = accelerator().device_name(), "bf16" if plan.precision == "fp16" else "neither, for fp32"
+        device, instead = accelerator().device_name(), "bf16" if plan.precision.name == "fp16" else "neither, for fp32"
         raise UserError(f"{plan.precision}: the accelerator ({device}) cannot train in it; enable {instead}")
     values = values or ranks.together(lambda: initial_values(plan.recipe.model.init))
     if plan.layout.pipeline > 1:

@@ -64,7 +64,7 @@ class Checkpoints:
             "step": state.step,
             "samples_consumed": state.samples_consumed,
             "tokens_consumed": state.tokens_consumed,
-            "precision": self.plan.precision,
+            "precision": self.plan.precision.name,
             **self.identity,
         }
         self.writer.save(self.engine.live, record, self._probe())

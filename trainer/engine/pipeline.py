@@ -18,11 +18,11 @@ from ..modeling.layer_costs import layer_seconds, step_seconds
 from ..modeling.partition import stage_costs
 from ..modeling.pipeline import Builder, StageLoss, Stages
 from ..objectives.base import LossSum
+from ..optim.groups import parameter_groups
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.quiet import hushed
-from .base import Engine, parameter_groups, runtime_config
-from .zero import DTYPES
+from .base import Engine, runtime_config
 
 
 class PipelineEngine(Engine):
@@ -30,29 +30,26 @@ class PipelineEngine(Engine):
 
     def __init__(self, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
         super().__init__(plan, ranks)
-        config = runtime_config(plan.deepspeed, ranks)
+        config = runtime_config(plan, ranks)
         # at stage 0 in fp32 DeepSpeed clips by the norm of the first stage alone; stage 1 computes the same update
         config["zero_optimization"]["stage"] = max(1, plan.layout.zero_stage)
         # blocks checkpoint their own activations; DeepSpeed's way fails on the embedding's integer input
         config.get("pipeline", {}).pop("activation_checkpoint_interval", None)
-        self._dtype = DTYPES[plan.precision]
-        arguments = plan.model_config, values, plan.recipe.seed, self._dtype, ranks, plan.activation_checkpointing
+        recomputes, method = plan.settings.activation_checkpointing, plan.recipe.parallel.partition
+        arguments = plan.model_config, values, plan.recipe.seed, self.dtype, ranks, recomputes, self._adapt
         self._step, self._steps_run = 0, 0
         self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras
         with hushed():
-            builder, method = (
-                Builder(*arguments, lambda module: self._adapt(module, self._dtype)),
-                plan.recipe.parallel.partition,
-            )
+            builder = Builder(*arguments)
             self._width = builder.config.hidden_size
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
-            self._head = StageLoss(builder, self._add_loss, plan.precision == "bf16_autocast")
+            self._head = StageLoss(builder, self._add_loss, plan.precision.autocast)
             self._stages = Stages(builder, self._head, method, costs)
             self._stages.before_forward = lambda micro: self._seed(self._step, micro)
             self.module: nn.Module = self._stages
             self.deepspeed: Any = deepspeed.initialize(
                 model=self._stages,
-                model_parameters=parameter_groups(self._stages, config),  # type: ignore[arg-type]
+                model_parameters=parameter_groups(self._stages, plan.settings.optimizer),  # type: ignore[arg-type]
                 config=config,
             )[0]
         # of a step, by the measured costs of the layers; None unless they were measured
@@ -117,11 +114,11 @@ class PipelineEngine(Engine):
         if stages.is_first:
             inputs: Any = micro.input_ids.to(device), positions
         else:
-            hidden = torch.empty(*micro.input_ids.shape, self._width, dtype=self._dtype, device=device)
+            hidden = torch.empty(*micro.input_ids.shape, self._width, dtype=self.dtype, device=device)
             dist.recv(hidden, self.ranks.rank - self._stride)
             inputs = (hidden, positions) if stages.takes_positions else hidden
         stages.eval()
-        autocast = self.plan.precision == "bf16_autocast"
+        autocast = self.plan.precision.autocast
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             for layer in stages.forward_funcs:
                 inputs = layer(inputs)
@@ -129,7 +126,7 @@ class PipelineEngine(Engine):
         if stages.is_last:
             return inputs
         hidden = inputs[0] if isinstance(inputs, tuple) else inputs
-        dist.send(hidden.to(self._dtype).contiguous(), self.ranks.rank + self._stride)
+        dist.send(hidden.to(self.dtype).contiguous(), self.ranks.rank + self._stride)
         return None
 
     def _compare_prediction(self, seconds: float) -> None:

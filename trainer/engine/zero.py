@@ -14,12 +14,11 @@ from ..modeling.build import Values, build_model
 from ..modeling.causal import CausalLM
 from ..modeling.tensor_parallel import parallelise
 from ..objectives.base import LossSum
+from ..optim.groups import parameter_groups
 from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
-from .base import Engine, parameter_groups, runtime_config
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
+from .base import Engine, runtime_config
 
 
 class ZeroEngine(Engine):
@@ -27,12 +26,12 @@ class ZeroEngine(Engine):
 
     def __init__(self, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
         super().__init__(plan, ranks)
-        config = runtime_config(plan.deepspeed, ranks)
+        config = runtime_config(plan, ranks)
         zero3 = config if plan.layout.zero_stage == 3 else None
-        model = build_model(plan.model_config, values, plan.recipe.seed, DTYPES[plan.precision], ranks, zero3)
+        model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3)
         parallelise(model, family_of(plan.model_config), ranks)
-        self._adapt(model, DTYPES[plan.precision])
-        if "activation_checkpointing" in config:
+        self._adapt(model)
+        if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks).train()
         if ranks.sequence_size > 1:
@@ -41,7 +40,7 @@ class ZeroEngine(Engine):
             self.module = SequenceParallel(self.module, ranks).train()
         self.deepspeed: Any = deepspeed.initialize(
             model=self.module,
-            model_parameters=parameter_groups(self.module, config),  # type: ignore[arg-type]
+            model_parameters=parameter_groups(self.module, plan.settings.optimizer),  # type: ignore[arg-type]
             config=config,
             mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
         )[0]
@@ -78,7 +77,7 @@ class ZeroEngine(Engine):
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""
-        if self.plan.layout.zero_stage > 0 or self.plan.precision not in ("fp32", "bf16_autocast"):
+        if self.plan.layout.zero_stage > 0 or self.plan.precision.width < 4:
             return None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         if self.ranks.tensor_size == 1:

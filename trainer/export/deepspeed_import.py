@@ -17,7 +17,7 @@ from ..checkpoint.reader import MASTER
 from ..checkpoint.safetensors_writer import FileTensor
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
-from ..plan.deepspeed_json import precision_of
+from ..plan.settings import precision_of
 from ..recipe.recipe import Recipe, load_recipe
 from .deepspeed_checkpoint import DeepSpeedCheckpoint, open_deepspeed
 
@@ -77,7 +77,7 @@ def _identity(
     found: DeepSpeedCheckpoint, recipe: Recipe | None, config: str | Path | None, samples: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """What the checkpoint's state says of run and model, and what in it may surprise."""
-    precision = {"precision": precision_of(found.states.get("ds_config") or {})}
+    precision = {"precision": precision_of(found.states.get("ds_config") or {}).name}
     if recipe is None:
         return {**precision, "model_config": _model_config(Path(config or ""))}, [
             "imported without a recipe: it can be exported, evaluated and be another run's model.init, not resumed"

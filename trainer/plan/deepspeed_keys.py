@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..recipe.text_files import words
 
@@ -94,9 +95,6 @@ SECTIONS: Mapping[tuple[str, ...], frozenset[str]] = {
         """
     ),
     ("optimizer",): words("type params legacy_fusion"),
-    ("optimizer", "params"): words(
-        "lr betas eps weight_decay bias_correction torch_adam adam_w_mode foreach fp32_optimizer_states"
-    ),
     ("scheduler",): words("type params"),
     ("tensor_parallel",): words(
         """
@@ -108,4 +106,38 @@ SECTIONS: Mapping[tuple[str, ...], frozenset[str]] = {
 }
 
 SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-OPTIMIZERS = ("AdamW", "Adam")  # those whose state the checkpoints know
+
+_LEAVE = "checkpoints cannot read it; leave it out"
+_MASTER = "checkpoints hold fp32 master weights; leave it out"
+_QUANTISED = "losses would depend on the layout; leave it out"
+_UNTRIED = "untried; leave it out"
+_ALONE = "checkpoints are written without it; leave it out"
+
+# settings that DeepSpeed takes in more ways than this product does: where they are, what they may be, and why not more
+ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
+    (("zero_optimization", "compute_grad_norm"), (True,), "the norm is logged at every step; leave it out"),
+    (("zero_optimization", "legacy_stage1"), (False,), "gone from DeepSpeed; leave it out"),
+    (("zero_optimization", "zero_quantized_weights"), (False,), _QUANTISED),
+    (("zero_optimization", "zero_quantized_gradients"), (False,), _QUANTISED),
+    (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), _LEAVE),
+    (("zero_optimization", "zero_hpz_partition_size"), (0, 1), _UNTRIED),
+    (("zero_optimization", "zenflow"), (), _LEAVE),
+    (("zero_optimization", "offload_optimizer", "super_offload"), (False,), _LEAVE),
+    (
+        ("zero_optimization", "offload_optimizer", "ratio"),
+        (1,),
+        "below 1 DeepSpeed makes a second optimizer, whose moments are out of a checkpoint's reach; use 1.0",
+    ),
+    (("bf16", "bf16_master_weights_and_grads"), (False,), _MASTER),
+    (("fp16", "fp16_master_weights_and_grads"), (False,), _MASTER),
+    (("compile", "deepcompile"), (False,), _UNTRIED),
+    (("managed_gradient_accumulation",), (True,), "the training loop relies on it; leave it out"),
+    (("gradient_allreduce_op",), ("mean",), "the step would depend on the number of ranks; use mean"),
+    (("data_efficiency", "enabled"), (False,), "it draws samples in an order of its own; leave it out"),
+    (("hybrid_engine", "enabled"), (False,), "not supported; leave it out"),
+    (("autotuning", "enabled"), (False,), "not supported; state the micro batch"),
+    (("expert_parallel",), (), "not supported yet; leave it out"),
+    (("checkpoint", "load_universal"), (False,), "checkpoints resume on any layout without it; leave it out"),
+    (("checkpoint", "writer"), (), _ALONE),
+    (("datastates_ckpt",), (), _ALONE),
+)

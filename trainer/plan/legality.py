@@ -9,22 +9,18 @@ from ...data_prep.errors import UserError
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..recipe.recipe import Recipe
-from .deepspeed_json import checkpoints_activations, precision_of, section_of, stated
-from .deepspeed_keys import OPTIMIZERS, SCHEDULERS
 from .layout import Layout
-from .legality_table import Combination, nearest_working, shipped_table
 from .model_config import longest_sequence
+from .settings import Settings
 
 
-def layout_of(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Layout:
+def layout_of(recipe: Recipe, settings: Settings, devices: int) -> Layout:
     """The layout that the recipe and the JSON ask for on `devices` ranks.
 
     Raises:
-        UserError: a size is no positive number, or the devices are no multiple of their product.
+        UserError: the devices are no multiple of the product of the parallel sizes.
     """
-    tensor = _size(ds, "tensor_parallel", "autotp_size")
-    sequence = _size(ds, "sequence_parallel_size")
-    pipeline = recipe.parallel.pipeline
+    tensor, sequence, pipeline = settings.tensor, settings.sequence, recipe.parallel.pipeline
     model = tensor * sequence * pipeline
     if devices < 1 or devices % model:
         near = sorted({max(1, devices // model) * model, -(-devices // model) * model} - {0})
@@ -32,76 +28,66 @@ def layout_of(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Layout:
             f"{devices} devices do not fit pipeline {pipeline} x tensor {tensor} x sequence {sequence} = {model}; "
             f"nearest: {' or '.join(map(str, near))} devices, or smaller parallel sizes"
         )
-    stage = stated(ds, "zero_optimization", "stage")
-    stage = 0 if stage is None else stage
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise UserError(f"DeepSpeed JSON: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     return Layout(
         world=devices,
         data=devices // model,
         tensor=tensor,
         sequence=sequence,
         pipeline=pipeline,
-        zero_stage=stage,
-        offload_optimizer=_device(ds, "offload_optimizer") != "none",
-        offload_param=_device(ds, "offload_param") != "none",
+        zero_stage=settings.zero_stage,
+        offload_optimizer=settings.offload_optimizer,
+        offload_param=settings.offload_param,
     )
 
 
-def check(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> None:
+def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> None:
     """Refuses what cannot run or would train wrongly.
 
     Args:
-        ds: the resolved JSON.
+        settings: of the resolved JSON.
         model: the complete model configuration.
 
     Raises:
         UserError: one line that lists every refusal, each with its alternatives.
     """
-    refusals = [*_precision(ds, layout), *_offload(ds, layout), *_pipeline(ds, layout, model)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_settings(ds)]
+    refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
+    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model)]
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
             f"data.seq_len {recipe.data.seq_len} is longer than the model takes: use data.seq_len={longest} or less, "
             "or raise the model's positions"
         )
-    if refusals or (refusals := [*_tried(ds, layout)]):
+    if refusals:
         raise UserError("; ".join(refusals))
 
 
-def _precision(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    precision = precision_of(ds)
-    if precision == "bf16" and layout.zero_stage == 0 and layout.pipeline == 1:
+def _precision(settings: Settings, layout: Layout) -> Iterator[str]:
+    name, alone = settings.precision.name, layout.pipeline == 1
+    if layout.zero_stage > 0:
+        return
+    if name == "bf16" and alone:
         yield (
             "bf16 with ZeRO-0: DeepSpeed starts Adam's step count at 1 there, and the losses are wrong from the first "
             "update; use zero_optimization.stage 1 (also on one rank), torch_autocast, or fp32"
         )
-    if precision == "fp16" and layout.zero_stage == 0 and layout.pipeline > 1:
+    if name == "fp16" and alone:
+        yield (
+            "fp16 with ZeRO-0: DeepSpeed does not scale the loss there, but divides the gradients by the scale; use "
+            "zero_optimization.stage 1 (also on one rank)"
+        )
+    if name == "fp16" and not alone:
         yield "fp16 with ZeRO-0 and a pipeline: use zero_optimization.stage 1"
-    computes = {"bf16": "bf16", "fp16": "fp16"}.get(precision, "fp32")
-    for key in ("grad_accum_dtype", "param_dtype"):
-        dtype = stated(ds, "data_types", key)
-        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES[computes]:
-            yield f"data_types.{key} {dtype!r} with {precision}: untried with our checkpoints; use {computes}"
 
 
-def _offload(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+def _offload(layout: Layout) -> Iterator[str]:
     if layout.offload_optimizer and layout.zero_stage == 0 and layout.pipeline == 1:  # pipelines run it as stage 1
         yield "offload_optimizer with ZeRO-0: needs zero_optimization.stage 1, 2 or 3"
     if layout.offload_param and layout.zero_stage != 3:
         yield f"offload_param with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
-    ratio = stated(ds, "zero_optimization", "offload_optimizer", "ratio")
-    if ratio is not None and ratio < 1 and layout.zero_stage != 3:
-        yield f"offload_optimizer.ratio {ratio} with ZeRO-{layout.zero_stage}: needs stage 3; or use ratio 1.0"
-    for key in ("offload_optimizer", "offload_param"):
-        if (device := _device(ds, key)) == "nvme":
-            yield f"zero_optimization.{key}.device nvme: checkpoints cannot read it; use cpu"
-        elif device not in ("cpu", "none"):
-            yield f"zero_optimization.{key}.device {device!r}: use cpu or none"
 
 
-def _pipeline(ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     if layout.pipeline == 1:
         return
     if layout.zero_stage >= 2:
@@ -109,7 +95,7 @@ def _pipeline(ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -
             f"pipeline {layout.pipeline} with ZeRO-{layout.zero_stage}: pipelines need ZeRO-1; use "
             f"zero_optimization.stage 1, or parallel.pipeline=1 to keep ZeRO-{layout.zero_stage}"
         )
-    if stated(ds, "zero_optimization", "overlap_comm"):
+    if settings.overlap_comm:
         yield "zero_optimization.overlap_comm with a pipeline: set it to false"
     family = FAMILIES.get(model["model_type"])
     if family is None:
@@ -159,73 +145,6 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
     kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
     if kv_heads % size and size % kv_heads:
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
-
-
-def _tried(ds: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    """What no rule above knows, and did not work when it was tried."""
-    clips, recomputes = bool(stated(ds, "gradient_clipping")), checkpoints_activations(ds)
-    combination = Combination.of(layout, precision_of(ds), clips, recomputes)
-    table = shipped_table()
-    trial = table.trials.get(combination) or table.trials.get(combination.usual)
-    if trial is not None and trial.outcome != "works":
-        near = " or ".join(f"({way})" for way in nearest_working(combination, table))
-        tried = f"tried with DeepSpeed {table.made_with['deepspeed']}: {trial.outcome}: {trial.detail}"
-        yield f"{combination}: {tried}; nearest that works: {near}"
-
-
-def _settings(ds: Mapping[str, Any]) -> Iterator[str]:
-    optimizer = str(stated(ds, "optimizer", "type"))
-    if optimizer.lower() not in [name.lower() for name in OPTIMIZERS]:
-        yield f"optimizer.type {optimizer!r}: use {' or '.join(OPTIMIZERS)}"
-    if section_of(ds, "scheduler") is not None and (kind := section_of(ds, "scheduler", "type")) not in SCHEDULERS:
-        yield f"scheduler.type {kind!r}: DeepSpeed has {', '.join(SCHEDULERS)}"
-    clipping = stated(ds, "gradient_clipping")
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
-        yield f"gradient_clipping must be a number, 0 for none; got {clipping!r}"
-    if stated(ds, "zero_optimization", "zenflow") is not None:
-        yield "zero_optimization.zenflow: checkpoints cannot read it; leave it out"
-    if (size := stated(ds, "zero_optimization", "zero_hpz_partition_size")) not in (None, 0, 1):
-        yield f"zero_optimization.zero_hpz_partition_size {size}: untried; leave it out"
-    for path, value, why in _WRONG:
-        if stated(ds, *path) == value:
-            yield f"{'.'.join(path)} {str(value).lower()}: {why}"
-
-
-_DTYPES = {
-    "fp32": ("fp32", "float32", "float"),
-    "bf16": ("bf16", "bfloat16"),
-    "fp16": ("fp16", "float16", "half"),
-}
-
-# settings that DeepSpeed takes and that would break what this project promises
-_WRONG: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("zero_optimization", "compute_grad_norm"), False, "the norm is logged at every step; leave it out"),
-    (("zero_optimization", "legacy_stage1"), True, "gone from DeepSpeed; leave it out"),
-    (("zero_optimization", "zero_quantized_weights"), True, "losses would depend on the layout; leave it out"),
-    (("zero_optimization", "zero_quantized_gradients"), True, "losses would depend on the layout; leave it out"),
-    (("zero_optimization", "zero_quantized_nontrainable_weights"), True, "checkpoints cannot read it; leave it out"),
-    (("zero_optimization", "offload_optimizer", "super_offload"), True, "checkpoints cannot read it; leave it out"),
-    (("bf16", "bf16_master_weights_and_grads"), True, "checkpoints hold fp32 master weights; leave it out"),
-    (("fp16", "fp16_master_weights_and_grads"), True, "checkpoints hold fp32 master weights; leave it out"),
-    (("compile", "deepcompile"), True, "untried; leave it out"),
-    (("managed_gradient_accumulation",), False, "the training loop relies on it; leave it out"),
-    (("gradient_allreduce_op",), "sum", "the step would depend on the number of ranks; use mean"),
-    (("data_efficiency", "enabled"), True, "it draws samples in an order of its own; leave it out"),
-    (("hybrid_engine", "enabled"), True, "not supported; leave it out"),
-    (("autotuning", "enabled"), True, "not supported; state the micro batch"),
-    (("checkpoint", "load_universal"), True, "checkpoints resume on any layout without it; leave it out"),
-)
-
-
-def _size(ds: Mapping[str, Any], *path: str) -> int:
-    size = stated(ds, *path) or 1  # autotp_size 0 is DeepSpeed's way to say none
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"DeepSpeed JSON: {'.'.join(path)} must be a positive whole number, got {size!r}")
-    return size
-
-
-def _device(ds: Mapping[str, Any], key: str) -> str:
-    return str(stated(ds, "zero_optimization", key, "device") or "none")
 
 
 def _divisors(number: int) -> str:

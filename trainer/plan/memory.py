@@ -5,18 +5,19 @@ Weights, gradients and optimizer states are exact, the padding of flat buffers i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ...data_prep.sizes import format_bytes
 from ..families.specs import ParamSpec, padded_vocab, parameter_table
-from ..recipe.precision import PRECISIONS
+from ..optim.base import Optimizer
+from ..optim.groups import grouped
 from .activations import activation_bytes
-from .deepspeed_json import checkpoints_activations, stated
 from .layout import Layout
+from .settings import BUCKET, Settings
 from .stages import split_layers
-
-BUCKET = 500_000_000  # DeepSpeed's default of every bucket, in elements
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class MemoryEstimate:
 
     parameters: int  # the weights that compute, whole or this rank's part of them
     gradients: int  # at the end of the backward pass, before ranks exchange them
-    optimizer: int  # fp32 master weights and both moments
+    optimizer: int  # fp32 master weights and the optimizer's states
     buffers: int  # of communication, and parameters gathered by ZeRO-3
     activations: int  # at the peak of the backward pass
     update: int  # gradients that are left and their copies in the optimizer's step, when activations are gone
@@ -39,48 +40,39 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rank trains: elements of each of its parameters, in the two groups that the optimizer has."""
+    """What a rank trains: elements of each of its parameters, in the groups that the optimizer has."""
 
-    decayed: tuple[int, ...]
-    plain: tuple[int, ...]
-
-    @property
-    def groups(self) -> list[tuple[int, ...]]:
-        return [group for group in (self.decayed, self.plain) if group]
+    groups: tuple[tuple[int, ...], ...]
 
     @property
     def all(self) -> tuple[int, ...]:
-        return self.decayed + self.plain
+        return tuple(size for group in self.groups for size in group)
 
 
 def estimate_memory(
-    model: Mapping[str, Any],
-    layout: Layout,
-    precision: str,
-    ds: Mapping[str, Any],
-    seq_len: int,
-    partition: str = "parameters",
+    model: Mapping[str, Any], layout: Layout, settings: Settings, seq_len: int, partition: str = "parameters"
 ) -> MemoryEstimate:
     """Memory of the heaviest rank.
 
     Args:
         model: complete configuration of a family that has a parameter table.
-        ds: resolved JSON.
+        settings: of the resolved JSON.
         partition: how a pipeline's layers are shared out.
     """
+    assert settings.micro_batch is not None and settings.accumulation is not None
     table = parameter_table(model, layout.tensor)
-    accumulation = ds["gradient_accumulation_steps"]
-    tokens = ds["train_micro_batch_size_per_gpu"] * seq_len // layout.sequence
+    tokens = settings.micro_batch * seq_len // layout.sequence
     estimates = []
     for number, stage in enumerate(split_layers(table, layout.pipeline, partition)):
-        states = _STATES[layout.zero_stage](_sizes(stage.specs, layout.tensor), layout, precision, ds)
+        sizes = _sizes(stage.specs, layout.tensor, settings.optimizer)
+        states = _STATES[layout.zero_stage](sizes, layout, settings)
         activations = activation_bytes(
             model,
-            PRECISIONS[precision],
+            settings.precision,
             tokens,
             stage.blocks,
-            in_flight=min(layout.pipeline - number, accumulation),
-            checkpointing=checkpoints_activations(ds),
+            in_flight=min(layout.pipeline - number, settings.accumulation),
+            checkpointing=settings.activation_checkpointing,
             head=number == layout.pipeline - 1,
             padded_vocab=padded_vocab(model["vocab_size"], layout.tensor),
             tensor=layout.tensor,
@@ -89,67 +81,63 @@ def estimate_memory(
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
 
 
-def _sizes(specs: Sequence[ParamSpec], tensor: int) -> Sizes:
-    decayed, plain = [], []
-    for spec in specs:
-        elements = 1
-        for extent in spec.local_shape(0, tensor):
-            elements *= extent
-        (decayed if spec.decays else plain).append(elements)
-    return Sizes(tuple(decayed), tuple(plain))
+def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer) -> Sizes:
+    groups = grouped(specs, lambda spec: spec, optimizer)
+    return Sizes(tuple(tuple(math.prod(spec.local_shape(0, tensor)) for spec in own) for _, own in groups))
 
 
-def _no_zero(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any]) -> dict[str, int]:
+def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     """Everything whole on every rank; the all-reduce copies gradients into flat buckets."""
-    elements, width = sum(sizes.all), _width(precision)
+    elements, width = sum(sizes.all), settings.precision.width
     master = 4 * elements if width == 2 else 0
     copies = width * min(elements, BUCKET) if layout.data * layout.sequence > 1 else 0
     return {
         "parameters": width * elements,
         "gradients": width * elements,
-        "optimizer": 8 * elements + master,
+        "optimizer": settings.optimizer.state_bytes * elements + master,
         "buffers": 0,
         "update": width * elements + max(copies, master),
         "host": 0,
     }
 
 
-def _zero_1_and_2(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any]) -> dict[str, int]:
+def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     """runtime/zero/stage_1_and_2.py: each group is one flat buffer, padded to 2 x ranks and cut into equal partitions;
     the master weights are a copy even in fp32."""
-    width, ranks = _width(precision), layout.data * layout.sequence
+    width, ranks = settings.precision.width, layout.data * layout.sequence
+    states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     flats = [_ceil(sum(group), 2 * ranks) for group in sizes.groups]
     partitions = [flat // ranks for flat in flats]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
-    accumulates = ds["gradient_accumulation_steps"] > 1
-    bucket = width * _number(ds, "reduce_bucket_size", BUCKET)
-    buckets = bucket * (2 if stated(ds, "zero_optimization", "overlap_comm") else 1)
+    accumulates = settings.accumulation != 1
+    bucket = width * settings.reduce_bucket_size
+    buckets = bucket * (2 if settings.overlap_comm else 1)
     whole = width * sum(sizes.all)
     gradients = whole if layout.zero_stage == 1 else width * owned * (1 + accumulates)
     states = {"parameters": width * sum(flats), "buffers": buckets}
     if not layout.offload_optimizer:
         # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
         update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
-        return {**states, "gradients": gradients, "optimizer": 12 * part, "update": update, "host": 0}
+        return {**states, "gradients": gradients, "optimizer": states_width * part, "update": update, "host": 0}
     largest = max(sizes.all)
-    on_host = (4 + 8 + 4 + width) * part + width * largest + (width * owned if accumulates else 0)
+    on_host = (states_width + 4 + width) * part + width * largest + (width * owned if accumulates else 0)
     states["buffers"] += width * largest
     gradients = whole if layout.zero_stage == 1 else width * owned
     return {**states, "gradients": gradients, "optimizer": 0, "update": 0, "host": on_host}
 
 
-def _zero_3(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any]) -> dict[str, int]:
+def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     """runtime/zero/stage3.py: each parameter is cut into equal partitions; small ones stay whole beside theirs, unless
     there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
     string and makes a copy."""
-    width, ranks = _width(precision), layout.data * layout.sequence
+    width, ranks = settings.precision.width, layout.data * layout.sequence
+    states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
-    threshold = _number(ds, "stage3_param_persistence_threshold", 100_000)
-    persistent = sum(size for size in sizes.all if size <= threshold) if ranks > 1 else 0
-    states = 12 * part
+    persistent = sum(size for size in sizes.all if size <= settings.persistence_threshold) if ranks > 1 else 0
+    states = states_width * part
     gradients = width * part
-    bucket = width * _number(ds, "reduce_bucket_size", BUCKET)
+    bucket = width * settings.reduce_bucket_size
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
     on_host = (width * part if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
@@ -158,7 +146,7 @@ def _zero_3(sizes: Sizes, layout: Layout, precision: str, ds: Mapping[str, Any])
         "parameters": width * (persistent + (0 if layout.offload_param else part)),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": bucket + (width * _gathered(sizes, persistent, ds) if ranks > 1 else 0),
+        "buffers": bucket + (width * _gathered(sizes, persistent, settings) if ranks > 1 else 0),
         "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }
@@ -182,37 +170,19 @@ def _owned(groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:
     return max(most.values())
 
 
-def _gathered(sizes: Sizes, persistent: int, ds: Mapping[str, Any]) -> int:
+def _gathered(sizes: Sizes, persistent: int, settings: Settings) -> int:
     """Elements of gathered parameters: released only if not used again within the reuse distance, which holds a small
     model whole between forward and backward."""
     rest = sum(sizes.all) - persistent
-    if rest <= _number(ds, "stage3_max_reuse_distance", 10**9):
-        return min(rest, _number(ds, "stage3_max_live_parameters", 10**9))
-    return min(rest, max(sizes.all) + _number(ds, "stage3_prefetch_bucket_size", 50_000_000))
-
-
-def _number(ds: Mapping[str, Any], key: str, default: int) -> int:
-    value = stated(ds, "zero_optimization", key)
-    return default if value is None else int(value)
-
-
-def _width(precision: str) -> int:
-    """Bytes of a weight: autocast keeps them in fp32."""
-    return 2 if precision in ("bf16", "fp16") else 4
+    if rest <= settings.max_reuse_distance:
+        return min(rest, settings.max_live_parameters)
+    return min(rest, max(sizes.all) + settings.prefetch_bucket_size)
 
 
 def _ceil(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def tidy(size: int) -> str:
-    """Bytes as people read them."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 1 << power:
-            return f"{size / (1 << power):.1f} {unit}"
-    return f"{size} B"
-
-
-def rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:
+def memory_rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:
     """Name and size of each part, for a table."""
-    return [(field.name, tidy(getattr(estimate, field.name))) for field in fields(estimate)]
+    return [(field.name, format_bytes(getattr(estimate, field.name))) for field in fields(estimate)]

@@ -11,19 +11,22 @@ from pydantic import ValidationError
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
+from ..adapters.registry import adapter_of
 from ..data.splits import Part, Split, open_split
 from ..data.vocabulary import vocabulary_of
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
 from ..objectives.registry import objective_of
 from ..recipe.errors import explain
+from ..recipe.precision import Precision
 from ..recipe.recipe import Recipe
 from ..sinks.registry import SINKS
-from .deepspeed_json import checkpoints_activations, fill_scheduler, precision_of, reconcile, unknown_keys
+from .deepspeed_json import fill_scheduler, reconcile
 from .layout import Layout
 from .legality import check, layout_of
-from .memory import BUCKET, MemoryEstimate, estimate_memory
+from .memory import MemoryEstimate, estimate_memory
 from .model_config import resolve_model
+from .settings import BUCKET, Settings, read_settings
 
 __all__ = ["Layout", "MemoryEstimate", "Plan", "make_plan"]
 
@@ -34,7 +37,6 @@ class Plan:
 
     recipe: Recipe  # with everything filled that the JSON states
     layout: Layout
-    precision: str  # fp32 | bf16 | fp16 | bf16_autocast
     micro_batch: int  # of one data-parallel rank
     accumulation: int
     global_batch: int
@@ -46,18 +48,23 @@ class Plan:
     total_steps: int
     warmup_steps: int
     decay_steps: int
-    deepspeed: dict[str, Any]  # resolved: no "auto", batch sizes and optimizer filled
+    settings: Settings  # of the resolved JSON
     parameters: int | None  # trained ones, vocabulary padded
     memory: MemoryEstimate | None  # None where there is no parameter table for the family
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the whole run."""
+    def positions(self) -> int:
+        """Sequence positions of the whole run: as many tokens are read, and trained unless they are masked."""
         return self.total_steps * self.global_batch * self.seq_len
 
     @property
-    def activation_checkpointing(self) -> bool:
-        return checkpoints_activations(self.deepspeed)
+    def deepspeed(self) -> dict[str, Any]:
+        """The resolved JSON: no "auto", batch sizes and optimizer filled."""
+        return dict(self.settings.json)
+
+    @property
+    def precision(self) -> Precision:
+        return self.settings.precision
 
 
 def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
@@ -67,27 +74,25 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         UserError: anything that cannot run, with the nearest alternatives.
     """
     check_names(recipe)
-    if problems := unknown_keys(ds):
-        raise UserError("DeepSpeed JSON: " + "; ".join(problems))
-    layout = layout_of(recipe, ds, devices)
-    resolved = reconcile(recipe, ds, layout)
+    stated = read_settings(ds)
+    layout = layout_of(recipe, stated, devices)
+    resolved = reconcile(recipe, stated, layout)
     parts = open_split(recipe.data, "train")
     model = resolve_model(recipe, *vocabulary_of(_stores(recipe, parts), recipe.tokenizer))
-    check(recipe, resolved, layout, model)
+    check(recipe, read_settings(resolved), layout, model)
     global_batch = resolved["train_batch_size"]
     samples = _samples(recipe, parts, global_batch)
     total = _total_steps(recipe, samples, global_batch)
     warmup, decay = _schedule_steps(recipe, total)
-    if "scheduler" in resolved:
-        fill_scheduler(resolved, total, warmup)
+    fill_scheduler(resolved, total, warmup)
     parameters = _parameters(model, layout)
     if parameters is not None and (layout.zero_stage > 0 or layout.pipeline > 1):
         # DeepSpeed allocates its bucket whole, 500 million elements unless told otherwise, however small the model is
         resolved["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
+    settings = read_settings(resolved)
     return Plan(
-        recipe=_resolved_recipe(recipe, resolved),
+        recipe=_resolved_recipe(recipe, settings),
         layout=layout,
-        precision=precision_of(resolved),
         micro_batch=resolved["train_micro_batch_size_per_gpu"],
         accumulation=resolved["gradient_accumulation_steps"],
         global_batch=global_batch,
@@ -99,9 +104,9 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         total_steps=total,
         warmup_steps=warmup,
         decay_steps=decay,
-        deepspeed=resolved,
+        settings=settings,
         parameters=parameters,
-        memory=None if parameters is None else _memory(recipe, resolved, layout, model),
+        memory=None if parameters is None else _memory(recipe, settings, layout, model),
     )
 
 
@@ -112,6 +117,7 @@ def check_names(recipe: Recipe) -> None:
         UserError: with the nearest name.
     """
     objective_of(recipe.objective)
+    adapter_of(recipe.adapter)
     for sink in recipe.log.sinks:
         SINKS[sink]
 
@@ -128,10 +134,10 @@ def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
     return sum(spec.numel for spec in parameter_table(model, layout.tensor))
 
 
-def _memory(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
+def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-    return estimate_memory(model, layout, precision_of(ds), ds, recipe.data.seq_len, recipe.parallel.partition)
+    return estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition)
 
 
 def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
@@ -184,12 +190,12 @@ def _steps(amount: float, total: int) -> int:
     return max(1, round(amount * total)) if amount else 0
 
 
-def _resolved_recipe(recipe: Recipe, resolved: Mapping[str, Any]) -> Recipe:
-    params = resolved["optimizer"]["params"]
+def _resolved_recipe(recipe: Recipe, settings: Settings) -> Recipe:
+    params = settings.optimizer_params
     values = {key: getattr(recipe, key) for key in type(recipe).model_fields if key in recipe.model_fields_set}
-    values["optimizer"] = {key: params[key] for key in ("lr", "betas", "eps", "weight_decay")}
-    values["batch"] = {"global": resolved["train_batch_size"]}
-    if "scheduler" not in resolved:
+    values["optimizer"] = {key: params[key] for key in settings.optimizer.keys}
+    values["batch"] = {"global": settings.global_batch}
+    if settings.scheduler is None:
         values["schedule"] = recipe.schedule
     try:
         return Recipe.model_validate(values)

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .text_files import did_you_mean, dotted
+from ...data_prep.errors import did_you_mean
+from .text_files import dotted
 
 # what people look for in the recipe, and where it is said instead
 ELSEWHERE = {
@@ -66,8 +67,6 @@ def _problem(detail: Any, model: type[BaseModel], lines: Mapping[tuple[str | int
     if kind == "value_error":
         text = str(detail["ctx"]["error"])
         return f"{where}: {text}" if where else text
-    if kind == "literal_error" and location[-1:] in (("objective",), ("adapter",)):
-        return f"{where}: {value!r} is not available; use {detail['ctx']['expected']}"
     message = PLAIN.get(kind) or detail["msg"].replace("Input should", "must")
     return f"{where}: {message}, got {value!r}"
 

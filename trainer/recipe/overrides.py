@@ -1,4 +1,4 @@
-"""`section.key=value` on the command line, in place of what the recipe's file says."""
+"""`section.key=value` on the command line, in place of what a file says."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from .text_files import dotted, parse_yaml
 
 
 def apply_override(
-    values: dict[str, Any], override: str, lines: dict[tuple[str | int, ...], int]
+    values: dict[str, Any], override: str, lines: dict[tuple[str | int, ...], int], whole: str = "the recipe"
 ) -> dict[tuple[str | int, ...], int]:
     """Sets one key in place; makes the sections on the way where there are none.
 
     Args:
-        values: a recipe as read.
+        values: a recipe or a DeepSpeed JSON as read.
         override: section.key=value, the value in YAML; a number is the place in a list.
         lines: of the recipe's file, by key path.
+        whole: what `values` are, in words.
 
     Returns:
         `lines` without those that no longer speak of what is set.
@@ -30,7 +31,7 @@ def apply_override(
         raise UserError(f"{override!r}: overrides are written section.key=value, such as optimizer.lr=3e-4")
     place: Any = values
     for depth, part in enumerate(path):
-        _check_step(place, part, path[:depth], override)
+        _check_step(place, part, dotted(path[:depth]) or whole, override)
         if depth == len(path) - 1:
             place[part] = parse_yaml(text, f"override {override!r}")
         elif isinstance(place, dict):
@@ -40,7 +41,7 @@ def apply_override(
     return {known: line for known, line in lines.items() if list(known[: len(path)]) != path}
 
 
-def _check_step(place: Any, part: str | int, above: list[str | int], override: str) -> None:
+def _check_step(place: Any, part: str | int, above: str, override: str) -> None:
     if isinstance(place, dict) and isinstance(part, str):
         return
     if isinstance(place, list) and isinstance(part, int) and part < len(place):
@@ -48,4 +49,4 @@ def _check_step(place: Any, part: str | int, above: list[str | int], override: s
     what = f"a list of {len(place)}" if isinstance(place, list) else "a plain value"
     if isinstance(place, dict):
         what = "a mapping, and takes names"
-    raise UserError(f"override {override!r}: {dotted(above) or 'the recipe'} is {what}; there is no {part!r} in it")
+    raise UserError(f"override {override!r}: {above} is {what}; there is no {part!r} in it")

@@ -1,4 +1,4 @@
-"""In which types of numbers a run keeps its weights and computes its products. Needs no torch."""
+"""What a run computes in: one record says the data types of weights and of matrix products, and their bytes."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision by name; the types are torch's names."""
+    """torch dtypes by name: of the weights that a run computes with, and of its matrix products."""
 
     name: str
-    weights: str  # type of the parameters that compute
-    products: str  # type of matrix products
-
-    def __str__(self) -> str:
-        return self.name
+    weights: str
+    products: str
 
     @property
     def width(self) -> int:
-        """Bytes of a weight."""
+        """Bytes of a weight: autocast keeps weights in fp32."""
         return _BYTES[self.weights]
 
     @property
-    def autocast(self) -> bool:
-        """Whether weights and residual stream stay in a wider type than the products."""
-        return self.weights != self.products
-
-    @property
     def stream(self) -> int:
-        """Bytes of a number of the residual stream."""
-        return self.width
+        """Bytes of a number of the residual stream and of the inputs of norms."""
+        return _BYTES[self.weights]
 
     @property
     def compute(self) -> int:
-        """Bytes of a number that matrix products read and write."""
+        """Bytes of what matrix products read and write."""
         return _BYTES[self.products]
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products are computed in another type than the weights have."""
+        return self.weights != self.products
+
+    def __str__(self) -> str:
+        return self.name
 
 
 PRECISIONS: Mapping[str, Precision] = {

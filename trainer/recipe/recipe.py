@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,36 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ...data_prep.errors import UserError
 from .errors import explain
+from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home
 from .overrides import apply_override
 from .text_files import parse_yaml, read_named, yaml_lines
-
-
-def _whole(value: Any) -> Any:
-    """10e9 is a float in YAML; as a count it is a whole number."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _from_home(value: Any) -> Any:
-    """No shell expands a ~ inside a recipe or after key=."""
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-Place = Annotated[str, Field(min_length=1), BeforeValidator(_from_home)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-CountOrNever = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _steps_or_fraction(value: Any) -> Any:
-    """A whole number is steps, a fraction is of all steps; 1.0 could be meant as either."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"must be steps (a whole number) or a fraction of all steps, got {value!r}")
-    if isinstance(value, float) and value >= 1:
-        raise ValueError(f"a fraction of all steps is below 1, steps are whole numbers; got {value!r}")
-    return value
-
-
-Steps = Annotated[int | float, BeforeValidator(_steps_or_fraction)]
 
 
 class _Section(BaseModel):
@@ -193,14 +165,16 @@ class Recipe(_Section):
     """Name of the run; the file's own name if left out."""
     seed: int = Field(default=1234, ge=0)
     """Everything random comes from it."""
-    output: Annotated[Path, Field(strict=False), BeforeValidator(_from_home)] = Path("runs/run")
+    output: Annotated[Path, Field(strict=False), BeforeValidator(from_home)] = Path("runs/run")
     """The run directory; runs/NAME if left out."""
     model: Model
     tokenizer: Place | None = None
     """A Hugging Face tokenizer folder; the one recorded in the store if left out."""
     data: Data
-    objective: Literal["causal_lm"] = "causal_lm"
-    adapter: Literal["none"] = "none"
+    objective: Choice = "causal_lm"
+    """What is learnt: a name, or a mapping of `type` and its options."""
+    adapter: Choice = "none"
+    """What is trained beside or instead of all weights: none, or a mapping of `type` and its options."""
     parallel: Parallel = Parallel()
     batch: Batch = Batch()
     duration: Duration
@@ -211,6 +185,24 @@ class Recipe(_Section):
     save: Save = Save()
     resume: Place = "auto"
     """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
+
+    @property
+    def objective_type(self) -> str:
+        return _type_of(self.objective)
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        """What the recipe says of the objective beside its type."""
+        return _options_of(self.objective)
+
+    @property
+    def adapter_type(self) -> str:
+        return _type_of(self.adapter)
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """What the recipe says of the adapter beside its type."""
+        return _options_of(self.adapter)
 
     @model_validator(mode="before")
     @classmethod
@@ -224,6 +216,14 @@ class Recipe(_Section):
         if self.schedule.min_lr > self.optimizer.lr and "lr" in self.optimizer.model_fields_set:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self
+
+
+def _type_of(choice: str | dict[str, Any]) -> str:
+    return choice if isinstance(choice, str) else choice["type"]
+
+
+def _options_of(choice: str | dict[str, Any]) -> dict[str, Any]:
+    return {} if isinstance(choice, str) else {key: value for key, value in choice.items() if key != "type"}
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
@@ -268,6 +268,8 @@ def dump_recipe(recipe: Recipe) -> str:
     A schedule that was never stated stays out, because the DeepSpeed JSON may hold a scheduler of its own.
     """
     values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    # keys that the optimizer may not take stay out, as long as nobody states them
+    values["optimizer"] = recipe.optimizer.model_dump(mode="json", exclude_unset=True)
     if "schedule" not in recipe.model_fields_set:
         values.pop("schedule")
     elif recipe.schedule.type != "wsd":

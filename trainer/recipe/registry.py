@@ -7,8 +7,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, Generic, TypeVar
 
-from ...data_prep.errors import UserError
-from .text_files import did_you_mean
+from ...data_prep.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -35,7 +34,9 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         """Raises UserError, with the nearest name, where there is none such."""
         if name not in self:
-            raise UserError(f"no {self.kind} {name!r}" + (did_you_mean(name, self) or f"; there are {', '.join(self)}"))
+            raise UserError(
+                f"no {self.kind} {name!r}{did_you_mean(name, self)}; there are: {', '.join(self) or 'none'}"
+            )
         if name not in self._entries:
             file, attribute = self._files[name].split(":")
             self._entries[name] = getattr(import_module(f".{file}", self._package), attribute)

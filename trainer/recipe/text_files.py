@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...data_prep.errors import UserError
+from ...data_prep.errors import UserError, did_you_mean
 
 # YAML 1.1, which PyYAML follows, reads 6e-4 and 10e9 as strings; YAML 1.2 reads them as numbers, and so do we
 _FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$")
@@ -125,12 +124,6 @@ def read_named(path_or_name: str, room: str, suffix: str) -> tuple[str, str]:
     problem = "is a directory" if path.is_dir() else "no such file"
     hint = did_you_mean(path.name.removesuffix(suffix), names)
     raise UserError(f"{path_or_name}: {problem}{hint}; shipped {room}: {', '.join(names)}")
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`, did you mean 'x'?` for the closest choice, or an empty string."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def words(text: str) -> frozenset[str]:

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
+from ..plan.settings import precision_of
+from ..recipe.precision import PRECISIONS, Precision
 from ..recipe.recipe import Recipe, Source, load_recipe
-
-
-@dataclass(frozen=True)
-class Precision:
-    """torch dtypes by name: of the weights a run computes with, and of its matrix products."""
-
-    weights: str
-    products: str
-
-
-PRECISIONS = {
-    "fp32": Precision("float32", "float32"),
-    "bf16": Precision("bfloat16", "bfloat16"),
-    "fp16": Precision("float16", "float16"),
-    "bf16_autocast": Precision("float32", "bfloat16"),
-}
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -90,6 +75,4 @@ def run_precision(path: str | Path, state: dict[str, Any]) -> Precision:
         return PRECISIONS[state["precision"]]
     run = run_directory(path)
     config = json.loads((run / "deepspeed.json").read_text()) if run else {}
-    keys = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16_autocast"}
-    on = [name for key, name in keys.items() if config.get(key, {}).get("enabled")]
-    return PRECISIONS[on[0] if on else "fp32"]
+    return precision_of(config)

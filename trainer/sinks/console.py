@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from ...data_prep.sizes import format_bytes
 from .base import SinkSettings
 
 
@@ -25,10 +26,6 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def size(number_of_bytes: float) -> str:
-    return f"{number_of_bytes / 1e9:.1f} GB" if number_of_bytes >= 1e9 else f"{number_of_bytes / 1e6:.0f} MB"
 
 
 class Console:
@@ -85,7 +82,7 @@ class ProgressLine:
         text = (
             f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  grad {norm}  "
             f"{tokens / seconds if seconds else 0:,.0f} tokens/s  ETA {duration(self.seconds_left(step))}  "
-            f"mem {size(memory)}"
+            f"mem {format_bytes(memory)}"
         )
         if not self.stream.isatty():
             print(text, file=self.stream, flush=True)

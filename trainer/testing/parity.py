@@ -20,7 +20,7 @@ from .local_ranks import RankFailed, on_local_ranks
 if TYPE_CHECKING:
     from .curves import Curve, Sabotage
 
-PRECISIONS = ("bf16", "fp16", "torch_autocast")
+PRECISION_KEYS = ("bf16", "fp16", "torch_autocast")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -
         "duration": recipe.duration.model_copy(update={"steps": steps, "tokens": None, "epochs": None}),
     }
     batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    json = {key: value for key, value in ds.items() if key not in (*PRECISIONS, *batches, "pipeline")}
+    json = {key: value for key, value in ds.items() if key not in (*PRECISION_KEYS, *batches, "pipeline")}
     json["zero_optimization"] = {"stage": layout.zero_stage}
     json["tensor_parallel"] = {"autotp_size": layout.tensor}
     json["sequence_parallel_size"] = layout.sequence

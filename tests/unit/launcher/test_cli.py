@@ -1,11 +1,14 @@
+import argparse
 import errno
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from zeropipe.data_prep.command_line import Parser
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher import cli
 
@@ -61,7 +64,7 @@ def test_a_wrong_command_line_is_one_error_line(words, says, capsys):
 
 
 def test_overrides_may_stand_anywhere():
-    args = cli.parse(["launch", "r", "a.b=1", "--devices", "2", "c.d=[1, 2]", "--hostfile", "h", "e.f="])
+    args = cli.parse_command(["launch", "r", "a.b=1", "--devices", "2", "c.d=[1, 2]", "--hostfile", "h", "e.f="])
     assert args.overrides == ["a.b=1", "c.d=[1, 2]", "e.f="]
 
 
@@ -73,7 +76,7 @@ def verb_that(monkeypatch):
         def run(_args):
             raise error
 
-        monkeypatch.setattr(cli, "parse", lambda _argv: cli.argparse.Namespace(run=run))
+        monkeypatch.setattr(cli, "parse_command", lambda _argv: argparse.Namespace(run=run))
         return cli.main(["verb"])
 
     return use
@@ -101,3 +104,58 @@ def test_a_reader_that_leaves_early():
     os.close(writer)
     assert done.returncode in (0, 141)
     assert done.stderr == b""
+
+
+def parsers(parser: Parser) -> Iterator[Parser]:
+    """A parser, those of its verbs, and those of their actions."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def trainer_rank() -> Parser:
+    """The parser of `python -m zeropipe.trainer`."""
+    from zeropipe.trainer.commands.train import rank_parser
+
+    return rank_parser()
+
+
+SPELLED = [
+    (parser.prog, option)
+    for parser in [*parsers(cli.build_parser()[0]), trainer_rank()]
+    for action in parser._actions
+    for option in action.option_strings
+    if option.startswith("--") and set(option[2:]) & {"-", "_"}
+]
+
+
+@pytest.mark.parametrize(("prog", "option"), SPELLED)
+@pytest.mark.parametrize("joint", ["-", "_"])
+def test_options_take_both_spellings(prog: str, option: str, joint: str):
+    parser = next(p for p in [*parsers(cli.build_parser()[0]), trainer_rank()] if p.prog == prog)
+    for action in parser._actions:  # the option alone, with any value
+        action.required, action.type, action.choices = False, None, None
+    word = "--" + option[2:].replace("-", joint).replace("_", joint)
+    (action,) = [action for action in parser._actions if option in action.option_strings]
+    given = parser.parse_args([word] if action.nargs == 0 else [f"{word}=7"])
+    assert getattr(given, action.dest) in (True, "7", ["7"])
+
+
+def test_only_options_are_respelled():
+    parser = Parser()
+    parser.add_argument("--top-k")
+    parser.add_argument("words", nargs="*")
+    given = parser.parse_args(["--top_k=a_b", "x_y", "a_b=c_d", "--", "--top_k"])
+    assert (given.top_k, given.words) == ("a_b", ["x_y", "a_b=c_d", "--top_k"])
+    assert cli.parse_command(["eval", "x", "--seq_len", "5"]).seq_len == 5
+    assert cli.parse_command(["prepare", "--output", "o", "--shard_size", "5"]).shard_size == 5
+
+
+def test_overrides_of_the_json_reach_the_ranks(monkeypatch):
+    from zeropipe.launcher import launch_command
+
+    args = cli.parse_command(["launch", "demo", "ds.zero_optimization.stage=3", "--devices", "2", "duration.steps=5"])
+    launch = launch_command.plan_launch(args)
+    assert launch.arguments[-2:] == ("ds.zero_optimization.stage=3", "duration.steps=5")

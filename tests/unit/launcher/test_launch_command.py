@@ -14,7 +14,7 @@ def planned(monkeypatch, *words: str, accelerators: int = 0, visible: str = "") 
     """The launch that a command line comes to on a machine with so many accelerators."""
     monkeypatch.setattr(launch_command, "count_accelerators", lambda: accelerators)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    return launch_command.plan_launch(cli.parse(["launch", *words]))
+    return launch_command.plan_launch(cli.parse_command(["launch", *words]))
 
 
 @pytest.fixture

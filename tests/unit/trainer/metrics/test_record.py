@@ -240,7 +240,7 @@ def test_the_line_is_rewritten_on_a_terminal():
         progress.line(step, 5.0, 1e-4, None, 2_000_000_000)
     progress.say("saved")
     text = screen.getvalue()
-    assert text.count("\r\x1b[K") == 2 and text.endswith("\nsaved\n") and "mem 2.0 GB" in text and "grad -" in text
+    assert text.count("\r\x1b[K") == 2 and text.endswith("\nsaved\n") and "mem 1.9 GiB" in text and "grad -" in text
 
 
 @pytest.mark.parametrize(

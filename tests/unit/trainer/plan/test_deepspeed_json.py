@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,15 @@ import pytest
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.plan.deepspeed_json import (
-    checkpoints_activations,
     default_micro_batch,
     fill_scheduler,
     load_ds_config,
-    precision_of,
-    reconcile,
-    unknown_keys,
+    load_pair,
 )
+from zeropipe.trainer.plan.deepspeed_json import reconcile as reconcile_settings
 from zeropipe.trainer.plan.deepspeed_keys import DEEPSPEED_VERSION, REMOVED, REMOVED_ZERO, SECTIONS, TOP_LEVEL
 from zeropipe.trainer.plan.layout import Layout
+from zeropipe.trainer.plan.settings import precision_of, read_settings, unknown_keys
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.recipe.text_files import shipped_names
 
@@ -31,6 +31,10 @@ def make_recipe(**sections: Any) -> Recipe:
         "duration": {"steps": 10},
     }
     return Recipe.model_validate({**values, **sections})
+
+
+def reconcile(recipe: Recipe, ds: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    return reconcile_settings(recipe, read_settings(ds), layout)
 
 
 class Asked(dict):
@@ -67,7 +71,7 @@ def test_top_level_keys_are_those_that_deepspeed_asks_for():
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    assert deepspeed.__version__.split("+")[0] == DEEPSPEED_VERSION, "go through trainer/ds_keys.py again"
+    assert deepspeed.__version__.split("+")[0] == DEEPSPEED_VERSION, "go through trainer/plan/deepspeed_keys.py again"
     asked = Asked(train_batch_size=1, train_micro_batch_size_per_gpu=1)
     asked.keys_asked = set()
     DeepSpeedConfig(asked)  # type: ignore[arg-type]
@@ -129,9 +133,10 @@ def test_shipped_names():
 def test_shipped_files_load_through_deepspeeds_own_class(name: str):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    ds = load_ds_config(name)
-    assert "auto" not in json.dumps(ds)
-    for json_ in (ds, reconcile(make_recipe(batch={"global": 16}), ds, Layout(1, 1))):
+    shipped = load_ds_config(name)
+    assert "auto" not in json.dumps(shipped) and "train_micro_batch_size_per_gpu" not in shipped
+    ds = {**shipped, "train_micro_batch_size_per_gpu": 2}  # without a run's plan DeepSpeed wants a batch size stated
+    for json_ in (ds, reconcile(make_recipe(batch={"global": 16}), shipped, Layout(1, 1))):
         config = DeepSpeedConfig(copy.deepcopy(json_))  # type: ignore[arg-type]
         assert config.gradient_clipping == 1.0
         assert config.optimizer_name == "adamw"
@@ -170,6 +175,74 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path: Path):
     ):
         load_ds_config("zero5")
     assert unknown_keys({"optimizer": "auto", "fp16": None}) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("zero_optimization.reduce_bucket_size", "5e8", "must be a whole number of elements, got '5e8'"),
+        ("zero_optimization.allgather_bucket_size", 2.5, "must be a whole number of elements, got 2.5"),
+        ("zero_optimization.sub_group_size", -1, "must be a whole number of elements, got -1"),
+        ("zero_optimization.stage3_param_persistence_threshold", [], "must be a whole number of elements, got []"),
+        ("zero_optimization.stage3_max_live_parameters", True, "must be a whole number of elements, got True"),
+        ("zero_optimization.stage3_max_reuse_distance", "x", "must be a whole number of elements, got 'x'"),
+        ("zero_optimization.stage3_prefetch_bucket_size", "x", "must be a whole number of elements, got 'x'"),
+        ("zero_optimization.overlap_comm", "true", "must be true or false, got 'true'"),
+        ("zero_optimization.stage", "2", "must be 0, 1, 2 or 3, got '2'"),
+        ("zero_optimization.offload_optimizer.ratio", "0.5", "0.5: below 1 DeepSpeed makes a second optimizer"),
+        ("zero_optimization.offload_optimizer.device", 1, "1: use cpu or none"),
+        ("gradient_accumulation_steps", 1.5, "must be a positive whole number, got 1.5"),
+        ("gradient_clipping", "1.0", "must be a number, 0 for none; got '1.0'"),
+        ("sequence_parallel_size", "2", "must be a positive whole number, got '2'"),
+        ("pipeline.stages", "2", "must be a positive whole number, got '2'"),
+    ],
+)
+def test_every_typed_value_is_checked(tmp_path: Path, key: str, value: Any, expected: str):
+    *sections, last = key.split(".")
+    ds: dict[str, Any] = {last: value}
+    for section in reversed(sections):
+        ds = {section: ds}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    with pytest.raises(UserError) as caught:
+        load_ds_config(str(tmp_path / "ds.json"))
+    assert f"ds.json: {key} {expected}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_defaults_of_settings_are_deepspeeds():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings, theirs = read_settings({}), DeepSpeedZeroConfig()
+    assert settings.reduce_bucket_size == theirs.reduce_bucket_size
+    assert settings.allgather_bucket_size == theirs.allgather_bucket_size
+    assert settings.sub_group_size == theirs.sub_group_size
+    assert settings.prefetch_bucket_size == theirs.prefetch_bucket_size
+    assert settings.persistence_threshold == theirs.param_persistence_threshold
+    assert settings.max_live_parameters == theirs.max_live_parameters
+    assert settings.max_reuse_distance == theirs.max_reuse_distance
+    assert settings.zero_stage == theirs.stage
+
+
+def test_whole_numbers_may_be_written_with_exponents():
+    settings = read_settings({"zero_optimization": {"reduce_bucket_size": 5e7}})
+    assert settings.reduce_bucket_size == 50_000_000 and isinstance(settings.reduce_bucket_size, int)
+
+
+def test_overrides_that_begin_with_ds_are_the_jsons():
+    overrides = ["ds.zero_optimization.stage=3", "batch.global=6", "ds.train_micro_batch_size_per_gpu=2"]
+    recipe, ds = load_pair("demo", "zero1", overrides)
+    assert recipe.batch.global_batch == 6
+    assert (ds["zero_optimization"]["stage"], ds["train_micro_batch_size_per_gpu"]) == (3, 2)
+    assert load_ds_config("zero1")["zero_optimization"]["stage"] == 1
+    for override, expected in (
+        ("ds.zero_optimization.stge=3", "zero1.json: zero_optimization.stge: unknown key, did you mean 'stage'?"),
+        ("ds.stage=3", "stage: unknown key, did you mean 'zero_optimization.stage'?"),
+        ("ds.zero_optimization.stage.x=3", "zero_optimization.stage is a plain value; there is no 'x' in it"),
+        ("ds.zero_optimization.stage=5", "zero_optimization.stage must be 0, 1, 2 or 3, got 5"),
+        ("ds.=5", "overrides are written section.key=value"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_pair("demo", "zero1", [override])
+        assert expected in str(caught.value)
 
 
 def test_absent_and_auto_are_filled():
@@ -273,16 +346,17 @@ def test_default_micro_batch():
     assert default_micro_batch(6, 1024) == 3
     assert default_micro_batch(7, 2048) == 1
     assert default_micro_batch(5, 8192) == 1
-    assert default_micro_batch(1000, 128) == 25
+    assert default_micro_batch(1000, 128) == 4  # at most
+    assert default_micro_batch(25, 128) == 1
     assert default_micro_batch(16, 128, pipeline=2) == 2  # eight micro batches for two stages
     assert default_micro_batch(4, 128, pipeline=2) == 1
 
 
 def test_precision():
-    assert precision_of({}) == "fp32"
-    assert precision_of({"bf16": {"enabled": True}, "fp16": {"enabled": False}}) == "bf16"
-    assert precision_of({"fp16": {"enabled": True}}) == "fp16"
-    assert precision_of({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}}) == "bf16_autocast"
+    assert str(precision_of({})) == "fp32"
+    assert str(precision_of({"bf16": {"enabled": True}, "fp16": {"enabled": False}})) == "bf16"
+    assert str(precision_of({"fp16": {"enabled": True}})) == "fp16"
+    assert str(precision_of({"torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}})) == "bf16_autocast"
     resolved = reconcile(make_recipe(), {"torch_autocast": {"enabled": True}}, Layout(1, 1))
     assert resolved["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     with pytest.raises(UserError, match="bf16 and fp16 are both enabled"):
@@ -294,9 +368,9 @@ def test_precision():
 
 
 def test_activation_checkpointing_is_on_where_its_section_is():
-    assert checkpoints_activations({"activation_checkpointing": {}})
-    assert checkpoints_activations({"pipeline": {"activation_checkpoint_interval": 1}})
-    assert not checkpoints_activations({"activation_checkpointing": None})
+    assert read_settings({"activation_checkpointing": {}}).activation_checkpointing
+    assert read_settings({"pipeline": {"activation_checkpoint_interval": 1}}).activation_checkpointing
+    assert not read_settings({"activation_checkpointing": None}).activation_checkpointing
     assert "activation_checkpointing" in reconcile(make_recipe(), {"activation_checkpointing": {}}, Layout(1, 1))
 
 

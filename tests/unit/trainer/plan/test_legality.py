@@ -6,15 +6,16 @@ from importlib.metadata import version
 
 import pytest
 
+from tests.distributed.legality_table import Combination, Table, known_table, nearest_working
 from tests.tiny import GPT2
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.plan.deepspeed_json import reconcile
 from zeropipe.trainer.plan.deepspeed_keys import DEEPSPEED_VERSION
 from zeropipe.trainer.plan.legality import check, layout_of
-from zeropipe.trainer.plan.legality_table import Combination, Table, Trial, nearest_working, shipped_table
+from zeropipe.trainer.plan.settings import read_settings
 from zeropipe.trainer.recipe.recipe import Recipe
 
-TABLE = shipped_table()
+TABLE = known_table()
 MODEL = {**GPT2, "vocab_size": 500}
 
 
@@ -35,10 +36,11 @@ def verdict(combination: Combination) -> str | None:
         "tensor_parallel": {"autotp_size": combination.tensor},
         "sequence_parallel_size": combination.sequence,
     }
-    layout = layout_of(recipe, ds, combination.world)
+    settings = read_settings(ds)
+    layout = layout_of(recipe, settings, combination.world)
     assert layout == combination.layout
     try:
-        check(recipe, reconcile(recipe, ds, layout), layout, MODEL)
+        check(recipe, read_settings(reconcile(recipe, settings, layout)), layout, MODEL)
     except UserError as error:
         return str(error)
     return None
@@ -68,21 +70,6 @@ def test_every_refusal_says_what_to_do_and_has_something_legal_nearby():
         assert any(word in message for word in ("use ", "needs ", "set ", "leave it out")), message
         near = nearest_working(combination, TABLE)
         assert near and all(way.count(",") <= 2 for way in near), combination
-
-
-def test_what_no_rule_knows_is_refused_by_the_table(monkeypatch):
-    """As if DeepSpeed went wrong tomorrow with something that plans take today."""
-    from zeropipe.trainer.plan import legality
-
-    broken = Combination(data=2, stage=2, precision="bf16")
-    changed = {**TABLE.trials, broken: Trial(broken, "raises", "AssertionError: no more")}
-    table = Table(TABLE.made_with, TABLE.bounds, changed, TABLE.plain)
-    monkeypatch.setattr(legality, "shipped_table", lambda: table)
-    assert verdict(Combination(data=2, stage=1, precision="bf16")) is None
-    message = verdict(broken) or ""
-    assert "data 2, ZeRO-2, bf16: tried with DeepSpeed" in message and "raises: AssertionError: no more" in message
-    assert "nearest that works: " in message and "(stage 1)" in message and "(precision fp32)" in message
-    assert verdict(Combination(data=2, stage=2, precision="bf16", clipping=False)) is None, "tried by itself, and works"
 
 
 def test_the_table_is_read_as_it_was_written(tmp_path):

@@ -7,10 +7,12 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, plan_of, tiny_json, tiny_recipe, tiny_store
+from zeropipe.data_prep.sizes import format_bytes
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.plan.activations import activation_bytes, head_bytes
 from zeropipe.trainer.plan.layout import Layout
-from zeropipe.trainer.plan.memory import MemoryEstimate, estimate_memory, tidy
+from zeropipe.trainer.plan.memory import MemoryEstimate, estimate_memory
+from zeropipe.trainer.plan.settings import read_settings
 from zeropipe.trainer.plan.stages import layers_of, split_layers
 from zeropipe.trainer.recipe.precision import PRECISIONS
 
@@ -172,7 +174,8 @@ def test_activations_are_what_autograd_keeps(config: dict[str, Any], precision: 
 
 def estimate(model: dict[str, Any], layout: Layout, ds: dict[str, Any], precision: str = "bf16") -> MemoryEstimate:
     batches = {"gradient_accumulation_steps": 4, "train_micro_batch_size_per_gpu": 1}
-    return estimate_memory(model, layout, precision, {**batches, **ds}, 1024)
+    computes = {} if precision == "fp32" else {precision: {"enabled": True}}
+    return estimate_memory(model, layout, read_settings({**batches, **computes, **ds}), 1024)
 
 
 MEDIUM = {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16, "n_positions": 1024, "vocab_size": 50257}
@@ -236,7 +239,7 @@ def test_layers_are_those_of_the_pipeline():
 
 
 def test_sizes_as_people_read_them():
-    assert [tidy(size) for size in (0, 1023, 1536, 5 << 20, 3 << 30)] == [
+    assert [format_bytes(size) for size in (0, 1023, 1536, 5 << 20, 3 << 30)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",

@@ -64,8 +64,8 @@ def test_everything_of_a_plan(plan, store: Path):
     assert (made.micro_batch, made.accumulation, made.global_batch, made.seq_len) == (2, 2, 8, 32)
     assert (made.vocab_size, made.padded_vocab_size) == (VOCAB, 512)
     assert (made.total_steps, made.warmup_steps, made.decay_steps) == (100, 10, 90)
-    assert made.tokens == 100 * 8 * 32
-    assert made.precision == "fp32"
+    assert made.positions == 100 * 8 * 32
+    assert str(made.precision) == "fp32"
     assert made.model_config["vocab_size"] == VOCAB
     assert (made.model_config["eos_token_id"], made.model_config["bos_token_id"]) == (0, 0)
     assert "auto" not in json.dumps(made.deepspeed)
@@ -168,8 +168,21 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         1,
         zero(2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
         {},
-        "ratio 0.5 with ZeRO-2: needs stage 3",
+        "ratio 0.5: below 1 DeepSpeed makes a second optimizer, .*; use 1.0",
     ),
+    (
+        "ratio 3",
+        1,
+        zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+        {},
+        "offload_optimizer.ratio 0.5: below",
+    ),
+    ("fp16 zero 0", 1, {"fp16": {"enabled": True}}, {}, "fp16 with ZeRO-0: .*divides the gradients.*stage 1"),
+    ("experts", 1, {"expert_parallel": {"enabled": True}}, {}, "expert_parallel: not supported yet; leave it out"),
+    ("datastates", 1, {"datastates_ckpt": {"host_cache_size": 16}}, {}, "datastates_ckpt: .*leave it out"),
+    ("writer", 1, {"checkpoint": {"writer": {"type": "fast"}}}, {}, "checkpoint.writer: .*leave it out"),
+    ("objective", 1, {}, {"objective": "sft"}, "no objective 'sft'; there is causal_lm"),
+    ("adapter", 1, {}, {"adapter": {"type": "lora", "r": 8}}, "no adapter 'lora'; there is none"),
     ("device", 1, zero(2, offload_optimizer={"device": "gpu"}), {}, "offload_optimizer.device 'gpu': use cpu or none"),
     (
         "min lr",
@@ -377,7 +390,7 @@ def test_the_command_prints_a_table_and_needs_no_torch(store: Path, tmp_path: Pa
         "gpt2, 136,960 parameters, vocabulary 500, trained as 512",
         "2 devices: data 2, ZeRO-3, optimizer and param on CPU, fp32",
         "8 sequences of 32 = micro batch 2 x accumulation 2 x data parallel 2",
-        "500 = 128,000 tokens",
+        "500 = 128,000 sequence positions",
         "cosine, 2 steps of warm-up, 498 steps down to 0",
         "AdamW, lr 0.001, betas [0.9, 0.95], weight decay 0.1, clipped at 0.3",
         "of its host",

@@ -90,6 +90,17 @@ def test_warmup_is_steps_or_a_fraction(recipe):
     assert "a fraction of all steps is below 1" in refusal(recipe, MINIMAL, "schedule.warmup=1.0")
 
 
+def test_objective_and_adapter_are_a_name_or_a_mapping_with_options(recipe, tmp_path: Path):
+    loaded = recipe()
+    assert (loaded.objective_type, loaded.objective_options) == ("causal_lm", {})
+    assert (loaded.adapter_type, loaded.adapter_options) == ("none", {})
+    loaded = recipe(MINIMAL, "objective={type: dpo, beta: 0.1}", "adapter.type=lora", "adapter.r=16")
+    assert (loaded.objective_type, loaded.objective_options) == ("dpo", {"beta": 0.1})
+    assert (loaded.adapter_type, loaded.adapter_options) == ("lora", {"r": 16})
+    (tmp_path / "again.yaml").write_text(dump_recipe(loaded))
+    assert load_recipe(str(tmp_path / "again.yaml")) == loaded
+
+
 def test_a_recipe_is_frozen(recipe):
     with pytest.raises(ValidationError, match="frozen"):
         recipe().seed = 5
@@ -126,8 +137,8 @@ REFUSALS = {
     "duration={}": "duration: state exactly one of steps, tokens, epochs; got none",
     "data.split=most": "split must be shares of train, valid and test, such as '949,50,1'; got 'most'",
     'data.split="0,1,1"': "split must be shares",
-    "objective=sft": "objective: 'sft' is not available; use 'causal_lm'",
-    "adapter={type: lora}": "adapter: {'type': 'lora'} is not available; use 'none'",
+    "objective={beta: 1}": "objective: must be a name, or a mapping with the name as its type; got {'beta': 1}",
+    "adapter=3": "adapter: must be a name, or a mapping with the name as its type; got 3",
     "schedule.type=cosin": "schedule.type: must be 'constant', 'linear', 'cosine' or 'wsd', got 'cosin'",
     "schedule.decay=5": "schedule: decay is for type wsd only; cosine ignores it, so leave it out",
     "schedule={type: wsd, warmup: -1}": "schedule.warmup: must be steps (a whole number) or a fraction of all steps",

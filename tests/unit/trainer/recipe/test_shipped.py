@@ -74,11 +74,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# demo.json has a micro batch for the demo's short sequences, which is more than gpt2_345m has for a rank
-PAIRS = [(name, config) for name in NAMES for config in JSONS if (name, config) != ("gpt2_345m", "demo")]
-
-
-@pytest.mark.parametrize(("name", "config"), PAIRS)
+@pytest.mark.parametrize("config", JSONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_pair_plans_on_two_devices(data: Path, monkeypatch: pytest.MonkeyPatch, name: str, config: str):
     monkeypatch.chdir(data)
     plan = make_plan(load_recipe(name, ["data.seq_len=64"]), load_ds_config(config), 2)
@@ -88,6 +85,15 @@ def test_every_shipped_pair_plans_on_two_devices(data: Path, monkeypatch: pytest
         assert plan.deepspeed["gradient_clipping"] == 1.0
         assert plan.padded_vocab_size == 50304
         assert plan.parameters == 354_871_296  # 354,823,168 of the released GPT-2 medium, and 47 rows of padding
+
+
+def test_a_first_small_run_is_not_refused(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """The micro batch is the largest up to 4 that divides a rank's share."""
+    monkeypatch.chdir(data)
+    for sequences, micro in ((1, 1), (2, 2), (3, 3), (6, 3), (7, 1), (8, 4), (12, 4)):
+        recipe = load_recipe("gpt2_345m", ["data.seq_len=64", f"batch.global={sequences}"])
+        plan = make_plan(recipe, load_ds_config("zero2"), 1)
+        assert (plan.micro_batch, plan.accumulation) == (micro, sequences // micro)
 
 
 def test_init_copies_everything_out(tmp_path: Path, capsys: pytest.CaptureFixture):

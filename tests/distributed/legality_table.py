@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from .layout import Layout
+from zeropipe.trainer.plan.layout import Layout
 
 TABLE = Path(__file__).with_name("legality.json")
 OFFLOADS = ("none", "optimizer", "optimizer and parameters")
@@ -139,7 +139,7 @@ class Table:
 
 
 @cache
-def shipped_table() -> Table:
+def known_table() -> Table:
     return Table.read()
 
 

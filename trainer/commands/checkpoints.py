@@ -1,0 +1,62 @@
+"""The verb `ckpt`: looks after checkpoints. Heavy imports wait until an action runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from ...data_prep.errors import UserError
+from ...data_prep.sizes import format_bytes
+from . import exchange
+from .arguments import add_verb
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = add_verb(verbs, "ckpt", None, "list, verify, prune, import, convert checkpoints; audit the samples")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=type(parser))
+    listing = add_verb(actions, "ls", _list, "list checkpoints, their step and size")
+    verify = add_verb(actions, "verify", _verify, "compare every byte with the manifest")
+    prune = add_verb(actions, "prune", _prune, "remove all whole checkpoints but the newest")
+    audit = add_verb(actions, "audit", _audit, "prove that every sample was consumed exactly once and in order")
+    for action in (listing, verify, prune):
+        action.add_argument("path", metavar="RUN", help="a run directory, its checkpoints/, or one of them")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many to keep")
+    audit.add_argument("path", metavar="RUN", help="a run directory")
+    exchange.register(actions)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from ..checkpoint.folder import ls
+
+    for item in ls(args.path):
+        print(f"{item.step:>10}  {format_bytes(item.nbytes):>12}  {item.problem or 'whole'}  {item.path}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ..checkpoint.folder import verify_checkpoints
+
+    found = verify_checkpoints(args.path)
+    if not found:
+        raise UserError(f"{args.path}: no checkpoint here")
+    bad = {path: problems for path, problems in found.items() if problems}
+    for path in found:
+        print(f"{path}: {'DAMAGED' if path in bad else 'whole'}")
+    if bad:
+        raise UserError("; ".join(problem for problems in bad.values() for problem in problems))
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from ..checkpoint.folder import prune
+
+    removed = prune(args.path, args.keep)
+    print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from ..metrics.audit import audit
+    from ..metrics.audit import report as text_of
+
+    print(text_of(audit(args.path)))
+    return 0

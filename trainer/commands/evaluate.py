@@ -1,0 +1,94 @@
+"""The verb `eval`. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data_prep.errors import UserError
+from ..run.quiet import quiet
+from .arguments import add_model_arguments, add_verb
+from .chosen import chosen_checkpoint
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import HeldOutData
+
+_EPILOG = """\
+examples:
+  zeropipe eval runs/gpt2-345m
+  zeropipe eval runs/gpt2-345m --split test --batches 100
+  zeropipe eval some-hf-folder --store data/other --json
+"""
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    parser = add_verb(verbs, "eval", run, "loss, perplexity and bits per byte on held-out tokens", epilog=_EPILOG)
+    add_model_arguments(parser, "float32", "%(default)s")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="of the run's data")
+    parser.add_argument("--store", help="evaluate on this whole store instead; needed for a Hugging Face folder")
+    parser.add_argument("--batches", default="all", metavar="N|all", help="global batches; default: all of the split")
+    parser.add_argument("--seq-len", type=int, metavar="T", help="with --store; default: the run's, or the context")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    quiet()  # before the libraries are imported
+    from ..evaluation.evaluate import as_json, evaluate_model
+    from ..evaluation.evaluate import report as text_of
+    from ..export.load import load_model, pick_device
+
+    batches = _batches(args.batches)
+    source = chosen_checkpoint(args.model, args.checkpoint)
+    device = pick_device(args.device)
+    data = _eval_data(args, source)
+    model, _ = load_model(source, args.dtype)
+    evaluation = evaluate_model(model.to(device), data, batches, _progress)
+    print(json.dumps(as_json(evaluation)) if args.json else text_of(evaluation))
+    return 0
+
+
+def _batches(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batches {text}: expected a number of 1 or more, or all")
+    return int(text)
+
+
+def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
+    from ..checkpoint.reader import Checkpoint
+    from ..evaluation.evaluate import run_data, store_data
+    from ..run.directory import is_hf_folder, load_run_recipe, run_directory, tokenizer_folder
+
+    tokenizer = tokenizer_folder(source)
+    run = run_directory(source)
+    if is_hf_folder(source):
+        if args.store is not None:
+            return store_data(args.store, args.seq_len or _context(source), tokenizer)
+        if run is None:
+            raise UserError(f"{source}: a Hugging Face folder has no data of its own; name a token store with --store")
+        recipe = load_run_recipe(run)  # of the run that it was exported from
+        return run_data(recipe, args.split, tokenizer, recipe.batch.global_batch or 8)
+    if args.store is not None:
+        recipe = load_run_recipe(run) if run else None
+        seq_len = args.seq_len or Checkpoint.open(source, verify=False).state["seq_len"]
+        return store_data(args.store, seq_len, tokenizer, bool(recipe and recipe.data.document_mask))
+    if run is None:
+        raise UserError(f"{source}: this checkpoint lies in no run directory; name a token store with --store")
+    state = Checkpoint.open(source, verify=False).state
+    return run_data(load_run_recipe(run), args.split, tokenizer, state["global_batch"])
+
+
+def _context(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return min(1024, config.max_position_embeddings)
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} sequences", end="\n" if done >= total else "", file=sys.stderr, flush=True)

@@ -1,0 +1,38 @@
+"""The verb `export`. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from ...data_prep.sizes import format_bytes
+from ..run.quiet import quiet
+from .arguments import DTYPES, add_checkpoint_argument, add_verb
+from .chosen import chosen_checkpoint
+
+
+def register(verbs: argparse._SubParsersAction) -> None:
+    text = "write a Hugging Face folder, verified against the logits that training computed"
+    parser = add_verb(verbs, "export", run, text)
+    parser.add_argument("run_directory", metavar="RUN", help="a run directory or a checkpoint")
+    add_checkpoint_argument(parser)
+    parser.add_argument("--output", metavar="FOLDER", help="default: RUN/export")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what the run computed with")
+    parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file; default: 4")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    quiet()  # before the libraries are imported
+    from ..export.huggingface import export as export_folder
+
+    source = chosen_checkpoint(args.run_directory, args.checkpoint)
+    done = export_folder(source, args.output, args.dtype, args.overwrite, int(args.max_shard_gb * 10**9))
+    dtype = str(done.dtype).removeprefix("torch.")
+    print(f"exported step {done.step} as {dtype}, {format_bytes(done.bytes)}: {done.folder}")
+    if done.deviation is None:
+        print("the checkpoint holds no probe, so the logits were not compared; every tensor was read back and is equal")
+    else:
+        print(f"verified: logits within {done.deviation:.1e} of training's, allowed {done.bound:.0e} of the largest")
+    if "tokenizer.json" not in done.files:
+        print("no tokenizer was found for this run, so the folder holds none")
+    return 0
