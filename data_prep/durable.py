@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, as_user_error
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -63,16 +63,17 @@ def publishing(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name if the block succeeds, and vanishes if it does not.
 
     Raises:
-        UserError: something is there already, and is not to be overwritten.
+        UserError: something is there already, and is not to be overwritten; or the block failed with an OSError.
     """
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already there; say --overwrite to replace it, or choose another --output")
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         publish_folder(partial, target, target.with_name(f".{target.name}.old-{os.getpid()}"))
+    except OSError as error:
+        raise as_user_error(error, where=target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -80,6 +80,18 @@ def test_a_run_comes_in_and_trains_on(setup, model, resumed, store, tmp_path):
     assert losses == pytest.approx(theirs["losses"], rel=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_was_saved_before_the_first_step_comes_in(groups, store, tmp_path):
+    recipe, source = recipe_for(store, tmp_path / "run", "gpt2", groups), str(tmp_path / "theirs")
+    setup = Setup(0, groups=groups)
+    theirs = run_ranks(1, plain_deepspeed.save_untrained, setup, recipe, MODELS["gpt2"], source)[0]
+    done = import_checkpoint(source, None, written(recipe, tmp_path), trust=True)
+    assert (done.kind, done.step) == ("ZeRO-0", 0)
+    checkpoint = Checkpoint.open(done.path)
+    assert {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()} == theirs
+    assert {kind for name in checkpoint.names() for kind in checkpoint.kinds(name)} == {"master"}
+
+
 @pytest.mark.parametrize("setup", [Setup(1), Setup(3, precision="bf16")], ids=["zero1", "zero3-bf16"])
 def test_a_universal_folder_comes_in(setup, store, tmp_path):
     recipe, source = recipe_for(store, tmp_path / "run", "gpt2"), str(tmp_path / "theirs")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...data_prep.errors import UserError
+from ...data_prep.errors import UserError, as_user_error
 from ..checkpoint.boxes import Box, Shape
 from ..checkpoint.files import STATE, box_tensor, write_json, write_rank
 from ..checkpoint.folder import CHECKPOINTS, begin, clear_leftovers, ls, partial_path, publish
@@ -206,8 +206,6 @@ def _write(folder: Path, state: Mapping[str, Any], tensors: list[FileTensor], sh
         files[STATE] = write_json(partial / STATE, state)
         return publish(folder, step, files)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot write the checkpoint: {error.strerror or error}"
-        ) from error
+        raise as_user_error(error, "cannot write the checkpoint", folder) from error
     finally:
         clear_leftovers(folder)

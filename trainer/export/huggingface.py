@@ -67,7 +67,7 @@ def export(
     Raises:
         UserError: nothing to export, `output` is there already, or the reloaded model differs from training.
     """
-    checkpoint = Checkpoint.open(Checkpoint.find(run_or_checkpoint))
+    checkpoint = Checkpoint.open(run_or_checkpoint)
     run = run_directory(checkpoint.path)
     if output is None and run is None:
         raise UserError(f"{run_or_checkpoint}: this checkpoint lies in no run directory, so say --output FOLDER")

@@ -33,7 +33,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None) -> tupl
     else:
         from ..checkpoint.reader import Checkpoint
 
-        checkpoint = Checkpoint.open(Checkpoint.find(path))
+        checkpoint = Checkpoint.open(path)
         model = load_checkpoint(checkpoint, dtype or run_precision(checkpoint.path, checkpoint.state).weights)
     return model.eval(), load_tokenizer(path)
 

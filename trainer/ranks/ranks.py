@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ...data_prep.errors import UserError, remedy
+from ...data_prep.errors import UserError, os_problem
 from .ports import free_port
 
 _T = TypeVar("_T")
@@ -101,8 +101,7 @@ class Ranks:
         except UserError as error:
             problem = str(error)
         except OSError as error:
-            said = (str(error.filename or where), doing, error.strerror or str(error))
-            problem, advice = ": ".join(filter(None, said)), remedy(error)
+            problem, advice = os_problem(error, doing, where)
         self.raise_together(problem, advice)
         return result  # type: ignore[return-value]
 
