@@ -55,8 +55,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from ..metrics.audit import audit
-    from ..metrics.audit import report as text_of
+    from ..metrics.audit import audit, audit_text
 
-    print(text_of(audit(args.path)))
+    print(audit_text(audit(args.path)))
     return 0

@@ -15,7 +15,7 @@ from ..recipe.recipe import Recipe
 from .labels import IGNORE
 from .ledger import digest, sample_ids
 from .order import SampleOrder, Source
-from .splits import Part, Split, open_split
+from .splits import Part, SplitName, open_split
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class StepBatch:
         return sum(micro.tokens for micro in self.micro_batches)
 
 
-def open_windows(recipe: Recipe, split: Split) -> list[Windows]:
+def open_windows(recipe: Recipe, split: SplitName) -> list[Windows]:
     """The windows of one split, in the recipe's order of stores; empty where the recipe has no such split.
 
     Raises:

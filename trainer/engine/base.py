@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +24,10 @@ from ..data.order import key64
 from ..modeling.build import RandomValues, make_parameter
 from ..objectives.base import LossSum, Objective
 from ..objectives.registry import objective_of
+from ..optim.groups import parameter_groups
 from ..optim.schedule import learning_rate
 from ..plan.plan import Plan
+from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
 from ..run.state import StepOutput
 
@@ -101,6 +104,17 @@ class Engine(ABC):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
         return sorted(((p.spec.name, p) for p in self.module.parameters()), key=lambda pair: pair[0])  # type: ignore[attr-defined]
+
+    def _initialize(self, config: dict[str, Any], mpu: Mpu | None = None) -> Any:
+        """DeepSpeed's engine for `module`, with the optimizer that the JSON names; `config` from `runtime_config`."""
+        optimizer = self.plan.settings.optimizer
+        groups = parameter_groups(self.module, optimizer)
+        if optimizer.build is None:
+            arguments: dict[str, Any] = {"model_parameters": groups}
+        else:
+            arguments = {"optimizer": optimizer.build(groups, config.pop("optimizer")["params"])}
+            config["zero_allow_untested_optimizer"] = True
+        return deepspeed.initialize(model=self.module, config=config, mpu=mpu, **arguments)[0]
 
     def _adapt(self, module: nn.Module) -> None:
         """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say."""

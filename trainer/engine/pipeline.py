@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from ..modeling.layer_costs import layer_seconds, step_seconds
 from ..modeling.partition import stage_costs
 from ..modeling.pipeline import Builder, StageLoss, Stages
 from ..objectives.base import LossSum
-from ..optim.groups import parameter_groups
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.quiet import hushed
@@ -47,11 +45,7 @@ class PipelineEngine(Engine):
             self._stages = Stages(builder, self._head, method, costs)
             self._stages.before_forward = lambda micro: self._seed(self._step, micro)
             self.module: nn.Module = self._stages
-            self.deepspeed: Any = deepspeed.initialize(
-                model=self._stages,
-                model_parameters=parameter_groups(self._stages, plan.settings.optimizer),  # type: ignore[arg-type]
-                config=config,
-            )[0]
+            self.deepspeed = self._initialize(config)
         # of a step, by the measured costs of the layers; None unless they were measured
         self.predicted_seconds = None
         if costs is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +13,6 @@ from ..modeling.build import Values, build_model
 from ..modeling.causal import CausalLM
 from ..modeling.tensor_parallel import parallelise
 from ..objectives.base import LossSum
-from ..optim.groups import parameter_groups
 from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
@@ -38,12 +36,7 @@ class ZeroEngine(Engine):
             from ..modeling.sequence_parallel import SequenceParallel
 
             self.module = SequenceParallel(self.module, ranks).train()
-        self.deepspeed: Any = deepspeed.initialize(
-            model=self.module,
-            model_parameters=parameter_groups(self.module, plan.settings.optimizer),  # type: ignore[arg-type]
-            config=config,
-            mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
-        )[0]
+        self.deepspeed = self._initialize(config, Mpu(ranks) if ranks.tensor_size > 1 else None)
 
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
         norm, sums = None, self._vector(None)

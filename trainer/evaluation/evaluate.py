@@ -220,7 +220,7 @@ def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: b
     return HeldOutData(str(path), [windows], [], 8, document_mask, tokenizer or store.tokenizer)
 
 
-def report(evaluation: Evaluation) -> str:
+def evaluation_text(evaluation: Evaluation) -> str:
     """A few lines for people."""
     result, entropies = evaluation.result, evaluation.entropies
     lines = [

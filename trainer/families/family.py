@@ -24,7 +24,7 @@ from .param_spec import ParamSpec, Split, norm
 
 Config = Mapping[str, Any]  # transformers' own names
 Style = Literal["colwise", "packed_colwise", "rowwise"]  # packed: fused queries, keys and values
-Count = Literal["heads", "groups", "width"]  # query heads; query heads of each key head; width of the queries
+HeadCount = Literal["heads", "groups", "width"]  # query heads; query heads of each key head; width of the queries
 
 # keys that transformers takes for any family
 COMMON = words(
@@ -47,7 +47,7 @@ class Attention:
     key: str
     value: str
     output: str
-    counts: Mapping[str, Count]  # attributes of the module that depend on how many heads a rank has
+    counts: Mapping[str, HeadCount]  # attributes of the module that depend on how many heads a rank has
 
     @property
     def fused(self) -> bool:

@@ -140,7 +140,7 @@ def _against_checkpoints(
     return Audit(**{**vars(found), "defects": [*found.defects, defect]})
 
 
-def report(found: Audit) -> str:
+def audit_text(found: Audit) -> str:
     """A few lines for people.
 
     Raises:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ranks.ranks import Ranks
 
-NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
+_NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
 SEQUENCE, HEADS = 1, 2  # dimensions of [batch, time, heads, head size]
 
 
@@ -59,7 +59,7 @@ class SequenceParallel(nn.Module):
         self.mask: Tensor | None = None
         config = self.causal.model.config
         self._mask_config: Any = copy.deepcopy(config)  # whose attention is still "sdpa"
-        config._attn_implementation = NAME
+        config._attn_implementation = _NAME
         exchange = DistributedAttention(_local_attention, ranks.sequence_group, HEADS, SEQUENCE)  # type: ignore[arg-type]
         for module in causal.modules():
             # what transformers' attention interface asks of a module, in any family
@@ -141,4 +141,4 @@ def _local_attention(
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, _ulysses_attention)
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _ulysses_attention)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...data_prep.errors import UserError
-from ..families.family import Count, Family
+from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
 from .split_noise import SplitNoise
@@ -157,7 +157,7 @@ def _localise_heads(module: nn.Module, block: str, family: Family, ranks: Ranks)
         return last - first
 
     queries, keys = width(query, 0), width(key, int(names.fused))
-    counts: dict[Count, int] = {
+    counts: dict[HeadCount, int] = {
         "heads": queries // attention.head_dim,
         "groups": queries // keys,
         "width": queries,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...data_prep.errors import UserError
+from ..adapters.registry import adapter_of
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..recipe.recipe import Recipe
@@ -51,7 +52,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         UserError: one line that lists every refusal, each with its alternatives.
     """
     refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model)]
+    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout)]
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
@@ -145,6 +146,12 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
     kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
     if kv_heads % size and size % kv_heads:
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+
+
+def _adapter(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    adapter = adapter_of(recipe.adapter)
+    if adapter is not None and layout.tensor > 1 and not adapter.splits:
+        yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
 
 
 def _divisors(number: int) -> str:

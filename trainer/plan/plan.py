@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..adapters.registry import adapter_of
-from ..data.splits import Part, Split, open_split
+from ..data.splits import Part, SplitName, open_split
 from ..data.vocabulary import vocabulary_of
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
@@ -106,7 +106,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         decay_steps=decay,
         settings=settings,
         parameters=parameters,
-        memory=None if parameters is None else _memory(recipe, settings, layout, model),
+        memory=None if parameters is None or recipe.adapter != "none" else _memory(recipe, settings, layout, model),
     )
 
 
@@ -124,7 +124,7 @@ def check_names(recipe: Recipe) -> None:
 
 def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
     """All stores of a run: those of the train split, and those that validation and test have of their own."""
-    own: list[Split] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
+    own: list[SplitName] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
     return [part.store for part in (*parts, *(part for split in own for part in open_split(recipe.data, split)))]
 
 

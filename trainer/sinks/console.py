@@ -32,7 +32,7 @@ class Console:
     """The sink: a line for every step that is shown, and each record's message."""
 
     def __init__(self, settings: SinkSettings) -> None:
-        self._settings, self.progress = settings, ProgressLine(settings.total_steps)
+        self._settings, self.progress = settings, StepLine(settings.total_steps)
 
     def write(self, record: Mapping[str, Any], message: str | None) -> None:
         if record["kind"] == "train":
@@ -55,7 +55,7 @@ def peak_memory() -> int:
 
 
 @dataclass
-class ProgressLine:
+class StepLine:
     """Prints what happens; measures tokens per second between two lines, and the time left from this process's pace."""
 
     total_steps: int

@@ -24,7 +24,7 @@ from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER
 from zeropipe.trainer.run.guard import StopRequest
 from zeropipe.trainer.run.state import StepOutput, TrainState
-from zeropipe.trainer.sinks.console import ProgressLine, duration
+from zeropipe.trainer.sinks.console import StepLine, duration
 
 
 class State(TrainState):
@@ -234,7 +234,7 @@ class Terminal(io.StringIO):
 
 def test_the_line_is_rewritten_on_a_terminal():
     screen = Terminal()
-    progress = ProgressLine(10, stream=screen)
+    progress = StepLine(10, stream=screen)
     for step in (1, 2):
         progress.step(step, 100, 1.0)
         progress.line(step, 5.0, 1e-4, None, 2_000_000_000)
