@@ -11,7 +11,7 @@ from ..data_prep.errors import UserError
 
 # DeepSpeed searches for `^(\S+)\s+slots=(\d+)` and ignores the rest; of that, only MPI's `max_slots` is let pass here
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)(\s+max[-_]slots=\d+)?\s*(#.*)?")
-NAME = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*")
+_NAME = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*")
 EXAMPLE = "`node1 slots=8`"
 
 
@@ -59,7 +59,7 @@ def _parse(line: str, where: str) -> Host:
     if not match:
         raise UserError(f"{where}: cannot read '{line}'; expected the host's name and its ranks, such as {EXAMPLE}")
     name, slots = match["name"], int(match["slots"])
-    if not NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise UserError(
             f"{where}: '{name}' is not a host name; ranges such as node[1-4] must be written out, one host a line, "
             "and an IPv6 address needs a name in /etc/hosts"

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from ...data_prep.store import TokenStore
-from ..recipe.recipe import Data, Source
+from ..recipe.recipe import Data, SourceSection
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -52,7 +52,7 @@ def open_split(data: Data, split: Split) -> list[Part]:
     Raises:
         UserError: a store is missing or damaged.
     """
-    own: list[Source] | None = {"valid": data.valid, "test": data.test}.get(split)
+    own: list[SourceSection] | None = {"valid": data.valid, "test": data.test}.get(split)
     sources = data.train if own is None else own
     parts = []
     for source in sources:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...data_prep.errors import UserError
+from ...data_prep.tokenizer import completed
 from ..checkpoint.safetensors_format import groups
 from ..checkpoint.safetensors_stream import Entry, write_tensors
 from ..checkpoint.saving import Checkpoint
@@ -75,7 +76,9 @@ def export(
     chosen = torch_dtype(dtype or precision.weights)
     with publishing(target, overwrite) as folder:
         write_model(checkpoint, folder, chosen, shard_bytes)
-        copy_tokenizer(tokenizer_folder(checkpoint.path), folder)
+        if (tokenizer := tokenizer_folder(checkpoint.path)) is not None:
+            with completed(tokenizer) as whole:
+                copy_tokenizer(whole, folder)
         verify_weights(checkpoint, folder, chosen)
         probe = read_probe(checkpoint.path)
         deviation = bound = None
@@ -140,9 +143,9 @@ def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype
     generation.save_pretrained(folder)
 
 
-def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """The tokenizer's files as they are; a store made from a bare Megatron prefix has none."""
-    for file in sorted(source.iterdir()) if source else []:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files as they are."""
+    for file in sorted(source.iterdir()):
         is_models = file.name in ("config.json", "generation_config.json") or "safetensors" in file.name
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and not is_models:
             shutil.copyfile(file, folder / file.name)

@@ -11,14 +11,14 @@ from .base import Group, Optimizer
 if TYPE_CHECKING:
     from torch import nn
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def grouped(
-    things: Iterable[T], spec_of: Callable[[T], ParamSpec], optimizer: Optimizer
-) -> list[tuple[Group, list[T]]]:
+    things: Iterable[_T], spec_of: Callable[[_T], ParamSpec], optimizer: Optimizer
+) -> list[tuple[Group, list[_T]]]:
     """The optimizer's groups that have members, in its order; members in the order of `things`."""
-    members: list[list[T]] = [[] for _ in optimizer.groups]
+    members: list[list[_T]] = [[] for _ in optimizer.groups]
     for thing in things:
         spec = spec_of(thing)
         members[next(number for number, group in enumerate(optimizer.groups) if group.takes(spec))].append(thing)

@@ -34,7 +34,7 @@ class Model(_Section):
         return self
 
 
-class Source(_Section):
+class SourceSection(_Section):
     store: Place
     """A token store, or a bare Megatron prefix."""
     weight: float = Field(default=1.0, gt=0)
@@ -42,11 +42,11 @@ class Source(_Section):
 
 
 class Data(_Section):
-    train: list[Source] = Field(min_length=1)
+    train: list[SourceSection] = Field(min_length=1)
     """The stores to train on."""
-    valid: list[Source] | None = Field(default=None, min_length=1)
+    valid: list[SourceSection] | None = Field(default=None, min_length=1)
     """Stores of their own for validation; replaces `split`."""
-    test: list[Source] | None = Field(default=None, min_length=1)
+    test: list[SourceSection] | None = Field(default=None, min_length=1)
     """Stores of their own for testing; replaces `split`."""
     split: str = "949,50,1"
     """Shares of the documents of `train` for train, valid and test, in this order."""
@@ -84,7 +84,7 @@ class Parallel(_Section):
         return self
 
 
-class Batch(_Section):
+class BatchSection(_Section):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_by_name=True
     )
@@ -109,7 +109,7 @@ class Duration(_Section):
         return self
 
 
-class Optimizer(_Section):
+class OptimizerSection(_Section):
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
@@ -174,9 +174,9 @@ class Recipe(_Section):
     adapter: Choice = "none"
     """What is trained beside or instead of all weights: none, or a mapping of `type` and its options."""
     parallel: Parallel = Parallel()
-    batch: Batch = Batch()
+    batch: BatchSection = BatchSection()
     duration: Duration
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerSection = OptimizerSection()
     schedule: Schedule = Schedule()
     log: Log = Log()
     eval: Eval = Eval()

@@ -10,7 +10,7 @@ from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..plan.settings import precision_of
 from ..recipe.precision import PRECISIONS, Precision
-from ..recipe.recipe import Recipe, Source, load_recipe
+from ..recipe.recipe import Recipe, SourceSection, load_recipe
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -36,7 +36,7 @@ def load_run_recipe(run: Path) -> Recipe:
     def found(path: str) -> str:
         return path if started_in is None or Path(path).exists() else str(started_in / path)
 
-    def sources(listed: list[Source] | None) -> list[Source] | None:
+    def sources(listed: list[SourceSection] | None) -> list[SourceSection] | None:
         return listed and [source.model_copy(update={"store": found(source.store)}) for source in listed]
 
     data = recipe.data
@@ -55,7 +55,7 @@ def _started_in(run: Path) -> Path | None:
 def tokenizer_folder(path: str | Path) -> Path | None:
     """The Hugging Face tokenizer folder of a run, one of its checkpoints, or a model folder; None if there is none."""
     path = Path(path)
-    if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return path
     run = run_directory(path)
     if run is None:
