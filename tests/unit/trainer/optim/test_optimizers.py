@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,7 @@ def test_an_optimizer_from_outside_is_planned(store: Path, tmp_path: Path):
     assert plan.deepspeed["optimizer"] == {"type": "ToyMomentum", "params": params}
     assert plan.deepspeed["zero_allow_untested_optimizer"] is True
     assert plan.settings.optimizer is TOY_MOMENTUM
+    assert pickle.loads(pickle.dumps(plan)) == plan  # it is sent to ranks
     adam = plan_of(recipe, tiny_json("zero1"), 2)
     assert "zero_allow_untested_optimizer" not in adam.deepspeed
     assert plan.memory is not None and adam.memory is not None
