@@ -68,23 +68,25 @@ def _rank(rank: int, world: int, port: int, stage: int, rounds: int, folder: Pat
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
     import logging
 
-    from zeropipe.trainer.checkpoint.saving import load, save
+    from zeropipe.trainer.checkpoint.deepspeed_state import Live
+    from zeropipe.trainer.checkpoint.loader import load
+    from zeropipe.trainer.checkpoint.writer import save
     from zeropipe.trainer.ranks.ranks import init_distributed, shut_down
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     ranks = init_distributed()
     engine = _engine(stage, ranks)
-    parameters = sorted((p.spec.name, p) for p in engine.module.parameters())
+    live = Live(engine, sorted((p.spec.name, p) for p in engine.module.parameters()), ranks)
     synced = _count_fsync()
     theirs, ours, forced, loads = [], [], [], []
     for _ in range(rounds + 1):  # the first warms up
         theirs.append(_timed(ranks, lambda: engine.save_checkpoint(str(folder / "theirs"), tag="t")))
         _clear(ranks, folder / "theirs")
         before = sum(synced)
-        ours.append(_timed(ranks, lambda: save(engine, parameters, ranks, folder, {"step": 1})))
+        ours.append(_timed(ranks, lambda: save(live, folder, {"step": 1})))
         forced.append(max(ranks.gather_objects(sum(synced) - before)))
         path = folder / "checkpoints" / "step-00000001"
-        loads.append(_timed(ranks, lambda path=path: load(engine, parameters, ranks, path)))
+        loads.append(_timed(ranks, lambda path=path: load(live, path)))
         _clear(ranks, folder / "checkpoints")
     if ranks.is_main:
         native, own, fsync, loading = (statistics.median(values[1:]) for values in (theirs, ours, forced, loads))

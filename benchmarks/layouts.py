@@ -105,9 +105,9 @@ def timed(planned: Plan) -> tuple[float, float]:
     """Seconds of the fastest step, and how long it was in all-reduces."""
     import torch.distributed as dist
 
-    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.engine.build import build_engine
     from zeropipe.trainer.ranks.ranks import init_distributed
-    from zeropipe.trainer.testing.curves import open_stream
+    from zeropipe.trainer.run.data import RunData
 
     waited, all_reduce = [0.0], dist.all_reduce
 
@@ -121,7 +121,7 @@ def timed(planned: Plan) -> tuple[float, float]:
     dist.all_reduce = clocked
     layout = planned.layout
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
-    engine, stream = build_engine(planned.recipe, planned, ranks), open_stream(planned, ranks)
+    engine, stream = build_engine(planned, ranks), RunData.open(planned).stream(ranks)
     steps = []
     for step in range(STEPS):
         waited[0], started = 0.0, time.perf_counter()

@@ -26,7 +26,7 @@ import orjson
 import psutil
 from text_corpus import write_jsonl
 
-from zeropipe.data_prep.cli import size
+from zeropipe.data_prep.cli import byte_count
 
 RAW = """
 import sys, time, gigatoken
@@ -172,8 +172,8 @@ def main() -> None:
         type=Path,
         help="a Hugging Face folder, or vocab.json + merges.txt; default: one trained on the standard library",
     )
-    parser.add_argument("--sizes", type=size, nargs="+", default=[200_000_000], help="of text: 200M 1G 4G")
-    parser.add_argument("--peer-size", type=size, default=20_000_000, help="of jsonl, for the slow peers")
+    parser.add_argument("--sizes", type=byte_count, nargs="+", default=[200_000_000], help="of text: 200M 1G 4G")
+    parser.add_argument("--peer-size", type=byte_count, default=20_000_000, help="of jsonl, for the slow peers")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--datatrove", metavar="PYTHON", help="a Python in which datatrove is installed")

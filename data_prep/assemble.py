@@ -11,10 +11,10 @@ import numpy as np
 
 from .index import runs
 from .shuffle import shuffled
-from .tasks import META, Record, part_files
+from .tasks import META, TaskRecord, part_files
 from .writer import ShardWriter
 
-BLOCK_TOKENS = 4 << 20
+_BLOCK_TOKENS = 4 << 20
 DIGESTS = 4 << 20  # documents compared at a time when duplicates are sought
 
 
@@ -46,8 +46,8 @@ class Assembler:
         self.plan = plan
         self.writer = writer
         self.totals = Totals()
-        self.records: list[Record] = []  # of the parts taken, in order
-        self._early: dict[int, Record] = {}
+        self.records: list[TaskRecord] = []  # of the parts taken, in order
+        self._early: dict[int, TaskRecord] = {}
         self._next = first
         self._keep: list[np.ndarray] = []  # documents to keep, one array per part; only if the plan must see all first
         self._wait = plan.deduplicate or plan.shuffle is not None
@@ -58,7 +58,7 @@ class Assembler:
         limit = self.plan.limit_documents
         return limit is not None and not self.plan.deduplicate and self.totals.documents >= limit
 
-    def add(self, record: Record) -> None:
+    def add(self, record: TaskRecord) -> None:
         self._early[record.number] = record
         while not self.enough and (ready := self._early.pop(self._next, None)):
             self._next += 1
@@ -84,10 +84,10 @@ class Assembler:
                 self._write_part(record, keep)
         return self.totals
 
-    def _meta(self, record: Record) -> np.ndarray:
+    def _meta(self, record: TaskRecord) -> np.ndarray:
         return np.fromfile(part_files(self.directory, record.number)["meta"], META)
 
-    def _count(self, record: Record, keep: np.ndarray) -> None:
+    def _count(self, record: TaskRecord, keep: np.ndarray) -> None:
         """Adds the kept documents of a part to the totals, after taking those beyond the limit out of `keep`."""
         if self.plan.limit_documents is not None:
             beyond = np.flatnonzero(keep)[max(0, self.plan.limit_documents - self.totals.documents) :]
@@ -98,11 +98,11 @@ class Assembler:
         self.totals.tokens += int(meta["tokens"].sum(dtype=np.int64, where=keep))
         self.totals.text_bytes += int(meta["bytes"].sum(where=keep))
 
-    def _write_part(self, record: Record, keep: np.ndarray) -> None:
+    def _write_part(self, record: TaskRecord, keep: np.ndarray) -> None:
         """Appends the kept documents of a part, block by block: a part may be a huge compressed file's."""
         lengths = self._meta(record)["tokens"]
         with part_files(self.directory, record.number)["bin"].open("rb") as file:
-            for first, stop in runs(lengths, BLOCK_TOKENS):
+            for first, stop in runs(lengths, _BLOCK_TOKENS):
                 own, kept = lengths[first:stop], keep[first:stop]
                 tokens = np.fromfile(file, self.writer.dtype, int(own.sum(dtype=np.int64)))
                 if not kept.all():
@@ -130,7 +130,7 @@ class Assembler:
                 keep[places[repeated[start : start + len(places)]]] = False
                 start += len(places)
 
-    def _digests_between(self, record: Record, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    def _digests_between(self, record: TaskRecord, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Digests [n, 2] of a part whose first half is in [low, high], and the places of their documents [n]."""
         digests = self._meta(record)["digest"]
         places = np.flatnonzero((digests[:, 0] >= np.uint64(low)) & (digests[:, 0] <= np.uint64(high)))

@@ -53,18 +53,20 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
         "--text-unit", choices=("file", "paragraph", "line"), default="file", help="what a document is in a text file"
     )
     source.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at input that is no document")
-    source.add_argument("--limit-bytes", type=positive_size, metavar="SIZE", help="read about this much of the input")
+    source.add_argument(
+        "--limit-bytes", type=positive_byte_count, metavar="SIZE", help="read about this much of the input"
+    )
     source.add_argument("--limit-documents", type=count, metavar="N", help="keep the first N documents")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="PATH", help="Hugging Face folder or tokenizer.json")
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE of N tokens")
     tokenizer.add_argument(
-        "--train-bytes", type=positive_size, default=32 << 20, metavar="SIZE", help="to train it on (32Mi)"
+        "--train-bytes", type=positive_byte_count, default=32 << 20, metavar="SIZE", help="to train it on (32Mi)"
     )
     tokenizer.add_argument("--eod-token", metavar="TOKEN", help="end of document (<|endoftext|>, else the eos token)")
     select = parser.add_argument_group("selection and order")
-    select.add_argument("--min-bytes", type=size, default=0, metavar="SIZE", help="drop shorter documents")
-    select.add_argument("--max-bytes", type=size, metavar="SIZE", help="drop longer documents")
+    select.add_argument("--min-bytes", type=byte_count, default=0, metavar="SIZE", help="drop shorter documents")
+    select.add_argument("--max-bytes", type=byte_count, metavar="SIZE", help="drop longer documents")
     select.add_argument("--keep-regex", metavar="REGEX", help="keep only documents in which it is found")
     select.add_argument("--drop-regex", metavar="REGEX", help="drop documents in which it is found")
     select.add_argument("--deduplicate", action="store_true", help="keep one of documents with equal text")
@@ -73,16 +75,16 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="the store to make")
     output.add_argument("--overwrite", action="store_true", help="replace what is there")
     output.add_argument(
-        "--shard-size", type=positive_size, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)"
+        "--shard-size", type=positive_byte_count, default=4 << 30, metavar="SIZE", help="of a .bin at most (4Gi)"
     )
     output.add_argument("--workers", type=count, metavar="N", help="processes (one per core; 0: none but this one)")
     output.add_argument(
-        "--task-size", type=positive_size, default=32 << 20, metavar="SIZE", help="of input at a time (32Mi)"
+        "--task-size", type=positive_byte_count, default=32 << 20, metavar="SIZE", help="of input at a time (32Mi)"
     )
     output.add_argument("--mpi", action="store_true", help="under mpirun: the other ranks do the tasks")
     output.add_argument(
         "--cache-memory",
-        type=positive_size,
+        type=positive_byte_count,
         default=100_000_000,
         metavar="SIZE",
         help="for the encoder of each worker (100M)",
@@ -91,7 +93,7 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.set_defaults(run=run_prepare)
 
 
-def size(text: str) -> int:
+def byte_count(text: str) -> int:
     """Bytes: `500`, `64M`, `4Gi`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if not match:
@@ -99,8 +101,8 @@ def size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2] or ""])
 
 
-def positive_size(text: str) -> int:
-    if (number := size(text)) < 1:
+def positive_byte_count(text: str) -> int:
+    if (number := byte_count(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be more than 0")
     return number
 
@@ -158,9 +160,9 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def _summarise(store: TokenStore) -> int:
-    from .inspection import summary
+    from .inspection import describe_store
 
-    print("\n".join(summary(store)))
+    print("\n".join(describe_store(store)))
     return EXIT_DONE
 
 

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .documents import BadDocument
 from .errors import UserError
-from .sources import Slice
+from .slices import BadDocument, Slice
 
 ROWS = 256  # read at a time
 

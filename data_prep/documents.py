@@ -13,45 +13,10 @@ from typing import Any, BinaryIO, cast
 import orjson
 
 from .errors import UserError
-from .sources import Slice
+from .slices import BadDocument, Slice
 
-BUFFER = 1 << 20
-BOM = b"\xef\xbb\xbf"
-
-
-class BadDocument(UserError):
-    """A piece of input that is not a document: where it is and why."""
-
-    def __init__(self, path: str, reason: str, *, offset: int | None = None, line: int | None = None) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason, self.offset, self.line = path, reason, offset, line
-
-    def __str__(self) -> str:
-        return f"{self.describe()}; --on-error skip passes over such documents"
-
-    def describe(self) -> str:
-        line = self.line
-        if line is None and self.offset is not None:
-            line = line_number(self.path, self.offset)
-        where = self.path if line is None else f"{self.path}, line {line}"
-        return f"{where}: {self.reason}"
-
-    def __reduce__(self) -> Any:
-        return _bad_document, (self.path, self.reason, self.offset, self.line)
-
-
-def _bad_document(path: str, reason: str, offset: int | None, line: int | None) -> BadDocument:
-    return BadDocument(path, reason, offset=offset, line=line)
-
-
-def line_number(path: str, offset: int) -> int:
-    """Number, from 1, of the line that begins at byte `offset` of a plain file. Reads all before it."""
-    lines, left = 1, offset
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(BUFFER, left))):
-            lines += block.count(b"\n")
-            left -= len(block)
-    return lines
+_BUFFER = 1 << 20
+_BOM = b"\xef\xbb\xbf"
 
 
 def read_documents(part: Slice, text_key: str, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
@@ -147,7 +112,7 @@ def _json_reason(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 def _lines(part: Slice) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin in [start, stop), each with its line end, without a byte-order mark."""
-    with open_stream(part) as file:
+    with open_decompressed(part) as file:
         position = 0
         if part.start:
             file.seek(part.start - 1)
@@ -156,14 +121,14 @@ def _lines(part: Slice) -> Iterator[tuple[int, bytes]]:
             line = file.readline()
             if not line:
                 return
-            yield position, line.removeprefix(BOM) if position == 0 else line
+            yield position, line.removeprefix(_BOM) if position == 0 else line
             position += len(line)
 
 
 def _text(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
     if part.format == "text":
-        with open_stream(part) as file:
-            units = [(0, file.read().removeprefix(BOM))]
+        with open_decompressed(part) as file:
+            units = [(0, file.read().removeprefix(_BOM))]
     elif part.format == "paragraphs":
         units = _paragraphs(part)
     else:
@@ -193,17 +158,17 @@ def _paragraphs(part: Slice) -> Iterator[tuple[int, bytes]]:
         yield start, b"".join(lines).rstrip(b"\r\n")
 
 
-def open_stream(part: Slice) -> BinaryIO:
+def open_decompressed(part: Slice) -> BinaryIO:
     """The file's bytes, decompressed."""
     if part.compression is None:
-        return open(part.path, "rb", buffering=BUFFER)
+        return open(part.path, "rb", buffering=_BUFFER)
     if part.compression == "gz":
-        return cast(BinaryIO, io.BufferedReader(gzip.open(part.path), BUFFER))
+        return cast(BinaryIO, io.BufferedReader(gzip.open(part.path), _BUFFER))
     if part.compression == "xz":
-        return cast(BinaryIO, io.BufferedReader(lzma.open(part.path), BUFFER))
+        return cast(BinaryIO, io.BufferedReader(lzma.open(part.path), _BUFFER))
     if part.compression == "bz2":
-        return cast(BinaryIO, io.BufferedReader(bz2.open(part.path), BUFFER))
-    return cast(BinaryIO, io.BufferedReader(_Zstandard(part.path), BUFFER))
+        return cast(BinaryIO, io.BufferedReader(bz2.open(part.path), _BUFFER))
+    return cast(BinaryIO, io.BufferedReader(_Zstandard(part.path), _BUFFER))
 
 
 class _Zstandard(io.RawIOBase):
@@ -224,7 +189,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._packed or self._file.read(BUFFER)
+            packed = self._packed or self._file.read(_BUFFER)
             if not packed:
                 if self._frame is not None:
                     raise EOFError("it ends in the middle of a frame")

@@ -1,9 +1,14 @@
-"""Small files and names that survive a crash."""
+"""Files, names and folders that survive a crash."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import UserError, as_user_error
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -24,3 +29,55 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish_folder(made: Path, target: Path, replaced: Path) -> None:
+    """Gives a folder its name when all in it is written (files are on the disk already), in place of what is there.
+
+    Args:
+        made, target, replaced: on one file system. A kill in between leaves what was at `target` under `replaced`.
+
+    Raises:
+        OSError: the disk is full or not writable; `target` is then as it was, or the new folder.
+    """
+    for path in (*made.rglob("*"), made):
+        if path.is_dir():
+            sync_directory(path)
+    if target.exists():
+        target.rename(replaced)
+    try:
+        made.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    sync_directory(target.parent)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
+    else:
+        replaced.unlink(missing_ok=True)
+
+
+@contextmanager
+def publishing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name if the block succeeds, and vanishes if it does not.
+
+    Raises:
+        UserError: something is there already, and is not to be overwritten; or the block failed with an OSError.
+    """
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: already there; say --overwrite to replace it, or choose another --output")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        publish_folder(partial, target, target.with_name(f".{target.name}.old-{os.getpid()}"))
+    except OSError as error:
+        raise as_user_error(error, where=target) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_file_name(name: object) -> bool:
+    """Whether this names a file of the folder that it is joined to, and no place outside of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from .tokenizer import load_tokenizer
+from .tokenizer import read_tokenizer
 
 PROBE_BYTES = 1024  # of a document, encoded by both encoders
 FIRST_PROBES = 32  # documents, when an encoder is new
@@ -48,7 +48,7 @@ class Reference:
     name = "tokenizers"
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = read_tokenizer(folder)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -2,7 +2,7 @@
 
 0   9 B       b"MMIDIDX\\x00\\x00"
 9   u64       version = 1
-17  u8        code of the token type, see `DTYPES`
+17  u8        code of the token type, see `_DTYPES`
 18  u64       N sequences
 26  u64       D entries of the document index
 34  int32[N]  lengths in tokens, then int64[N] byte offsets into .bin, then int64[D] first sequence of each document
@@ -22,8 +22,8 @@ from .errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 OLD_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _BLOCK = 1 << 20  # entries computed at a time when an .idx is written
 
 
@@ -62,9 +62,9 @@ def read_header(path: Path) -> Header:
     _, version, code, sequences, entries = HEADER.unpack(raw)
     if version != 1:
         raise UserError(f"{path}: version {version} of the mmap index, only version 1 is known")
-    if code not in DTYPES or code in (6, 7):
+    if code not in _DTYPES or code in (6, 7):
         raise UserError(f"{path}: token type code {code} does not stand for an integer type")
-    return Header(np.dtype(DTYPES[code]), sequences, entries)
+    return Header(np.dtype(_DTYPES[code]), sequences, entries)
 
 
 class IndexFile:
@@ -104,7 +104,7 @@ def runs(lengths: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     """Writes an .idx in which every sequence is one document. `lengths`: int32 [N], in tokens."""
     with path.open("wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(lengths) + 1))
+        file.write(HEADER.pack(MAGIC, 1, _CODES[dtype], len(lengths), len(lengths) + 1))
         file.write(np.ascontiguousarray(lengths, "<i4").data)
         for offsets in _offsets(lengths, dtype.itemsize):
             file.write(offsets.data)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from .errors import UserError
 from .store import TokenStore
-from .tokenizer import load_tokenizer
+from .tokenizer import read_tokenizer
 
 
-def summary(store: TokenStore) -> list[str]:
+def describe_store(store: TokenStore) -> list[str]:
     """A few lines about a store as a whole."""
     vocabulary = f", vocabulary {store.vocab_size:,}" if store.vocab_size else ""
     lines = [
@@ -27,11 +27,11 @@ def summary(store: TokenStore) -> list[str]:
 
 
 def show(path: str, documents: list[int], limit: int, tokenizer: str | None) -> None:
-    """Prints the summary and some documents, as ids and, with a tokenizer, as text. UserError if not there."""
+    """Prints the description and some documents, as ids and, with a tokenizer, as text. UserError if not there."""
     store = TokenStore.open(path)
-    print("\n".join(summary(store)))
+    print("\n".join(describe_store(store)))
     folder = Path(tokenizer) if tokenizer else store.tokenizer
-    decoder = load_tokenizer(folder) if folder else None
+    decoder = read_tokenizer(folder) if folder else None
     for number in documents or range(min(3, store.num_documents)):
         if not 0 <= number < store.num_documents:
             raise UserError(f"{path}: no document {number}: they are numbered 0 to {store.num_documents - 1}")

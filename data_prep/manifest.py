@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .durable import write_durably
+from .durable import is_file_name, write_durably
 from .errors import UserError
 
-NAME = "manifest.json"
-FORMAT = "zeropipe token store"
-VERSION = 1
+STORE_MANIFEST = "manifest.json"
+_FORMAT = "zeropipe token store"
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,30 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        payload = {"format": FORMAT, "version": VERSION, **asdict(self), "fingerprint": self.fingerprint}
-        write_durably(directory / NAME, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
+        payload = {"format": _FORMAT, "version": _VERSION, **asdict(self), "fingerprint": self.fingerprint}
+        write_durably(directory / STORE_MANIFEST, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
-        path = directory / NAME
+        path = directory / STORE_MANIFEST
         try:
             payload = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise UserError(f"{path}: cannot read the store's manifest: {error.strerror}") from None
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}); the store is damaged, prepare it again") from None
-        if not isinstance(payload, dict) or payload.pop("format", None) != FORMAT:
+        if not isinstance(payload, dict) or payload.pop("format", None) != _FORMAT:
             raise UserError(f"{path}: not the manifest of a token store")
-        if (version := payload.pop("version", None)) != VERSION:
-            raise UserError(f"{path}: version {version} of the store format, this program reads version {VERSION}")
+        if (version := payload.pop("version", None)) != _VERSION:
+            raise UserError(f"{path}: version {version} of the store format, this program reads version {_VERSION}")
         stated = payload.pop("fingerprint", None)
         try:
             manifest = cls._from_payload(payload)
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}: damaged manifest: {error}") from None
+        for name in [*(shard.name for shard in manifest.shards), *manifest.tokenizer]:
+            if not is_file_name(name):
+                raise UserError(f"{path}: {name!r} is not the name of a file in the store; the manifest is damaged")
         if stated != manifest.fingerprint:
             raise UserError(f"{path}: fingerprint {stated} does not fit its content: the manifest was changed by hand")
         return manifest

@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from . import manifest as manifests
 from .assemble import Assembler
-from .documents import BadDocument, read_documents
+from .documents import read_documents
+from .durable import write_durably
 from .encoding import EncodersDiffer, Fast, Reference
 from .errors import UserError
 from .index import token_dtype
 from .manifest import Manifest, file_record
 from .options import Options, identity, refuse_early, settings
-from .progress import Progress
+from .progress import ProgressLine
+from .slices import BadDocument
 from .sources import Task, plan_tasks
 from .store import TokenStore
-from .tasks import Job, Record, finished
+from .tasks import Job, TaskRecord, finished
 from .tokenizer import Vocabulary, adopt_tokenizer, train_tokenizer
 from .workers import run_executor, run_here, run_processes
 from .workspace import Workspace, disk_errors
@@ -45,7 +46,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
         if options.output.exists() and not options.overwrite:
             raise UserError(f"{options.output}: exists already; choose another --output, or add --overwrite")
         resumed = work.begin(identity(options, tasks), options.overwrite)
-        progress = Progress(sum(task.cost for task in tasks), options.quiet)
+        progress = ProgressLine(sum(task.cost for task in tasks), options.quiet)
         if resumed:
             progress.inform(f"going on with the unfinished work in {work.root}")
         vocabulary = _ensure_tokenizer(options, tasks, work, progress)
@@ -81,7 +82,7 @@ def _job(options: Options, vocabulary: Vocabulary, work: Workspace) -> Job:
     )
 
 
-def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, progress: Progress) -> Vocabulary:
+def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, progress: ProgressLine) -> Vocabulary:
     note = work.root / "vocabulary.json"
     if work.tokenizer.exists():
         return Vocabulary(**json.loads(note.read_text("utf-8")))
@@ -94,7 +95,7 @@ def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, 
         progress.inform(f"training a tokenizer of {options.train_tokenizer:,} tokens")
         texts = (text.decode() for text in _sample(options, tasks, options.train_bytes))
         vocabulary = train_tokenizer(texts, options.train_tokenizer, making, options.eod_token)
-    manifests.write_durably(note, json.dumps(asdict(vocabulary)))
+    write_durably(note, json.dumps(asdict(vocabulary)))
     making.rename(work.tokenizer)
     return vocabulary
 
@@ -121,7 +122,12 @@ def _sample(options: Options, tasks: Sequence[Task], limit: int) -> Iterator[byt
 
 
 def _run(
-    options: Options, job: Job, tasks: Sequence[Task], work: Workspace, progress: Progress, executor: Executor | None
+    options: Options,
+    job: Job,
+    tasks: Sequence[Task],
+    work: Workspace,
+    progress: ProgressLine,
+    executor: Executor | None,
 ) -> Assembler:
     """Has the tasks done that are not done yet, and writes the shards from their parts meanwhile."""
     work.parts.mkdir(exist_ok=True)
@@ -150,8 +156,8 @@ def _run(
 
 
 def _records(
-    options: Options, job: Job, tasks: Sequence[Task], progress: Progress, executor: Executor | None
-) -> Generator[Record]:
+    options: Options, job: Job, tasks: Sequence[Task], progress: ProgressLine, executor: Executor | None
+) -> Generator[TaskRecord]:
     if executor is not None:
         return run_executor(job, tasks, progress.batch, executor)
     if options.workers == 0 or not tasks:
@@ -199,7 +205,7 @@ def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"path": path, "bytes": size} for path, size in sizes.items()]
 
 
-def _warn_of_invalid(assembler: Assembler, progress: Progress) -> None:
+def _warn_of_invalid(assembler: Assembler, progress: ProgressLine) -> None:
     invalid = sum(record.counts["invalid"] for record in assembler.records)
     if invalid:
         examples = [example for record in assembler.records for example in record.examples]

@@ -7,7 +7,7 @@ import time
 from typing import TextIO
 
 
-class Progress:
+class ProgressLine:
     """Counts and prints, on a terminal twice a second over the same line, elsewhere a line now and then."""
 
     def __init__(self, total_bytes: int, quiet: bool = False, stream: TextIO | None = None) -> None:

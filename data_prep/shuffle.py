@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from .index import runs
+from .splitmix import INCREMENT, mix64
 
-BLOCK_TOKENS = 4 << 20  # tokens gathered at a time
-OPEN_FILES = 200
+_BLOCK_TOKENS = 4 << 20  # tokens gathered at a time
+_OPEN_FILES = 200
 
 
 def shuffled(
@@ -28,23 +29,15 @@ def shuffled(
     `which`: part of each document, int32 [N]; `starts`, `lengths`: in tokens within the part, [N].
     Takes about 40 bytes of memory a document.
     """
-    order = np.argsort(splitmix(np.arange(len(which), dtype=np.uint64), seed), kind="stable")
+    first_number = np.uint64((seed + 1) * INCREMENT % 2**64)
+    order = np.argsort(mix64(first_number + np.arange(len(which), dtype=np.uint64)), kind="stable")
     files = _Files(path_of)
-    for first, stop in runs(lengths[order], BLOCK_TOKENS):
+    for first, stop in runs(lengths[order], _BLOCK_TOKENS):
         chosen = order[first:stop]
         columns = zip(*(column[chosen].tolist() for column in (which, starts, lengths)), strict=True)
         pieces = [files.read(part, start * dtype.itemsize, length * dtype.itemsize) for part, start, length in columns]
         yield np.frombuffer(b"".join(pieces), dtype), lengths[chosen]
     files.close()
-
-
-def splitmix(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64 of `numbers`, uint64, under a seed: fixed by its definition, whatever NumPy's version."""
-    with np.errstate(over="ignore"):
-        x = numbers + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 class _Files:
@@ -57,7 +50,7 @@ class _Files:
     def read(self, part: int, offset: int, size: int) -> bytes:
         descriptor = self._open.pop(part, None)
         if descriptor is None:
-            if len(self._open) == OPEN_FILES:
+            if len(self._open) == _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
             descriptor = os.open(self._path_of(part), os.O_RDONLY)
         self._open[part] = descriptor

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import UserError
+from .slices import Slice
 
 COMPRESSIONS = {".gz": "gz", ".xz": "xz", ".zst": "zst", ".bz2": "bz2"}
 FORMATS = {
@@ -24,18 +25,6 @@ FORMATS = {
 }
 TASK_BYTES = 32 << 20
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A part of one file: bytes [start, stop) of plain text, row groups [start, stop) of parquet, or the whole file."""
-
-    path: str
-    format: str  # jsonl | text | lines | paragraphs | parquet | arrow
-    compression: str | None = None
-    start: int = 0
-    stop: int | None = None
-    cost: int = 0  # bytes on disk, for progress and balance
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ def plan_tasks(inputs: Sequence[str], builtin: str | None, options: SourceOption
     files = list(builtin_files(builtin)) if builtin else list(expand(inputs, options))
     if not files:
         raise UserError(f"nothing to read in {', '.join(inputs)}: no file there")
-    slices = (part for file in files for part in split(file, options.task_bytes))
+    slices = (part for file in files for part in cut(file, options.task_bytes))
     if options.limit_bytes is not None:
         slices = _limited(slices, options.limit_bytes)
     return list(_pack(slices, options.task_bytes))
@@ -150,7 +139,7 @@ def builtin_files(name: str) -> Iterator[Slice]:
         yield Slice(str(file), "text", cost=file.stat().st_size)
 
 
-def split(file: Slice, task_bytes: int) -> Iterator[Slice]:
+def cut(file: Slice, task_bytes: int) -> Iterator[Slice]:
     """Cuts a large file where it can be read from the middle: lines of plain text, row groups of parquet."""
     if file.format == "parquet":
         from .columns import split_parquet

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import manifest as manifests
 from .errors import UserError
 from .index import IndexFile
-from .manifest import Manifest
+from .manifest import STORE_MANIFEST, Manifest
 
 SAMPLES = 64  # blocks of a bare prefix that its fingerprint is made of
 SAMPLE_BYTES = 4096
@@ -90,15 +89,15 @@ class TokenStore:
         prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
         if not with_suffix(prefix, ".idx").exists():
             raise UserError(
-                f"{path}: no token store here: expected a directory with {manifests.NAME}, or a Megatron prefix with "
+                f"{path}: no token store here: expected a directory with {STORE_MANIFEST}, or a Megatron prefix with "
                 f"{prefix.name}.bin and {prefix.name}.idx. Make one with `zeropipe prepare --output {path}`"
             )
         return cls(prefix, [Shard(prefix)], None)
 
     @classmethod
     def _open_directory(cls, path: Path) -> TokenStore:
-        if not (path / manifests.NAME).exists():
-            raise UserError(f"{path}: the directory holds no {manifests.NAME}, so it is no token store")
+        if not (path / STORE_MANIFEST).exists():
+            raise UserError(f"{path}: the directory holds no {STORE_MANIFEST}, so it is no token store")
         manifest = Manifest.load(path)
         shards = [Shard(path / record.name) for record in manifest.shards]
         if not shards:

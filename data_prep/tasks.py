@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from .documents import BadDocument, read_documents
+from .documents import read_documents
 from .encoding import make_encoder
 from .errors import UserError
+from .slices import BadDocument
 from .sources import Task
 
 META = np.dtype([("tokens", "<i4"), ("bytes", "<i8"), ("digest", "<u8", 2)])
@@ -53,7 +54,7 @@ class Job:
 
 
 @dataclass
-class Record:
+class TaskRecord:
     """What a finished task left. `digests`: xxh3-128 of the part's files."""
 
     number: int
@@ -66,7 +67,7 @@ class Record:
     digests: dict[str, str] = field(default_factory=dict)
 
 
-Progress = Callable[[int, int, int], None]  # documents, tokens and bytes of text added
+OnBatch = Callable[[int, int, int], None]  # documents, tokens and bytes of text added
 
 
 class Worker:
@@ -79,9 +80,9 @@ class Worker:
         self.keep = compile_pattern("--keep-regex", job.filters.keep)
         self.drop = compile_pattern("--drop-regex", job.filters.drop)
 
-    def run(self, task: Task, progress: Progress = lambda documents, tokens, text_bytes: None) -> Record:
+    def run(self, task: Task, progress: OnBatch = lambda documents, tokens, text_bytes: None) -> TaskRecord:
         """Makes the part of a task. Calls `progress` after each batch with what was added."""
-        record = Record(task.number, task_source(task))
+        record = TaskRecord(task.number, task_source(task))
         files = part_files(Path(self.job.parts), task.number)
         temporary = {kind: path.with_name(f"{path.name}.{os.getpid()}.tmp") for kind, path in files.items()}
         with temporary["bin"].open("wb") as tokens_file, temporary["meta"].open("wb") as meta_file:
@@ -100,7 +101,7 @@ class Worker:
         temporary["json"].replace(files["json"])
         return record
 
-    def _batches(self, task: Task, record: Record) -> Iterator[list[bytes]]:
+    def _batches(self, task: Task, record: TaskRecord) -> Iterator[list[bytes]]:
         batch: list[bytes] = []
         size = 0
         for document in self._documents(task, record):
@@ -114,7 +115,7 @@ class Worker:
             record.text_bytes += size
             yield batch
 
-    def _documents(self, task: Task, record: Record) -> Iterator[bytes]:
+    def _documents(self, task: Task, record: TaskRecord) -> Iterator[bytes]:
         """The documents to keep; counts the others by why they are not."""
 
         def bad(problem: BadDocument) -> None:
@@ -179,12 +180,12 @@ def task_source(task: Task) -> str:
     return digest.hexdigest()
 
 
-def finished(parts: Path, task: Task) -> Record | None:
+def finished(parts: Path, task: Task) -> TaskRecord | None:
     """The record of a task that was finished before, if its input and its files are as they were then; else None."""
     files = part_files(parts, task.number)
     try:
         content = json.loads(files["json"].read_text("utf-8"))
-        record = Record(**{**content, "counts": Counter(content["counts"])})
+        record = TaskRecord(**{**content, "counts": Counter(content["counts"])})
         whole = all(file_digest(files[kind]) == digest for kind, digest in record.digests.items())
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -54,7 +54,7 @@ def adopt_tokenizer(source: Path, target: Path, eod_token: str | None) -> Vocabu
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (target / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(source)
+        tokenizer = read_tokenizer(source)
     else:
         tokenizer = _from_vocabulary(source)
         tokenizer.save(str(target / "tokenizer.json"))
@@ -129,25 +129,7 @@ def _complete_folder(folder: Path, tokenizer: Tokenizer, token: str, number: int
     return Vocabulary(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, token, number)
 
 
-def is_bare_vocabulary(folder: Path) -> bool:
-    """Whether it holds a tokenizer as vocab.json and merges.txt only."""
-    bare = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    return bare and not (folder / "tokenizer.json").is_file()
-
-
-@contextmanager
-def completed(folder: Path) -> Iterator[Path]:
-    """A folder that Hugging Face's loaders take as it is: this one, or one made of its vocab.json and merges.txt."""
-    if not is_bare_vocabulary(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as made:
-        adopt_tokenizer(folder, Path(made) / "tokenizer", None)
-        yield Path(made) / "tokenizer"
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, or of one with vocab.json and merges.txt."""
+def read_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"

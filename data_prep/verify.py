@@ -11,7 +11,7 @@ from .errors import UserError
 from .manifest import Manifest, file_record
 from .store import Shard, TokenStore
 
-BLOCK = 4 << 20  # index entries or tokens looked at together
+_BLOCK = 4 << 20  # index entries or tokens looked at together
 
 
 def verify(path: str | Path, vocab_size: int | None = None) -> list[str]:
@@ -28,7 +28,7 @@ def verify(path: str | Path, vocab_size: int | None = None) -> list[str]:
         problems += structure
         problems += token_problems(shard, vocabulary, None if structure else store.eod_id)
     if store.manifest is not None:
-        problems += digest_problems(store.path, store.manifest)
+        problems += _digest_problems(store.path, store.manifest)
     return problems
 
 
@@ -36,14 +36,14 @@ def index_problems(shard: Shard) -> Iterator[str]:
     """Offsets that are not the running sum of the lengths, and document entries that do not ascend from 0 to N."""
     index, itemsize = shard.index, shard.dtype.itemsize
     base = 0
-    for start in range(0, index.header.sequences, BLOCK):
-        lengths = index.lengths[start : start + BLOCK].astype(np.int64)
+    for start in range(0, index.header.sequences, _BLOCK):
+        lengths = index.lengths[start : start + _BLOCK].astype(np.int64)
         if (negative := np.flatnonzero(lengths < 0)).size:
             yield f"{shard.idx}: sequence {start + negative[0]} has the length {lengths[negative[0]]}"
             return
         ends = base + np.cumsum(lengths) * itemsize
         expected = np.concatenate([[base], ends[:-1]])
-        wrong = np.flatnonzero(index.offsets[start : start + BLOCK] != expected)
+        wrong = np.flatnonzero(index.offsets[start : start + _BLOCK] != expected)
         if wrong.size:
             place = start + int(wrong[0])
             yield (
@@ -60,8 +60,8 @@ def _document_problems(shard: Shard) -> Iterator[str]:
     if len(documents) == 0 or documents[0] != 0 or documents[-1] != sequences:
         yield f"{shard.idx}: the document index does not run from 0 to {sequences}"
         return
-    for start in range(0, len(documents) - 1, BLOCK):
-        steps = np.diff(documents[start : start + BLOCK + 1].astype(np.int64))
+    for start in range(0, len(documents) - 1, _BLOCK):
+        steps = np.diff(documents[start : start + _BLOCK + 1].astype(np.int64))
         if (wrong := np.flatnonzero(steps < 0)).size:
             yield f"{shard.idx}: the document index falls after entry {start + wrong[0]}"
             return
@@ -70,8 +70,8 @@ def _document_problems(shard: Shard) -> Iterator[str]:
 def token_problems(shard: Shard, vocab_size: int | None, eod_id: int | None) -> Iterator[str]:
     """The first id outside the vocabulary, and the first document that does not end in the end-of-document token."""
     if vocab_size is not None:
-        for start in range(0, shard.num_tokens, BLOCK):
-            block = shard.tokens[start : start + BLOCK]
+        for start in range(0, shard.num_tokens, _BLOCK):
+            block = shard.tokens[start : start + _BLOCK]
             if int(block.max()) < vocab_size and int(block.min()) >= 0:
                 continue
             place = int(np.flatnonzero((block >= vocab_size) | (block < 0))[0])
@@ -81,15 +81,15 @@ def token_problems(shard: Shard, vocab_size: int | None, eod_id: int | None) -> 
             )
             break
     if eod_id is not None:
-        for start in range(0, shard.index.header.sequences, BLOCK):
-            offsets = shard.index.offsets[start : start + BLOCK] // shard.dtype.itemsize
-            lasts = offsets + shard.index.lengths[start : start + BLOCK] - 1
+        for start in range(0, shard.index.header.sequences, _BLOCK):
+            offsets = shard.index.offsets[start : start + _BLOCK] // shard.dtype.itemsize
+            lasts = offsets + shard.index.lengths[start : start + _BLOCK] - 1
             if (wrong := np.flatnonzero(shard.tokens[lasts] != eod_id)).size:
                 yield f"{shard.bin}: document {start + wrong[0]} does not end in the end-of-document token {eod_id}"
                 break
 
 
-def digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:
+def _digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:
     """Files whose size or SHA-256 is not what the manifest says."""
     expected = {f"{shard.name}.bin": shard.bin for shard in manifest.shards}
     expected |= {f"{shard.name}.idx": shard.idx for shard in manifest.shards}

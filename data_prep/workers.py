@@ -16,12 +16,12 @@ from typing import Any
 
 from .errors import UserError
 from .sources import Task
-from .tasks import Job, Progress, Record, Worker
+from .tasks import Job, OnBatch, TaskRecord, Worker
 
 ATTEMPTS = 3  # of one task, before its workers' deaths count as its fault
 
 
-def run_here(job: Job, tasks: Sequence[Task], progress: Progress) -> Generator[Record]:
+def run_here(job: Job, tasks: Sequence[Task], progress: OnBatch) -> Generator[TaskRecord]:
     """In this process, one after the other."""
     worker: Worker | None = None
     for task in tasks:
@@ -29,7 +29,7 @@ def run_here(job: Job, tasks: Sequence[Task], progress: Progress) -> Generator[R
         yield worker.run(task, progress)
 
 
-def run_executor(job: Job, tasks: Sequence[Task], progress: Progress, executor: Executor) -> Generator[Record]:
+def run_executor(job: Job, tasks: Sequence[Task], progress: OnBatch, executor: Executor) -> Generator[TaskRecord]:
     """On a `concurrent.futures` executor, such as MPI ranks that serve through `mpi4py.futures`."""
     futures = [executor.submit(run_task, job, task) for task in tasks]
     try:
@@ -42,7 +42,7 @@ def run_executor(job: Job, tasks: Sequence[Task], progress: Progress, executor: 
             future.cancel()
 
 
-def run_task(job: Job, task: Task) -> Record:
+def run_task(job: Job, task: Task) -> TaskRecord:
     """One task in this process, with the worker of the task before if there was one."""
     return _worker(job).run(task)
 
@@ -54,8 +54,8 @@ def _worker(job: Job) -> Worker:
 
 
 def run_processes(
-    job: Job, tasks: Sequence[Task], progress: Progress, workers: int, say: Callable[[str], None]
-) -> Generator[Record]:
+    job: Job, tasks: Sequence[Task], progress: OnBatch, workers: int, say: Callable[[str], None]
+) -> Generator[TaskRecord]:
     """On `workers` processes. A worker that dies is reported and replaced, and its task given out again."""
     pool = _Pool(job, min(workers, len(tasks)), say)
     try:
@@ -80,7 +80,7 @@ class _Pool:
         theirs.close()
         return process, ours
 
-    def run(self, tasks: Sequence[Task], progress: Progress) -> Generator[Record]:
+    def run(self, tasks: Sequence[Task], progress: OnBatch) -> Generator[TaskRecord]:
         waiting = deque((task, 1) for task in tasks)
         running: dict[Connection, tuple[Task, int]] = {}
         for _, pipe in self.workers:

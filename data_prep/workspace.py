@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .durable import sync_directory, write_durably
+from .durable import publish_folder, write_durably
 from .errors import UserError
+from .lock import LockedError, lock_file
 from .manifest import Manifest
 
 
@@ -80,15 +78,7 @@ class Workspace:
     def publish(self, fingerprint: str) -> None:
         """Puts the finished store in its place at one stroke and removes the work."""
         write_durably(self.root / "published", fingerprint)
-        for path in (*self.store.rglob("*"), self.store):
-            if path.is_dir():
-                sync_directory(path)
-        replaced = None
-        if self.output.exists():
-            replaced = self.root / "replaced"
-            self.output.rename(replaced)
-        self.store.rename(self.output)
-        sync_directory(self.output.parent)
+        publish_folder(self.store, self.output, self.root / "replaced")
         self.discard()
 
     def discard(self) -> None:
@@ -113,20 +103,11 @@ class Workspace:
         """Holds the output against every other prepare, on this host or, where the file system knows locks, another."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = lock_file(self.root / "lock")
+        except LockedError as error:
+            raise UserError(f"{self.output}: another prepare is making this store ({error.holder})") from None
         except OSError as error:
             raise UserError(f"{self.output}: cannot write there: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            os.close(descriptor)
-            raise UserError(f"{self.output}: another prepare is making this store ({holder or 'unknown'})") from None
-        except OSError:
-            pass  # a file system without locks, such as some mounts of Lustre: nothing more can be done
-        with suppress(OSError):  # for the message above only; a full disk is met where it matters
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         except UserError as error:
@@ -134,7 +115,7 @@ class Workspace:
                 raise UserError(f"{error}; what is finished stays in {self.root}") from None
             raise
         finally:
-            os.close(descriptor)
+            lock.close()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Session:
             for number, handler in before.items():
                 signal.signal(number, handler)
         notes = read_notes(self.folder)
-        code = launch_exit_code(process.returncode, notes, self.ranks, bool(self.requests))
+        code = exit_code(process.returncode, notes, self.ranks, bool(self.requests))
         if code == EXIT_RANK_FAILED:
             killed = len(self.requests) > 1
             what = "killed on request" if killed else what_failed(process.returncode, notes, self.ranks)
@@ -129,7 +129,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
-def launch_exit_code(status: int, notes: Mapping[int, int], ranks: int, stop_requested: bool) -> int:
+def exit_code(status: int, notes: Mapping[int, int], ranks: int, stop_requested: bool) -> int:
     """The exit code of a launch, from the status of `deepspeed` and from what the ranks have noted.
 
     A rank that saw the user's mistake decides over those that it took down with it. `deepspeed` may end with 0 though

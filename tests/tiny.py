@@ -86,7 +86,7 @@ def tiny_json(zero: str = "zero0", micro: int = 2, **extra: Any) -> dict[str, An
 def train_on_ranks(world: int, recipe: dict[str, Any], ds: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Trains in fresh processes; returns the step, and losses, gradient norms and rates by step, from metrics.jsonl."""
     (step, *_) = run_ranks(world, _train, recipe, ds, **kwargs)
-    from zeropipe.trainer.metrics.record import read_metrics
+    from zeropipe.trainer.metrics.reading import read_metrics
 
     records = [record for record in read_metrics(recipe["output"]) if record["kind"] == "train"]
     columns = ("loss", "grad_norm", "lr", "ledger", "samples")
@@ -102,7 +102,7 @@ def _train(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
     ranks = join_world()
     plan = plan_of(recipe, ds, ranks.world)
     layout = plan.layout
-    return train(plan.recipe, plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)).step
+    return train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)).step
 
 
 def plan_of(recipe: dict[str, Any], ds: dict[str, Any], world: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from tests.distributed import reference
 from tests.distributed.reference import BATCH, Curve, micro_batch
 from zeropipe.trainer.data.batches import Batch, StepBatch
-from zeropipe.trainer.engine.zero import build_engine
+from zeropipe.trainer.engine.build import build_engine
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.plan import Plan
 from zeropipe.trainer.plan.settings import read_settings
@@ -82,7 +82,7 @@ def start(config: dict, layout: Layout, partition: str = "parameters", accumulat
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
     recipe = recipe_for(config, layout.pipeline, partition)
     plan = plan_for(config, recipe, layout, accumulation, **ds)
-    return build_engine(recipe, plan, ranks, reference.values)
+    return build_engine(plan, ranks, reference.values)
 
 
 def train(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **ds: Any) -> Curve:

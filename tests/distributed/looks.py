@@ -34,7 +34,8 @@ def _look(config: dict, layout: Layout):
         Batch(*reference.micro_batch(config, 9, engine.ranks.data, engine.ranks.data_size, micro, 2))
         for micro in range(2)
     ]
-    loss, tokens = engine.eval_loss(micro_batches)
+    found = engine.evaluate(micro_batches)
+    loss, tokens = found.loss, found.tokens
     ids = batch(9)[0][:2]
     logits = engine.logits(ids), engine.logits(ids[:, :5])
     changed = ids.clone()

@@ -128,6 +128,13 @@ def train_and_save(setup: Setup, recipe: dict, model_config: dict, folder: str, 
     return {"held": run.held(), "losses": [run.step() for _ in range(after)]}
 
 
+def save_untrained(setup: Setup, recipe: dict, model_config: dict, folder: str) -> dict[str, bytes]:
+    """Saves with DeepSpeed before the first step: the weights that it held, by name."""
+    run = PlainRun(setup, Recipe.model_validate(recipe), model_config)
+    run.deepspeed.save_checkpoint(folder)
+    return {name: p.detach().numpy().tobytes() for name, p in run.module.named_parameters()}
+
+
 def load_universal(setup: Setup, recipe: dict, model_config: dict, folder: str, samples: int, steps: int) -> dict:
     """Loads a universal folder with DeepSpeed and trains on from a place in the data."""
     run = PlainRun(setup, Recipe.model_validate(recipe), model_config, universal=True)

@@ -16,8 +16,11 @@ import torch
 from tests.distributed.plain_engine import GPT2, KINDS, PlainEngine, known
 from tests.harness import RankFailed, run_ranks
 from zeropipe.data_prep.errors import UserError
+from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import HashedFile
-from zeropipe.trainer.checkpoint.saving import Checkpoint, load, resolve_resume, save
+from zeropipe.trainer.checkpoint.loader import load, resolve_resume
+from zeropipe.trainer.checkpoint.reader import Checkpoint
+from zeropipe.trainer.checkpoint.writer import save
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 
@@ -28,7 +31,12 @@ TABLE = parameter_table(GPT2)[:4]  # few, so that every operation on files can b
 
 def _save(ranks: Ranks, output: Path, step: int, version: int, keep: int | None = 1) -> Path:
     engine = PlainEngine(ranks, TABLE, version)
-    return save(engine, engine.parameters, ranks, output, {"step": step, "version": version}, keep)
+    return save(Live(engine, engine.parameters, ranks), output, {"step": step, "version": version}, keep)
+
+
+def resumed_from(output: Path, resume: str) -> Path | None:
+    checkpoint = resolve_resume(output, resume, Ranks())
+    return checkpoint and checkpoint.path
 
 
 class Fault:
@@ -70,9 +78,8 @@ def _disk_full() -> None:
 
 def _check_whole(output: Path) -> int:
     """The run directory resolves to a checkpoint with all the tensors of the save that its state tells of."""
-    path = resolve_resume(output, "auto", Ranks())
-    assert path is not None and Checkpoint.find(output) == path
-    checkpoint = Checkpoint.open(path)
+    checkpoint = resolve_resume(output, "auto", Ranks())
+    assert checkpoint is not None and Checkpoint.find(output) == checkpoint.path
     version = checkpoint.state["version"]
     for spec in TABLE:
         for kind in KINDS:
@@ -146,7 +153,7 @@ def _save_until_killed(output: Path, victim: int, delay: float) -> None:
         timer.daemon = True
         timer.start()
     for step in range(2, 10_000):
-        save(engine, engine.parameters, ranks, output, {"step": step, "version": 2}, keep=2)
+        save(Live(engine, engine.parameters, ranks), output, {"step": step, "version": 2}, keep=2)
 
 
 def test_a_rank_killed_at_any_time_leaves_a_whole_checkpoint(tmp_path):
@@ -165,14 +172,14 @@ def _save_with_limit(output: Path) -> str:
     engine = PlainEngine(ranks, TABLE, 2)
     if ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-    return _error_of(lambda: save(engine, engine.parameters, ranks, output, {"step": 2, "version": 2}, keep=1))
+    return _error_of(lambda: save(Live(engine, engine.parameters, ranks), output, {"step": 2, "version": 2}, keep=1))
 
 
 def test_one_rank_that_cannot_write_stops_the_save_of_all_with_one_error(tmp_path):
     _save(Ranks(), tmp_path, 1, 1)
     errors = run_ranks(2, _save_with_limit, tmp_path)
     assert errors[0] == errors[1]
-    assert str(tmp_path) in errors[0] and "File too large (rank 1)" in errors[0] and "untouched" in errors[0]
+    assert str(tmp_path) in errors[0] and "File too large (on rank 1)" in errors[0] and "untouched" in errors[0]
     assert _check_whole(tmp_path) == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
 
@@ -187,13 +194,13 @@ def _resolve_and_load(output: Path, resume: str):
     """What each rank does at start-up."""
     ranks = init_distributed(pipeline=2)
     try:
-        path = resolve_resume(output, resume, ranks)
+        checkpoint = resolve_resume(output, resume, ranks)
     except UserError as error:
         return "refused", str(error)
-    if path is None:
+    if checkpoint is None:
         return "fresh", ""
     engine = PlainEngine(ranks, TABLE, None)
-    state = load(engine, engine.parameters, ranks, path)
+    state = load(Live(engine, engine.parameters, ranks), checkpoint)
     return state["version"], engine.wrong(state["version"])
 
 
@@ -216,14 +223,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, 
     _save(Ranks(), tmp_path, 1, 1, keep=None)
     newest = _save(Ranks(), tmp_path, 2, 2, keep=None)
     DAMAGE[damage](newest / file)
-    assert resolve_resume(tmp_path, "auto", Ranks()) == newest.parent / "step-00000001"
+    assert resumed_from(tmp_path, "auto") == newest.parent / "step-00000001"
     warning = capfd.readouterr().err
     assert warning.startswith("warning: damaged checkpoint: ") and str(newest / file) in warning
     with pytest.raises(UserError, match=re.escape(str(newest / file))):
         resolve_resume(tmp_path, str(newest), Ranks())
     engine = PlainEngine(Ranks(), TABLE, None)
     with pytest.raises(UserError, match=re.escape(str(newest / file))):
-        load(engine, engine.parameters, Ranks(), newest)
+        load(Live(engine, engine.parameters, Ranks()), newest)
     assert all((p == 9).all() for _, p in engine.parameters), "nothing may be loaded before all is verified"
 
 
@@ -255,7 +262,7 @@ def test_a_run_that_is_resumed_from_elsewhere_leaves_the_other_run_alone(tmp_pat
     path = _save(Ranks(), tmp_path / "other", 1, 1)
     growing = path.parent / ".step-00000002.partial"
     growing.mkdir()
-    assert resolve_resume(tmp_path / "mine", str(tmp_path / "other"), Ranks()) == path
+    assert resumed_from(tmp_path / "mine", str(tmp_path / "other")) == path
     assert growing.is_dir()
 
 
@@ -263,12 +270,12 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(tmp_
     path = _save(Ranks(), tmp_path, 1, 1)
     engine = PlainEngine(Ranks(), parameter_table(GPT2)[1:5], None)
     with pytest.raises(UserError) as error:
-        load(engine, engine.parameters, Ranks(), path)
+        load(Live(engine, engine.parameters, Ranks()), path)
     for problem in ("attn.c_attn.weight is not in the checkpoint", "transformer.wte.weight is not in the model"):
         assert problem in str(error.value)
     engine = PlainEngine(Ranks(), parameter_table(GPT2 | {"n_positions": 8})[:4], None)
     with pytest.raises(UserError, match=re.escape("wpe.weight is [16, 32] in the checkpoint and [8, 32] in the model")):
-        load(engine, engine.parameters, Ranks(), path)
+        load(Live(engine, engine.parameters, Ranks()), path)
     assert all((p == 9).all() for _, p in engine.parameters)
 
 

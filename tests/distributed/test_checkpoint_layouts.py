@@ -7,7 +7,10 @@ import torch
 
 from tests.distributed.plain_engine import GPT2, KINDS, LLAMA, PlainEngine, known
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint.saving import Checkpoint, load, save
+from zeropipe.trainer.checkpoint.deepspeed_state import Live
+from zeropipe.trainer.checkpoint.loader import load
+from zeropipe.trainer.checkpoint.reader import Checkpoint
+from zeropipe.trainer.checkpoint.writer import save
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.ranks.ranks import init_distributed
 
@@ -21,7 +24,7 @@ VERSION = 3
 def _save(config: dict, layout: tuple, output: Path):
     tensor, sequence, pipeline, _ = layout
     engine = PlainEngine(init_distributed(tensor, sequence, pipeline), parameter_table(config, tensor), VERSION)
-    return save(engine, engine.parameters, engine.ranks, output, {"step": 10})
+    return save(Live(engine, engine.parameters, engine.ranks), output, {"step": 10})
 
 
 def _load(config: dict, layout: tuple, paths: list[Path]):
@@ -30,7 +33,7 @@ def _load(config: dict, layout: tuple, paths: list[Path]):
     wrong = []
     for path in paths:
         engine = PlainEngine(ranks, parameter_table(config, tensor), None)
-        load(engine, engine.parameters, ranks, path)
+        load(Live(engine, engine.parameters, ranks), path)
         wrong.append(engine.wrong(VERSION))
         group = engine.optimizer.param_groups[0]
         assert (group["lr"], engine.global_steps) == (1e-3, VERSION)

@@ -11,7 +11,9 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint.saving import load, save
+from zeropipe.trainer.checkpoint.deepspeed_state import Live
+from zeropipe.trainer.checkpoint.loader import load
+from zeropipe.trainer.checkpoint.writer import save
 
 pytestmark = pytest.mark.distributed
 
@@ -53,11 +55,11 @@ def _measure(layout: Layout, output: Path) -> tuple[int, int]:
     )  # M_MMAP_THRESHOLD: what is freed goes back, and does not blur the next figure
     engine = TinyEngine(layout, vocab=VOCAB)
     engine.step(0)
-    arguments = (engine.deepspeed, engine.parameters, engine.ranks)
-    saving = _growth(lambda: save(*arguments, output, {"step": 1}))
+    live = Live(engine.deepspeed, engine.parameters, engine.ranks)
+    saving = _growth(lambda: save(live, output, {"step": 1}))
     path = output / "checkpoints" / "step-00000001"
-    load(*arguments, path)  # warms the allocator up
-    loading = _growth(lambda: load(*arguments, path))
+    load(live, path)  # warms the allocator up
+    loading = _growth(lambda: load(live, path))
     return saving, loading
 
 

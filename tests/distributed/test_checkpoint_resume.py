@@ -6,7 +6,10 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine, close, digest
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint.saving import Checkpoint, load, save
+from zeropipe.trainer.checkpoint.deepspeed_state import Live
+from zeropipe.trainer.checkpoint.loader import load
+from zeropipe.trainer.checkpoint.reader import Checkpoint
+from zeropipe.trainer.checkpoint.writer import save
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +24,7 @@ def _train(layout: Layout, output: Path):
     for number in range(BEFORE):
         engine.step(number)
     assert all(norm > 0.3 for norm in engine.norms), "clipping must be active"
-    path = save(engine.deepspeed, engine.parameters, engine.ranks, output, {"step": BEFORE})
+    path = save(Live(engine.deepspeed, engine.parameters, engine.ranks), output, {"step": BEFORE})
     held = engine.held()
     return path, held, [engine.step(number) for number in range(BEFORE, BEFORE + AFTER)], engine.held()
 
@@ -33,7 +36,7 @@ def _resume(layout: Layout, paths: list[Path]):
     for number, path in enumerate(paths):
         if number:
             engine.step(0)  # an engine in the midst of training, stage 3's small parameters gathered
-        assert load(engine.deepspeed, engine.parameters, engine.ranks, path)["step"] == BEFORE
+        assert load(Live(engine.deepspeed, engine.parameters, engine.ranks), path)["step"] == BEFORE
         held = engine.held()
         results.append((held, [engine.step(n) for n in range(BEFORE, BEFORE + AFTER)], engine.held()))
     return results

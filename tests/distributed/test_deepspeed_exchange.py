@@ -13,7 +13,7 @@ from tests.distributed.test_checkpoint_memory import _growth as growth
 from tests.harness import run_ranks
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.deepspeed_import import import_checkpoint
 from zeropipe.trainer.export.universal import write_universal
 
@@ -78,6 +78,18 @@ def test_a_run_comes_in_and_trains_on(setup, model, resumed, store, tmp_path):
     losses = train_on_ranks(1, recipe, ds)["loss"]
     assert len(losses) == 3
     assert losses == pytest.approx(theirs["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_was_saved_before_the_first_step_comes_in(groups, store, tmp_path):
+    recipe, source = recipe_for(store, tmp_path / "run", "gpt2", groups), str(tmp_path / "theirs")
+    setup = Setup(0, groups=groups)
+    theirs = run_ranks(1, plain_deepspeed.save_untrained, setup, recipe, MODELS["gpt2"], source)[0]
+    done = import_checkpoint(source, None, written(recipe, tmp_path), trust=True)
+    assert (done.kind, done.step) == ("ZeRO-0", 0)
+    checkpoint = Checkpoint.open(done.path)
+    assert {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()} == theirs
+    assert {kind for name in checkpoint.names() for kind in checkpoint.kinds(name)} == {"master"}
 
 
 @pytest.mark.parametrize("setup", [Setup(1), Setup(3, precision="bf16")], ids=["zero1", "zero3-bf16"])

@@ -71,16 +71,18 @@ def test_the_export_is_the_same_bytes(run):
 
 
 def _load_and_save(recipe: dict, ds: dict, run: str) -> str:
-    from zeropipe.trainer.checkpoint.saving import load, save
-    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.checkpoint.loader import load
+    from zeropipe.trainer.checkpoint.writer import save
+    from zeropipe.trainer.engine.build import build_engine
     from zeropipe.trainer.ranks.ranks import join_world
 
     ranks = join_world()
     plan = plan_of(recipe, ds, ranks.world)
     ranks = ranks.lay_out(plan.layout.tensor, 1, 1)
-    engine = build_engine(plan.recipe, plan, ranks)
-    state = load(engine.deepspeed, engine.named_parameters(), ranks, Path(run) / "checkpoints" / STEP)
-    return str(save(engine.deepspeed, engine.named_parameters(), ranks, plan.recipe.output, state))
+    engine = build_engine(plan, ranks)
+    live = engine.live
+    state = load(live, Path(run) / "checkpoints" / STEP)
+    return str(save(live, plan.recipe.output, state))
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

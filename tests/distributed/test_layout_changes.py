@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 
 pytestmark = pytest.mark.distributed
 

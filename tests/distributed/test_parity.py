@@ -71,13 +71,13 @@ def _tied_gradient_not_summed():
 
 
 def _mean_of_means():
-    from zeropipe.trainer.engine import zero as engine
+    from zeropipe.trainer.engine import base as engine
 
     next_batch = engine.next_batch
 
-    def of_this_rank(stream, ranks, stop):
-        batch, totals = next_batch(stream, ranks, stop)
-        return batch, replace(totals, tokens=batch.tokens * ranks.data_size)
+    def of_this_rank(stream, ranks, objective, stop):
+        batch, totals = next_batch(stream, ranks, objective, stop)
+        return batch, replace(totals, weight=batch.tokens * ranks.data_size)
 
     engine.next_batch = of_this_rank
 
@@ -89,7 +89,7 @@ def _wrong_ranks_data():
 
 
 def _labels_off_by_one():
-    from zeropipe.trainer.objectives.causal_lm import CausalLM
+    from zeropipe.trainer.modeling.causal import CausalLM
 
     forward = CausalLM.forward
     CausalLM.forward = lambda self, ids, labels, positions=None: forward(self, ids, labels.roll(-1, 1), positions)

@@ -155,10 +155,10 @@ def _train_without_a_record(recipe: dict, ds: dict) -> str:
 
     real = RunLog._write
 
-    def full(self, record):
+    def full(self, record, message):
         if record["step"] == 2:
             raise UserError("metrics.jsonl: the run's record cannot be written: No space left on device")
-        return real(self, record)
+        return real(self, record, message)
 
     RunLog._write = full
     try:
@@ -182,19 +182,17 @@ def test_a_precision_that_the_accelerator_lacks(store, tmp_path):
 
 def _train_with_a_bad_gradient(recipe: dict, ds: dict) -> str:
     """The loss of step 2 is fine and its gradient is not: what a bad sample or a bad chip can do."""
-    from dataclasses import replace
-
     from tests.tiny import _train
     from zeropipe.data_prep.errors import UserError
     from zeropipe.trainer.engine.zero import ZeroEngine
 
-    real = ZeroEngine.train_step
+    real = ZeroEngine._update
 
-    def spoilt(self, stream, step, stop=False):
-        output = real(self, stream, step, stop)
-        return replace(output, grad_norm=float("nan")) if step == 1 else output
+    def spoilt(self, batch, step, weight):
+        sums, norm = real(self, batch, step, weight)
+        return sums, float("nan") if step == 1 else norm
 
-    ZeroEngine.train_step = spoilt
+    ZeroEngine._update = spoilt
     try:
         _train(recipe, ds)
     except UserError as error:
@@ -218,14 +216,14 @@ def test_validation_data_that_one_rank_cannot_read(store, tmp_path):
 def _evaluate_on_other_data(recipe: dict, ds: dict) -> str:
     from tests.tiny import _train
     from zeropipe.data_prep.errors import UserError
-    from zeropipe.trainer import loop
+    from zeropipe.trainer.evaluation import evaluator
 
     def unreadable(*_):
         if int(os.environ["RANK"]) == 1:
             raise UserError("store: cannot be read")
         return []
 
-    loop.evaluation_batches = unreadable
+    evaluator.evaluation_batches = unreadable
     try:
         _train(recipe, ds)
     except UserError as error:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.harness import run_ranks
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.huggingface import export
 
 pytestmark = pytest.mark.distributed
@@ -73,22 +73,25 @@ def runs(tmp_path_factory) -> Runs:
 
 def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[float]:
     """Loads, saves at once what was loaded, and trains two more steps; their losses."""
-    from zeropipe.trainer import loop
-    from zeropipe.trainer.checkpoint.saving import load
-    from zeropipe.trainer.data.batches import BatchStream, open_windows, sample_order
-    from zeropipe.trainer.engine.zero import build_engine
+    from zeropipe.trainer.checkpoint.loader import load
+    from zeropipe.trainer.engine.build import build_engine
+    from zeropipe.trainer.engine.checkpoints import Checkpoints
+    from zeropipe.trainer.metrics.record import RunLog
     from zeropipe.trainer.ranks.ranks import join_world
+    from zeropipe.trainer.run.data import RunData
+    from zeropipe.trainer.run.guard import StopRequest
+    from zeropipe.trainer.run.state import TrainState
 
     ranks = join_world()
     plan = tiny.plan_of(recipe, ds, ranks.world)
     layout = plan.layout
     ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
-    engine = build_engine(plan.recipe, plan, ranks)
-    saved = load(engine.deepspeed, engine.named_parameters(), ranks, Checkpoint.find(source))
-    state = loop.TrainState(saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
-    loop.save_run(engine, state, plan.recipe, plan)
-    windows = open_windows(plan.recipe, "train")
-    stream = BatchStream(windows, sample_order(plan.recipe, windows), loop.batch_shape(plan.recipe, plan), ranks)
+    engine = build_engine(plan, ranks)
+    saved = load(engine.live, Checkpoint.find(source))
+    state = TrainState(plan.total_steps, saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
+    data = RunData.open(plan)
+    stream = data.stream(ranks)
+    Checkpoints(engine, data, stream, RunLog(plan, ranks, StopRequest(ranks))).save(state)
     stream.samples_consumed = state.samples_consumed
     losses = [engine.train_step(stream, step).loss for step in (state.step, state.step + 1)]
     stream.close()

@@ -28,7 +28,7 @@ from tests.tiny import (
     tiny_store,
     train_on_ranks,
 )
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.data.ledger import digest, sample_ids
 from zeropipe.trainer.data.order import SampleOrder, Source
 from zeropipe.trainer.families.specs import parameter_table
@@ -218,7 +218,7 @@ def test_activation_checkpointing_changes_nothing(store, tmp_path):
 def test_killed_at_any_instant_it_resumes_and_ends_the_same(store, tmp_path, record_property):
     """SIGKILL at twenty random instants of a run that saves at every step."""
     ds = tiny_json("zero1", micro=2)
-    steps = {"duration": {"steps": 150}, "save": {"every": 1, "keep": 2}}
+    steps = {"duration": {"steps": 300}, "save": {"every": 1, "keep": 2}}
     undisturbed = train_on_ranks(2, recipe_of(store, tmp_path / "undisturbed", **steps), ds)
     recipe = recipe_of(store, tmp_path / "killed", **steps)
     rng, kills, seen = np.random.default_rng(5), 0, 0

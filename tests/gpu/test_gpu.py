@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, write_pair
-from zeropipe.trainer.metrics.record import read_metrics
+from zeropipe.trainer.metrics.reading import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

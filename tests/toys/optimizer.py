@@ -1,4 +1,4 @@
-"""An optimizer from outside: SGD with momentum, one moment a parameter. Importing this file registers it."""
+"""An optimizer of one file, with one moment: gradient descent with momentum, built by torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from zeropipe.trainer.optim.base import Group, Optimizer, decayed, every
 from zeropipe.trainer.optim.registry import OPTIMIZERS
 
 
-def build(groups: Sequence[dict[str, Any]], params: Mapping[str, Any]) -> Any:
+def _build(groups: Sequence[dict[str, Any]], params: Mapping[str, Any]) -> Any:
     import torch
 
-    return torch.optim.SGD(groups, lr=params["lr"], momentum=params["momentum"], weight_decay=params["weight_decay"])
+    return torch.optim.SGD(groups, **params)
 
 
-TOY_MOMENTUM = OPTIMIZERS.register(
-    "toy_momentum",
+MOMENTUM = OPTIMIZERS.register(
+    "momentum",
     Optimizer(
         types=("ToyMomentum",),
         states=("momentum_buffer",),
         keys=("lr", "weight_decay"),
         options=frozenset({"momentum"}),
-        groups=(Group(decayed), Group(every, {"weight_decay": 0.0})),
-        build=build,
+        groups=(Group(lambda spec: spec.decays), Group(lambda spec: True, {"weight_decay": 0.0})),
+        build=_build,
     ),
 )

@@ -8,7 +8,7 @@ are used here and nowhere else; the round-trip tests guard them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.nn import Parameter
 
 from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
+from .boxes import Box, flat_index, strides
 from .reader import MASTER
-from .regions import Box, flat_index, strides
 
 _HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
 _SCHEDULED = ("lr", "initial_lr", "betas", "momentum")  # what DeepSpeed's schedulers move
@@ -28,7 +28,20 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class Shard:
+class Live:
+    """What is saved from and loaded into: DeepSpeed's engine between two steps, and which of its parameters.
+
+    `parameters`: (Hugging Face name, parameter that carries `.spec`), tied ones once, the same on all ranks of a
+    pipeline stage. Those that are not named are neither saved nor loaded.
+    """
+
+    engine: Any
+    parameters: Sequence[tuple[str, Parameter]]
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Holding:
     """What this rank holds of one parameter: elements [start, stop) of its row-major (tensor-parallel) tensor.
 
     `views` maps "master" and each moment to a 1-D tensor of those elements, a view of what the engine trains on.
@@ -70,35 +83,29 @@ def _is_moment(flat: Tensor, value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == flat.shape
 
 
-def shards(engine: Any, parameters: Iterable[tuple[str, Parameter]], ranks: Ranks) -> list[Shard]:
-    """What this rank holds of every parameter, sorted by name; parameters of which it holds nothing are empty ranges.
-
-    Args:
-        parameters: (Hugging Face name, parameter that carries `.spec`), tied ones once, the same on all ranks of a
-            pipeline stage.
-    """
-    wrapped = _wrapped_masters(engine)
-    return [_shard(engine, name, p, ranks, wrapped) for name, p in sorted(parameters, key=lambda item: item[0])]
+def holdings(live: Live) -> list[Holding]:
+    """What this rank holds of every parameter, sorted by name; an empty range where it holds nothing."""
+    wrapped = _wrapped_masters(live.engine)
+    return [_holding(live, name, p, wrapped) for name, p in sorted(live.parameters, key=lambda item: item[0])]
 
 
-def _shard(engine: Any, name: str, p: Parameter, ranks: Ranks, wrapped: Mapping[Parameter, Held]) -> Shard:
-    spec: ParamSpec = p.spec  # type: ignore[attr-defined]
-    state = base_optimizer(engine).state
+def _holding(live: Live, name: str, p: Parameter, wrapped: Mapping[Parameter, _FlatRange]) -> Holding:
+    engine, ranks, spec = live.engine, live.ranks, p.spec  # type: ignore[attr-defined]
     if hasattr(p, "ds_id"):
-        start, stop, held = _zero3_held(engine.optimizer, p)
+        start, stop, flat = _zero3_range(engine.optimizer, p)
     elif p in wrapped:
-        start, stop, held = 0, p.numel(), wrapped[p]
+        start, stop, flat = 0, p.numel(), wrapped[p]
     elif hasattr(p, "_hp_mapping"):
-        start, stop, held = _zero12_held(engine, p)
+        start, stop, flat = _zero12_range(engine, p)
     else:
-        start, stop, held = 0, p.numel(), Held(p, 0, p.numel())
+        start, stop, flat = 0, p.numel(), _FlatRange(p, 0, p.numel())
     replica, replicas = 0, 1
     if not _partitioned(p):  # every data-parallel rank holds it whole
         replica = ranks.data * ranks.sequence_size + ranks.sequence
         replicas = ranks.data_size * ranks.sequence_size
-    views = held.views(state) if held is not None else {}
+    views = flat.views(base_optimizer(engine).state) if flat is not None else {}
     local_shape = spec.local_shape(ranks.tensor, ranks.tensor_size)
-    return Shard(name, spec, p, start, stop, replica, replicas, local_shape, views)
+    return Holding(name, spec, p, start, stop, replica, replicas, local_shape, views)
 
 
 def _partitioned(p: Parameter) -> bool:
@@ -107,7 +114,7 @@ def _partitioned(p: Parameter) -> bool:
 
 
 @dataclass(frozen=True)
-class Held:
+class _FlatRange:
     """A range of one of the optimizer's own tensors."""
 
     tensor: Tensor
@@ -121,40 +128,40 @@ class Held:
         return {key: t.detach().view(-1).narrow(0, self.offset, self.numel) for key, t in tensors.items()}
 
 
-def _zero3_held(zero: Any, p: Any) -> tuple[int, int, Held]:
+def _zero3_range(zero: Any, p: Any) -> tuple[int, int, _FlatRange]:
     """Equal flat partitions, the last ones padded; frozen parameters have no master and stand for themselves."""
     size = p.ds_tensor.ds_numel
     start, stop = (min(p.ds_zero_partition_rank * size + n, p.ds_numel) for n in (0, size))
     if not p.requires_grad:
-        return start, stop, Held(p.ds_tensor, 0, stop - start)
+        return start, stop, _FlatRange(p.ds_tensor, 0, stop - start)
     group, offset, _ = zero.grad_position[zero.get_param_id(p)]
-    return start, stop, Held(zero.fp32_partitioned_groups_flat[group], offset, stop - start)
+    return start, stop, _FlatRange(zero.fp32_partitioned_groups_flat[group], offset, stop - start)
 
 
-def _zero12_held(engine: Any, p: Any) -> tuple[int, int, Held | None]:
+def _zero12_range(engine: Any, p: Any) -> tuple[int, int, _FlatRange | None]:
     """A range of the group's flat partition. Read by address: DeepSpeed links the moments only after a step."""
     mapping = p._hp_mapping
     if mapping is None:
         return 0, 0, None
     flat = base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
     local, inside = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return local.start, local.start + local.numel, Held(flat, inside.start, inside.numel)
+    return local.start, local.start + local.numel, _FlatRange(flat, inside.start, inside.numel)
 
 
-def _wrapped_masters(engine: Any) -> dict[Parameter, Held]:
+def _wrapped_masters(engine: Any) -> dict[Parameter, _FlatRange]:
     """Masters of DeepSpeed's fp16 wrappers without ZeRO: one flat tensor per group (fused), or one per parameter."""
-    found: dict[Parameter, Held] = {}
+    found: dict[Parameter, _FlatRange] = {}
     optimizer: Any = engine.optimizer
     groups: list[list[Parameter]] = getattr(optimizer, "fp16_groups", [])
     for index, group in enumerate(groups):
         if hasattr(optimizer, "fp32_groups_flat"):
             offset = 0
             for p in group:
-                found[p] = Held(optimizer.fp32_groups_flat[index], offset, p.numel())
+                found[p] = _FlatRange(optimizer.fp32_groups_flat[index], offset, p.numel())
                 offset += p.numel()
         elif hasattr(optimizer, "fp32_groups"):
             masters = optimizer.fp32_groups[index]
-            found.update({p: Held(master, 0, master.numel()) for p, master in zip(group, masters, strict=True)})
+            found.update({p: _FlatRange(master, 0, master.numel()) for p, master in zip(group, masters, strict=True)})
     return found
 
 
@@ -255,19 +262,19 @@ def _loss_scaler(engine: Any) -> Any:
 
 
 @torch.no_grad()
-def refresh_model(engine: Any, held: Sequence[Shard]) -> None:
+def refresh_model(engine: Any, held: Sequence[Holding]) -> None:
     """Brings the model's own (low-precision, gathered) copies up to the master weights. Collective under ZeRO."""
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
     if hasattr(engine.optimizer, "invalidate_secondary_tensor"):
         engine.optimizer.invalidate_secondary_tensor()
-    for shard in held:
-        p: Any = shard.parameter
+    for holding in held:
+        p: Any = holding.parameter
         if hasattr(p, "ds_id"):
-            p.ds_tensor.data[: shard.stop - shard.start].copy_(shard.views[MASTER])
+            p.ds_tensor.data[: holding.stop - holding.start].copy_(holding.views[MASTER])
             _refresh_gathered(p)
         elif not _partitioned(p):
-            p.data.view(-1).copy_(shard.views[MASTER])
+            p.data.view(-1).copy_(holding.views[MASTER])
 
 
 def _refresh_gathered(p: Any) -> None:
@@ -277,7 +284,7 @@ def _refresh_gathered(p: Any) -> None:
 
     if p.ds_status != ZeroParamStatus.AVAILABLE:
         return
-    part = p.ds_tensor.data.to(p.device)
-    whole = torch.empty(p.ds_zero_partition_world_size * part.numel(), dtype=part.dtype, device=p.device)
-    dist.all_gather_into_tensor(whole, part, group=p.ds_process_group)
+    own = p.ds_tensor.data.to(p.device)
+    whole = torch.empty(p.ds_zero_partition_world_size * own.numel(), dtype=own.dtype, device=p.device)
+    dist.all_gather_into_tensor(whole, own, group=p.ds_process_group)
     p.data.copy_(whole[: p.ds_numel].view(p.ds_shape))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: pieces streamed into safetensors while they are hashed, and the manifest that vouches for
+"""The files of a checkpoint: boxes streamed into safetensors while they are hashed, and the manifest that vouches for
 every byte of them. No engine, no process group; torch only through the tensors that it is handed.
 """
 
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...data_prep.durable import is_file_name
 from ...data_prep.errors import UserError
-from .regions import Box
-from .safetensors_format import groups, header
+from .boxes import Box
+from .safetensors_writer import FileTensor, in_groups, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+_FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
@@ -37,22 +38,9 @@ class Digest:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor to write: a box of parameter `name`; `read` gives its fp32 values, contiguous, on the CPU."""
-
-    kind: str
-    name: str
-    box: Box
-    read: Callable[[], Tensor]
-
-    @property
-    def key(self) -> str:
-        return f"{self.kind}/{self.name}/{','.join(map(str, self.box.offset))}"
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.box.numel
+def box_tensor(kind: str, name: str, box: Box, read: Callable[[], Tensor]) -> FileTensor:
+    """The entry of a rank's file for a box of parameter `name`; `read` gives its values on the CPU, written as fp32."""
+    return FileTensor(f"{kind}/{name}/{','.join(map(str, box.offset))}", box.shape, "float32", read)
 
 
 def parse_key(key: str) -> tuple[str, str, tuple[int, ...]]:
@@ -113,10 +101,10 @@ def write_json(path: Path, value: object) -> Digest:
     return write_bytes(path, json.dumps(value, indent=1).encode())  # no last line end: every byte counts
 
 
-def write_pieces(
-    folder: Path, rank: int, entries: Sequence[Entry], shapes: Mapping[str, Sequence[int]]
+def write_rank(
+    folder: Path, rank: int, tensors: Sequence[FileTensor], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Digest]:
-    """Writes a rank's entries into `rank-NNNNN.safetensors` (and `-1`, `-2`, … beyond 4 GiB each).
+    """Writes a rank's boxes into `rank-NNNNN.safetensors` (and `-1`, `-2`, … beyond 4 GiB each).
 
     Args:
         shapes: full shape of every parameter that the rank holds, for the reader.
@@ -125,23 +113,18 @@ def write_pieces(
         OSError: the disk is full, or the folder cannot be written.
     """
     files = {}
-    for index, part in enumerate(groups(entries, _FILE_LIMIT)):
-        name = f"rank-{rank:05d}{f'-{index}' if index else ''}.safetensors"
-        held = {entry.name: list(shapes[entry.name]) for entry in part}
-        files[name] = _write_safetensors(folder / name, part, {"shapes": json.dumps(held)})
+    for index, group in enumerate(in_groups(tensors, _FILE_LIMIT)):
+        file_name = f"rank-{rank:05d}{f'-{index}' if index else ''}.safetensors"
+        names = dict.fromkeys(parse_key(tensor.key)[1] for tensor in group)
+        metadata = {"shapes": json.dumps({name: list(shapes[name]) for name in names})}
+        with HashedFile(folder / file_name) as file:
+            write_safetensors(file, group, metadata)
+            files[file_name] = file.finish()
     return files
 
 
-def _write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Digest:
-    with HashedFile(path) as file:
-        file.write(header(((entry.key, "F32", entry.box.shape, entry.nbytes) for entry in entries), metadata))
-        for entry in entries:
-            file.write(entry.read().numpy().reshape(-1).view("uint8").data)
-        return file.finish()
-
-
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What a whole checkpoint consists of. `sequence` counts the checkpoints of a run directory: newest is highest."""
 
     step: int
@@ -153,16 +136,16 @@ class Manifest:
         return sum(file.size for file in self.files.values())
 
     @property
-    def piece_files(self) -> list[str]:
+    def rank_files(self) -> list[str]:
         return [name for name in sorted(self.files) if name.startswith("rank-")]
 
     def write(self, folder: Path) -> None:
         files = {name: {"size": d.size, "sha256": d.sha256} for name, d in sorted(self.files.items())}
-        body = {"format": FORMAT, "step": self.step, "sequence": self.sequence, "files": files}
+        body = {"format": _FORMAT, "step": self.step, "sequence": self.sequence, "files": files}
         write_json(folder / MANIFEST, body | {"self": _digest_of(body)})
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> CheckpointManifest:
         """Raises `DamagedError` if it is not there or not as written, `UserError` if a newer version wrote it.
 
         Every format keeps the key `self` as it is, so that damage is never taken for the future.
@@ -177,11 +160,13 @@ class Manifest:
             raise DamagedError(f"{path}: not a JSON object") from None
         if found != _digest_of(body):
             raise DamagedError(f"{path}: does not match its own digest")
-        if body["format"] > FORMAT:
+        if body["format"] > _FORMAT:
             raise UserError(
                 f"{path}: checkpoint format {body['format']} is newer than this version of zeropipe reads "
-                f"({FORMAT}): upgrade zeropipe"
+                f"({_FORMAT}): upgrade zeropipe"
             )
+        if outside := [name for name in body["files"] if not is_file_name(name)]:
+            raise DamagedError(f"{path}: {outside[0]!r} is not the name of a file in the checkpoint")
         return cls(body["step"], body["sequence"], {name: Digest(**d) for name, d in body["files"].items()})
 
 

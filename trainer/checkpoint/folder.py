@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data_prep.durable import sync_directory, write_durably
+from ...data_prep.durable import publish_folder, write_durably
 from ...data_prep.errors import UserError
 from .files import (
     MANIFEST,
     STATE,
+    CheckpointManifest,
     DamagedError,
     Digest,
-    Manifest,
     digest_problems,
     size_problems,
 )
@@ -54,7 +54,7 @@ def _replaced_path(folder: Path, name: str) -> Path:
     return folder / f".{name}.replaced"
 
 
-def tidy(folder: Path) -> None:
+def clear_leftovers(folder: Path) -> None:
     """Removes what dead runs left half-written, and puts back a checkpoint whose replacement never came."""
     for left in folder.glob(".step-*.replaced"):
         name = left.name.removeprefix(".").removesuffix(".replaced")
@@ -69,7 +69,7 @@ def tidy(folder: Path) -> None:
 def begin(folder: Path, step: int) -> Path:
     """Makes the empty folder to write a checkpoint into. For one rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    tidy(folder)
+    clear_leftovers(folder)
     partial = partial_path(folder, step)
     partial.mkdir()
     return partial
@@ -90,15 +90,8 @@ def publish(folder: Path, step: int, files: dict[str, Digest]) -> Path:
             "the output folder must be shared by all hosts"
         )
     sequence = 1 + max((item.sequence or 0 for item in ls(folder)), default=0)
-    Manifest(step, sequence, files).write(partial)
-    sync_directory(partial)
-    replaced = _replaced_path(folder, path.name)
-    if path.exists():  # the run was resumed from before this step
-        path.rename(replaced)
-    partial.rename(path)
-    sync_directory(folder)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    CheckpointManifest(step, sequence, files).write(partial)
+    publish_folder(partial, path, _replaced_path(folder, path.name))  # what is there: of a run resumed from before
     write_durably(folder / LATEST, f"{path.name}\n")
     return path
 
@@ -132,7 +125,7 @@ def _is_renamed(path: Path) -> bool:
 def inspect(path: Path) -> Listing:
     """Looks at a checkpoint without reading its tensors."""
     try:
-        manifest = Manifest.read(path)
+        manifest = CheckpointManifest.read(path)
     except UserError as error:
         named = _STEP.fullmatch(path.name)
         return Listing(path, int(named[1]) if named else -1, None, 0, str(error))
@@ -145,30 +138,30 @@ def ls(path: str | Path) -> list[Listing]:
     return [inspect(p) for p in reversed(step_folders(path))]
 
 
-def verify(path: str | Path) -> dict[Path, list[str]]:
+def verify_checkpoints(path: str | Path) -> dict[Path, list[str]]:
     """Reads every checkpoint there and compares it with its manifest; what is wrong, by checkpoint (empty: whole)."""
     return {p: problems_of(p) for p in reversed(step_folders(path))}
 
 
-def problems_of(path: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with one checkpoint; the digests of every `parts`-th file only.
+def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
+    """What is wrong with one checkpoint; of the digests, the share of one of several readers.
 
     Raises:
         UserError: a newer version of zeropipe wrote it.
     """
     try:
-        manifest = Manifest.read(path)
+        manifest = CheckpointManifest.read(path)
     except DamagedError as error:
         return [str(error)]
     problems = size_problems(path, manifest.files)
     if problems:
         return problems
     # the largest are dealt out first
-    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[part::parts]
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[reader::readers]
     return digest_problems(path, {name: manifest.files[name] for name in names})
 
 
-def find(path: str | Path) -> Path:
+def newest_checkpoint(path: str | Path) -> Path:
     """The newest checkpoint of a run directory, of `checkpoints/`, or the one given, as far as names and sizes tell.
 
     Raises:
@@ -206,6 +199,10 @@ def prune(path: str | Path, keep: int) -> list[Path]:
     return doomed
 
 
+# what checkpoints did not say before there was a choice
+_UNSAID = {"objective": "causal_lm", "adapter": "none"}
+
+
 def check_same_run(state: dict[str, Any], **expected: Any) -> None:
     """Refuses to resume a run on other data, another seed, sequence length, model, ….
 
@@ -216,10 +213,11 @@ def check_same_run(state: dict[str, Any], **expected: Any) -> None:
     Raises:
         UserError: lists every difference.
     """
+    saved = {**_UNSAID, **state}
     differences = [
-        f"{key} was {_short(state.get(key))}, this run says {_short(value)}"
+        f"{key} was {_short(saved.get(key))}, this run says {_short(value)}"
         for key, value in expected.items()
-        if state.get(key) != json.loads(json.dumps(value))
+        if saved.get(key) != json.loads(json.dumps(value))
     ]
     if differences:
         raise UserError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,28 @@ import torch
 from torch import Tensor
 
 from ...data_prep.errors import UserError
-from .files import STATE, Manifest, parse_key
-from .folder import find, problems_of
-from .regions import Box
+from .boxes import Box, Shape
+from .files import STATE, CheckpointManifest, parse_key
+from .folder import newest_checkpoint, problems_of
 
 MASTER = "master"
 _OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may open
 
 
 class Checkpoint:
-    """One checkpoint, read tensor by tensor; memory is that of one tensor. Needs no engine and no process group."""
+    """One checkpoint, read tensor by tensor; memory is that of one tensor. Needs no engine and no process group.
+
+    Its files' headers are read when a tensor is first asked for, and only once: pass the object on, not its path.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._manifest = Manifest.read(path)
+        self._manifest = CheckpointManifest.read(path)
         self.step = self._manifest.step
         self.state: dict[str, Any] = json.loads((path / STATE).read_bytes())
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._boxes: dict[tuple[str, str], list[tuple[Box, str, str]]] = defaultdict(list)
         self._open: OrderedDict[str, Any] = OrderedDict()
-        for file in self._manifest.piece_files:
-            self._index(file)
 
-    find = staticmethod(find)
+    find = staticmethod(newest_checkpoint)
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Checkpoint:
@@ -44,7 +44,7 @@ class Checkpoint:
         Raises:
             UserError: none is there, or (with `verify`, which reads it all once) it is not what was written.
         """
-        found = find(path)
+        found = newest_checkpoint(path)
         problems = problems_of(found) if verify else []
         if problems:
             raise UserError(f"damaged checkpoint: {'; '.join(problems)}. Restore it, or name an older one")
@@ -54,12 +54,12 @@ class Checkpoint:
         """Hugging Face's parameter names, tied ones once, sorted."""
         return sorted(self._shapes)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         return self._shapes[name]
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of a parameter: master, and the moments if it is trained."""
-        return sorted(kind for kind, owner in self._boxes if owner == name)
+        return sorted(self._boxes[name])
 
     def read(self, name: str, kind: str = MASTER) -> Tensor:
         """The whole fp32 tensor, on the CPU.
@@ -67,7 +67,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint holds no such tensor, or not all of it.
         """
-        if (kind, name) not in self._boxes:
+        if kind not in self._boxes.get(name, {}):
             raise UserError(f"{self.path}: holds no {kind} of {name!r}")
         tensor = torch.empty(self._shapes[name], dtype=torch.float32)
         whole = Box.whole(self._shapes[name])
@@ -75,33 +75,46 @@ class Checkpoint:
         return tensor
 
     def read_into(self, name: str, kind: str, wanted: Box, target: Callable[[Box], Tensor]) -> None:
-        """Copies what is stored of a box into the tensors that `target` gives for its parts.
+        """Copies what is stored of a box into the tensors that `target` gives for the boxes that it is stored in.
 
         Raises:
-            UserError: part of it is not stored.
+            UserError: not all of it is stored.
         """
         missing = wanted.numel
-        for box, file, key in self._boxes[kind, name]:
+        for box, file, key in self._boxes[name][kind]:
             common = box.intersect(wanted)
             if common is None:
                 continue
             inside = common.moved(box.offset, (0,) * len(box.offset))
             stored = self._file(file)
             whole = inside.shape == box.shape
-            part = stored.get_tensor(key) if whole else stored.get_slice(key)[inside.slices]
-            target(common).copy_(part)
+            values = stored.get_tensor(key) if whole else stored.get_slice(key)[inside.slices]
+            target(common).copy_(values)
             missing -= common.numel
         if missing:
             raise UserError(f"{self.path}: {missing} elements of {kind} of {name!r} are not stored")
 
-    def _index(self, file: str) -> None:
-        stored = self._file(file)
-        shapes = json.loads(stored.metadata()["shapes"])
-        self._shapes |= {name: tuple(shape) for name, shape in shapes.items()}
-        for key in stored.keys():  # noqa: SIM118 (not a mapping)
-            kind, name, offset = parse_key(key)
-            shape = tuple(stored.get_slice(key).get_shape())
-            self._boxes[kind, name].append((Box(offset, shape), file, key))
+    @cached_property
+    def _index(self) -> tuple[dict[str, Shape], dict[str, dict[str, list[tuple[Box, str, str]]]]]:
+        """Shape by name; and by name and kind, the stored boxes, each with its file and its key in it."""
+        shapes: dict[str, Shape] = {}
+        boxes: dict[str, dict[str, list[tuple[Box, str, str]]]] = {}
+        for file in self._manifest.rank_files:
+            stored = self._file(file)
+            shapes |= {name: tuple(shape) for name, shape in json.loads(stored.metadata()["shapes"]).items()}
+            for key in stored.keys():  # noqa: SIM118 (not a mapping)
+                kind, name, offset = parse_key(key)
+                box = Box(offset, tuple(stored.get_slice(key).get_shape()))
+                boxes.setdefault(name, {}).setdefault(kind, []).append((box, file, key))
+        return shapes, boxes
+
+    @property
+    def _shapes(self) -> dict[str, Shape]:
+        return self._index[0]
+
+    @property
+    def _boxes(self) -> dict[str, dict[str, list[tuple[Box, str, str]]]]:
+        return self._index[1]
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

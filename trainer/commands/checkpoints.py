@@ -33,9 +33,9 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..checkpoint.folder import verify
+    from ..checkpoint.folder import verify_checkpoints
 
-    found = verify(args.path)
+    found = verify_checkpoints(args.path)
     if not found:
         raise UserError(f"{args.path}: no checkpoint here")
     bad = {path: problems for path, problems in found.items() if problems}
@@ -55,8 +55,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from ..metrics.audit import audit
-    from ..metrics.audit import report as text_of
+    from ..metrics.audit import audit, audit_text
 
-    print(text_of(audit(args.path)))
+    print(audit_text(audit(args.path)))
     return 0

@@ -36,8 +36,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()  # before the libraries are imported
-    from ..evaluation.evaluate import as_json, evaluate_model
-    from ..evaluation.evaluate import report as text_of
+    from ..evaluation.evaluate import as_json, evaluate_model, evaluation_text
     from ..export.load import load_model, pick_device
 
     batches = _batches(args.batches)
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     data = _eval_data(args, source)
     model, _ = load_model(source, args.dtype)
     evaluation = evaluate_model(model.to(device), data, batches, _progress)
-    print(json.dumps(as_json(evaluation)) if args.json else text_of(evaluation))
+    print(json.dumps(as_json(evaluation)) if args.json else evaluation_text(evaluation))
     return 0
 
 
@@ -59,7 +58,7 @@ def _batches(text: str) -> int | None:
 
 
 def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
-    from ..checkpoint.saving import Checkpoint
+    from ..checkpoint.reader import Checkpoint
     from ..evaluation.evaluate import run_data, store_data
     from ..run.directory import is_hf_folder, load_run_recipe, run_directory, tokenizer_folder
 

@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         plan = ranks.together(plan_here)  # a path may be missing on one host only
         layout = plan.layout
-        state = train(plan.recipe, plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
+        state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
     except UserError:
         shut_down()
         raise

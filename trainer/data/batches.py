@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..recipe.recipe import Recipe
 from .labels import IGNORE
 from .ledger import digest, sample_ids
 from .order import SampleOrder, Source
-from .splits import Part, Split, open_split
+from .splits import Part, SplitName, open_split
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,33 @@ class Windows:
         first = self.part.start + sample * self.seq_len
         return self.part.store.document_starts(first, first + self.seq_len + 1) - first
 
+    def record(self, sample: int, document_mask: bool = False) -> Record:
+        """One sample; with `document_mask`, positions count from each document's start."""
+        tokens, ignored = self.tokens(sample), np.zeros(self.seq_len, dtype=bool)
+        if not document_mask:
+            return Record(tokens, ignored)
+        positions, starts = np.arange(self.seq_len), self.document_starts(sample)
+        for begin in starts[starts < self.seq_len]:
+            positions[begin:] = np.arange(self.seq_len - begin)
+        # the last token of a document does not predict the next document, as it would not if trained alone
+        ignored[starts[starts > 0] - 1] = True
+        return Record(tokens, ignored, positions)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as an objective gets it."""
+
+    tokens: np.ndarray  # int64 [seq_len + 1]: the inputs and the token after them
+    ignored: np.ndarray  # bool [seq_len]: places whose next token carries no loss
+    positions: np.ndarray | None = None  # int64 [seq_len]; None: 0, 1, 2, …
+
+    @classmethod
+    def empty(cls, seq_len: int, document_mask: bool = False) -> Record:
+        """A sample that carries no loss: rows beyond the end of an evaluation."""
+        tokens, ignored = np.zeros(seq_len + 1, dtype=np.int64), np.ones(seq_len, dtype=bool)
+        return cls(tokens, ignored, np.arange(seq_len) if document_mask else None)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -51,15 +78,33 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the objective's own, by name
 
     def to(self, device: torch.device) -> Batch:
-        positions = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
-        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), positions)
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        positions = None if self.position_ids is None else moved(self.position_ids)
+        extras = {name: moved(tensor) for name, tensor in self.extras.items()}
+        return Batch(moved(self.input_ids), moved(self.labels), positions, extras)
 
     @property
     def tokens(self) -> int:
         """Positions that carry loss."""
         return int((self.labels != IGNORE).sum())
+
+
+def stack(records: Sequence[Record], extras: Mapping[str, torch.Tensor] | None = None) -> Batch:
+    """The records as the rows of a batch."""
+    tokens = np.stack([record.tokens for record in records])
+    labels = np.where(np.stack([record.ignored for record in records]), IGNORE, tokens[:, 1:])
+    positions = [record.positions for record in records if record.positions is not None]
+    return Batch(
+        torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+        torch.from_numpy(labels),
+        torch.from_numpy(np.stack(positions)) if positions else None,
+        extras or {},
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +122,7 @@ class StepBatch:
         return sum(micro.tokens for micro in self.micro_batches)
 
 
-def open_windows(recipe: Recipe, split: Split) -> list[Windows]:
+def open_windows(recipe: Recipe, split: SplitName) -> list[Windows]:
     """The windows of one split, in the recipe's order of stores; empty where the recipe has no such split.
 
     Raises:
@@ -93,7 +138,7 @@ def sample_order(recipe: Recipe, windows: Sequence[Windows]) -> SampleOrder:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is cut: global batch = micro batch x data parallel ranks x accumulation, in sequences."""
+    """How a global batch is cut (micro batch x data parallel ranks x accumulation, in sequences) and collated."""
 
     micro_batch: int
     accumulation: int
@@ -101,6 +146,7 @@ class BatchShape:
     seq_len: int
     vocab_size: int  # token ids at or above it are refused
     document_mask: bool = False
+    collate: Callable[[Sequence[Record]], Batch] = stack  # the objective's
 
     def rows(self, ranks: Ranks, micro: int) -> range:
         """Places in the global batch that this rank's micro batch number `micro` takes."""
@@ -114,33 +160,20 @@ def make_batch(rows: Sequence[tuple[Windows, int] | None], shape: BatchShape) ->
     Raises:
         UserError: a sample holds a token id that the model's vocabulary does not.
     """
-    seq_len, document_mask = shape.seq_len, shape.document_mask
-    tokens = np.zeros((len(rows), seq_len + 1), dtype=np.int64)
-    ignored = np.zeros((len(rows), seq_len), dtype=bool)
-    positions = np.broadcast_to(np.arange(seq_len), ignored.shape).copy() if document_mask else None
-    for row, sample in enumerate(rows):
+    records = []
+    for sample in rows:
         if sample is None:
-            ignored[row] = True
+            records.append(Record.empty(shape.seq_len, shape.document_mask))
             continue
         windows, number = sample
-        tokens[row] = windows.tokens(number)
-        if tokens[row].max() >= shape.vocab_size:
+        record = windows.record(number, shape.document_mask)
+        if record.tokens.max() >= shape.vocab_size:
             raise UserError(
-                f"{windows.part.store.path}: sample {number} holds token {tokens[row].max()}, but "
+                f"{windows.part.store.path}: sample {number} holds token {record.tokens.max()}, but "
                 f"the model's vocabulary has {shape.vocab_size}; prepare the data with the model's tokenizer"
             )
-        if positions is not None:
-            starts = windows.document_starts(number)
-            for begin in starts[starts < seq_len]:
-                positions[row, begin:] = np.arange(seq_len - begin)
-            # the last token of a document does not predict the next document, as it would not if trained alone
-            ignored[row, starts[starts > 0] - 1] = True
-    labels = np.where(ignored, IGNORE, tokens[:, 1:])
-    return Batch(
-        torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
-        torch.from_numpy(labels),
-        None if positions is None else torch.from_numpy(positions),
-    )
+        records.append(record)
+    return shape.collate(records)
 
 
 class BatchStream:
@@ -166,6 +199,12 @@ class BatchStream:
         """Samples consumed so far from each source, by the path of its store."""
         counts = self._order.counts(self.samples_consumed)
         return {str(windows.part.store.path): count for windows, count in zip(self._windows, counts, strict=True)}
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)

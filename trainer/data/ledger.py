@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, the increment of splitmix64
+from ...data_prep.splitmix import INCREMENT, mix64
+
 SOURCE_BITS = 16  # of a sample id; the other 48 number the samples of one source
 MASK = (1 << 64) - 1
 
@@ -22,11 +23,10 @@ def sample_ids(sources: np.ndarray, samples: np.ndarray) -> np.ndarray:
 def hashes(positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Mixed uint64 hash of each pair (global sample index, sample id)."""
     # splitmix64 maps 0 to 0: with position 0 as it is, the absence of the pair (0, 0) would go unnoticed
-    x = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * ODD + np.asarray(ids).astype(np.uint64)
-    # the finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(INCREMENT) + np.asarray(ids).astype(
+        np.uint64
+    )
+    return mix64(x)
 
 
 def digest(positions: np.ndarray, ids: np.ndarray) -> int:

@@ -18,19 +18,10 @@ from fractions import Fraction
 
 import numpy as np
 
+from ...data_prep.splitmix import INCREMENT, mix64
+
 ROUNDS = 8
 _MAX_DENOMINATOR = 1 << 20  # of a mixture weight: keeps index * weight inside 64 bits up to 2**40 samples
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: a bijection on uint64 whose output bits all depend on all input bits."""
-    x = x.astype(np.uint64, copy=True)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
 
 
 def key64(*parts: object) -> int:
@@ -48,7 +39,7 @@ class Permutation:
         half_bits = max(1, math.ceil((size - 1).bit_length() / 2))
         self._half = np.uint64(half_bits)
         self._mask = np.uint64((1 << half_bits) - 1)
-        self._keys = mix64(np.uint64(key) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        self._keys = mix64(np.uint64(key) + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(INCREMENT))
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Images of `index` (any shape, values in [0, size)), as int64."""

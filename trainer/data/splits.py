@@ -8,10 +8,10 @@ from fractions import Fraction
 from typing import Literal
 
 from ...data_prep.store import TokenStore
-from ..recipe.recipe import Data, SourceSection
+from ..recipe.recipe import Data, WeightedStore
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+SplitName = Literal["train", "valid", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def split_bounds(num_documents: int, shares: Sequence[float]) -> list[tuple[int,
     return bounds
 
 
-def open_split(data: Data, split: Split) -> list[Part]:
+def open_split(data: Data, split: SplitName) -> list[Part]:
     """The parts that make up a split, in the recipe's order; empty where the recipe has none.
 
     Raises:
         UserError: a store is missing or damaged.
     """
-    own: list[SourceSection] | None = {"valid": data.valid, "test": data.test}.get(split)
+    own: list[WeightedStore] | None = {"valid": data.valid, "test": data.test}.get(split)
     sources = data.train if own is None else own
     parts = []
     for source in sources:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
-from ...data_prep.tokenizer import end_of_document, is_bare_vocabulary, load_tokenizer
+from ...data_prep.tokenizer import end_of_document, read_tokenizer
 
 
 def vocabulary_of(stores: Sequence[TokenStore], tokenizer: str | None) -> tuple[int | None, int | None]:
@@ -32,7 +32,7 @@ def vocabulary_of(stores: Sequence[TokenStore], tokenizer: str | None) -> tuple[
     _same_tokens([*([own] if own else []), *dict.fromkeys(folders)])
     if found or own is None:
         return next(iter(found), (None, None))
-    loaded = load_tokenizer(own)
+    loaded = read_tokenizer(own)
     return 1 + max(loaded.get_vocab(with_added_tokens=True).values()), end_of_document(own, loaded, None)[1]
 
 
@@ -46,5 +46,5 @@ def _same_tokens(folders: Sequence[Path]) -> None:
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     for first, other in pairwise(texts.values()):
-        if load_tokenizer(first).get_vocab(True) != load_tokenizer(other).get_vocab(True):
+        if read_tokenizer(first).get_vocab(True) != read_tokenizer(other).get_vocab(True):
             raise UserError(f"{first} and {other}: different tokenizers; use the one that prepared the data")

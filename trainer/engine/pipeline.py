@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,97 +10,87 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.batches import Batch, BatchStream
-from ..data.order import key64
+from ..data.batches import Batch, StepBatch
 from ..modeling.build import Values
-from ..modeling.cross_entropy import loss_sum, whole_logits
-from ..optim.groups import parameter_groups
+from ..modeling.cross_entropy import whole_logits
+from ..modeling.layer_costs import layer_seconds, step_seconds
+from ..modeling.partition import stage_costs
+from ..modeling.pipeline import Builder, StageLoss, Stages
+from ..objectives.base import LossSum
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
-from ..recipe.recipe import Recipe
 from ..run.quiet import hushed
-from .zero import DTYPES, StepOutput, next_batch, planned_rate, runtime_config
+from .base import Engine, runtime_config
 
 
-class PipeEngine:
-    """DeepSpeed's PipelineEngine behind the engines' protocol, with tensor and data parallelism inside the stages."""
+class PipelineEngine(Engine):
+    """DeepSpeed's PipelineEngine, with tensor and data parallelism inside the stages."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
-        import deepspeed
-
-        from ..modeling.layer_costs import layer_seconds, step_seconds
-        from ..modeling.partition import stage_costs
-        from ..modeling.pipeline import Builder, Stages
-
-        self.ranks, self._recipe, self._plan = ranks, recipe, plan
-        config = runtime_config(plan.deepspeed, ranks)
+    def __init__(self, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
+        super().__init__(plan, ranks)
+        config = runtime_config(plan, ranks)
         # at stage 0 in fp32 DeepSpeed clips by the norm of the first stage alone; stage 1 computes the same update
         config["zero_optimization"]["stage"] = max(1, plan.layout.zero_stage)
         # blocks checkpoint their own activations; DeepSpeed's way fails on the embedding's integer input
         config.get("pipeline", {}).pop("activation_checkpoint_interval", None)
-        arguments = (
-            plan.model_config,
-            values,
-            recipe.seed,
-            DTYPES[plan.precision.name],
-            ranks,
-            plan.activation_checkpointing,
-        )
-        self._vocab_size, self._step, self._steps_run = plan.vocab_size, 0, 0
+        recomputes, method = plan.settings.activation_checkpointing, plan.recipe.parallel.partition
+        arguments = plan.model_config, values, plan.recipe.seed, self.dtype, ranks, recomputes, self._adapt
+        self._step, self._steps_run = 0, 0
+        self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras
         with hushed():
-            builder, method = Builder(*arguments), recipe.parallel.partition
+            builder = Builder(*arguments)
+            self._width = builder.config.hidden_size
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
-            self._stages: Any = Stages(builder, method, costs, plan.precision.autocast)
-            self._stages.before_forward = self._seed
+            self._head = StageLoss(builder, self._add_loss, plan.precision.autocast)
+            self._stages = Stages(builder, self._head, method, costs)
+            self._stages.before_forward = lambda micro: self._seed(self._step, micro)
             self.module: nn.Module = self._stages
-            self.deepspeed: Any = deepspeed.initialize(
-                model=self._stages,
-                model_parameters=parameter_groups(self._stages, plan.settings.optimizer),  # type: ignore[arg-type]
-                config=config,
-            )[0]
+            self.deepspeed = self._initialize(config)
         # of a step, by the measured costs of the layers; None unless they were measured
         self.predicted_seconds = None
         if costs is not None:
             self.predicted_seconds = step_seconds(stage_costs(costs, self._stages.bounds), plan.accumulation)
 
-    def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
-        batch, totals = next_batch(stream, self.ranks, stop)
-        self._stages.loss_fn.scale = len(batch.micro_batches) * self.ranks.data_size / totals.tokens
-        self._step, self._stages.micro = step, 0
-        self._set_learning_rate(step)
-        lr = self.deepspeed.optimizer.param_groups[0]["lr"]
-        micro_batches = iter([((b.input_ids, _positions(b)), b.labels) for b in batch.micro_batches])
-        loss = float(self.deepspeed.train_batch(micro_batches))
-        norm = self.deepspeed.get_global_grad_norm()
-        output = totals.output(loss, norm, lr)
+    def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
+        self._head.scale = len(batch.micro_batches) * self.ranks.data_size / weight
+        self._step, self._stages.micro, self._sums = step, 0, self._vector(None)
+        self._extras = tuple(batch.micro_batches[0].extras)
+        inputs = [
+            ((micro.input_ids, _positions(micro)), (micro.labels, *micro.extras.values()))
+            for micro in batch.micro_batches
+        ]
+        self.deepspeed.train_batch(iter(inputs))
+        return self._sums, self.deepspeed.get_global_grad_norm()
+
+    def train_step(self, *arguments: Any, **options: Any) -> Any:
+        output = super().train_step(*arguments, **options)
         self._compare_prediction(output.seconds - output.data_seconds)
         return output
 
-    def eval_loss(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        total, tokens = 0.0, 0
-        for micro in micro_batches:
-            logits = self._relay(micro)
-            if logits is not None:
-                labels = micro.labels.to(self.ranks.device)
-                total += float(loss_sum(logits, labels, self._vocab_size, self.ranks))
-                tokens += micro.tokens
-        if self.ranks.tensor > 0:  # they computed the same
-            total, tokens = 0.0, 0
-        loss, count = self.ranks.all_sum([total, float(tokens)])
-        return loss, int(count)
+    def _add_loss(self, tensors: Sequence[Tensor], token_losses: Tensor) -> Tensor:
+        """The objective's loss of a micro batch in training, on the last stage; its sums are kept."""
+        labels, *extras = tensors  # the inputs went to the first stage
+        batch = Batch(labels, labels, None, dict(zip(self._extras, extras, strict=True)))
+        loss = self.objective.loss(batch, token_losses)
+        self._sums += self._vector(loss)
+        return loss.sum
+
+    def _loss(self, micro: Batch) -> LossSum | None:
+        hidden = self._relay(micro)
+        if hidden is None:
+            return None
+        micro = micro.to(self.ranks.device)
+        return self.objective.loss(micro, self._head.token_losses(hidden, micro.labels))
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        local = self._relay(Batch(input_ids, input_ids))
-        if local is None:
-            whole = torch.empty(*input_ids.shape, self._vocab_size, device=self.ranks.device)
+        hidden = self._relay(Batch(input_ids, input_ids))
+        if hidden is None:
+            whole = torch.empty(*input_ids.shape, self.plan.vocab_size, device=self.ranks.device)
         else:
-            whole = whole_logits(local, self._vocab_size, self.ranks).contiguous()
+            whole = whole_logits(self._head.logits(hidden), self.plan.vocab_size, self.ranks).contiguous()
         last = self.ranks.rank + self._stride * (self.ranks.pipeline_size - 1 - self.ranks.pipeline)
         dist.broadcast(whole, last, group=self.ranks.pipeline_group)
         return whole
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return sorted(((p.spec.name, p) for p in self.module.parameters()), key=lambda pair: pair[0])  # type: ignore[attr-defined]
 
     @property
     def _stride(self) -> int:
@@ -109,7 +99,7 @@ class PipeEngine:
 
     @torch.no_grad()
     def _relay(self, micro: Batch) -> Tensor | None:
-        """Forward through the stages; logits (this tensor rank's columns) on the last stage, None on the others.
+        """Forward through the stages; what the head reads on the last stage, None on the others.
 
         Stages that are done with a micro batch take the next one, so that several in a row fill the pipeline.
         """
@@ -118,31 +108,20 @@ class PipeEngine:
         if stages.is_first:
             inputs: Any = micro.input_ids.to(device), positions
         else:
-            width = self._width
-            hidden = torch.empty(*micro.input_ids.shape, width, dtype=DTYPES[self._plan.precision.name], device=device)
+            hidden = torch.empty(*micro.input_ids.shape, self._width, dtype=self.dtype, device=device)
             dist.recv(hidden, self.ranks.rank - self._stride)
             inputs = (hidden, positions) if stages.takes_positions else hidden
         stages.eval()
-        autocast = self._plan.precision.autocast
+        autocast = self.plan.precision.autocast
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            for layer in [*stages.forward_funcs, *([stages.loss_fn.head] if stages.is_last else [])]:
+            for layer in stages.forward_funcs:
                 inputs = layer(inputs)
         stages.train()
         if stages.is_last:
             return inputs
         hidden = inputs[0] if isinstance(inputs, tuple) else inputs
-        dist.send(hidden.to(DTYPES[self._plan.precision.name]).contiguous(), self.ranks.rank + self._stride)
+        dist.send(hidden.to(self.dtype).contiguous(), self.ranks.rank + self._stride)
         return None
-
-    @property
-    def _width(self) -> int:
-        config = self._plan.model_config
-        return config["n_embd"] if config["model_type"] == "gpt2" else config["hidden_size"]
-
-    def _set_learning_rate(self, step: int) -> None:
-        if self.deepspeed.lr_scheduler is None:
-            for group in self.deepspeed.optimizer.param_groups:
-                group["lr"] = planned_rate(self._recipe, self._plan, step)
 
     def _compare_prediction(self, seconds: float) -> None:
         """Says once, at the third step of this process, what the measured partition promised and what came."""
@@ -154,11 +133,6 @@ class PipeEngine:
                 f"its measured layers and took {seconds:.3g} s",
                 flush=True,
             )
-
-    def _seed(self, micro: int) -> None:
-        """As without a pipeline: from where the randomness is drawn. Stages must not repeat each other's masks."""
-        place = self._step, micro, self.ranks.data, *([self.ranks.pipeline] if self.ranks.pipeline else [])
-        torch.manual_seed(key64(self._recipe.seed, "forward", *place) >> 1)
 
 
 def _positions(micro: Batch) -> Tensor:

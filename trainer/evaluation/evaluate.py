@@ -1,10 +1,10 @@
-"""Held-out loss, perplexity and bits per byte: during training through the engine, afterwards in one process."""
+"""Held-out loss, perplexity and bits per byte of a plain Hugging Face model, in one process."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from .text_bytes import byte_lengths
 
 if TYPE_CHECKING:
     from ..data.batches import Batch, Windows
-    from ..engine.zero import Engine
     from ..recipe.recipe import Recipe
 
 ENTROPY_TOKENS = 100_000_000  # of the training split, counted for the yardsticks: more would change little
@@ -27,11 +26,13 @@ LOGIT_BYTES = 256 << 20  # of one micro batch, in fp32
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The mean negative log likelihood of held-out tokens."""
+    """The mean of an objective over held-out data: for language modelling, nats per predicted token."""
 
-    loss: float  # nats per predicted token
+    loss: float
     tokens: int  # predicted
     bytes_per_token: float | None = None  # UTF-8 bytes of text per predicted token
+    metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own
+    per_token: bool = True  # whether the loss is nats per token
 
     @property
     def perplexity(self) -> float:
@@ -43,16 +44,17 @@ class EvalResult:
         return None if not self.bytes_per_token else self.loss / math.log(2) / self.bytes_per_token
 
     def record(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "eval_tokens": self.tokens,
-        }
+        """The fields of an eval record."""
+        text = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte} if self.per_token else {}
+        return {"loss": self.loss, **text, "eval_tokens": self.tokens, **self.metrics}
 
     def __str__(self) -> str:
-        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.tokens:,} tokens)"
+        parts = [f"loss {self.loss:.4f}"]
+        if self.per_token:
+            bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+            parts.append(f"perplexity {self.perplexity:.2f}{bits}")
+        parts += [f"{name} {value:.4f}" for name, value in self.metrics.items()]
+        return f"{', '.join(parts)} ({self.tokens:,} tokens)"
 
 
 @dataclass(frozen=True)
@@ -79,30 +81,6 @@ class Evaluation:
     result: EvalResult
     bytes_are_exact: bool
     entropies: Entropies | None
-
-
-def evaluate(engine: Engine, batches: Iterable[Batch], lengths: np.ndarray | None = None) -> EvalResult:
-    """Evaluates the model that is being trained. Collective over all ranks.
-
-    Args:
-        batches: this rank's micro batches.
-        lengths: UTF-8 bytes of each token, for bits per byte (`token_bytes`).
-    """
-    mine = np.zeros(2)  # predicted tokens and their bytes on this rank
-
-    def counted() -> Iterator[Batch]:
-        for batch in batches:
-            if lengths is not None:
-                labels = batch.labels[batch.labels >= 0].numpy()
-                mine[:] += len(labels), lengths[labels].sum()
-            yield batch
-
-    loss_sum, tokens = engine.eval_loss(counted())
-    if not tokens:
-        raise UserError("eval: no token to evaluate on: the valid split holds less than one sample of data.seq_len")
-    # ranks that share their samples count them alike, so the ratio holds
-    seen, text_bytes = engine.ranks.all_sum(mine.tolist())
-    return EvalResult(loss_sum / tokens, tokens, text_bytes / seen if seen else None)
 
 
 def token_bytes(tokenizer: str | Path | None, windows: Sequence[Windows], vocab_size: int) -> np.ndarray | None:
@@ -242,7 +220,7 @@ def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: b
     return HeldOutData(str(path), [windows], [], 8, document_mask, tokenizer or store.tokenizer)
 
 
-def report(evaluation: Evaluation) -> str:
+def evaluation_text(evaluation: Evaluation) -> str:
     """A few lines for people."""
     result, entropies = evaluation.result, evaluation.entropies
     lines = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +20,18 @@ from ...data_prep.errors import UserError
 from ..checkpoint.reader import MASTER
 from .deepspeed_files import (
     find_tag,
-    first_shard,
+    first_optimizer_state,
     load_pickle,
     model_files,
     optimizer_files,
+    optimizer_states,
     refuse_split_models,
-    shards,
 )
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # torch.compile, activation checkpointing
 _UNIVERSAL_KINDS = {"fp32.pt": MASTER, "exp_avg.pt": "exp_avg", "exp_avg_sq.pt": "exp_avg_sq"}
 
-Part = Callable[[], Tensor]  # consecutive elements of a parameter
+_Run = Callable[[], Tensor]  # gives a run of consecutive elements of a parameter
 
 
 @dataclass
@@ -42,17 +41,20 @@ class DeepSpeedCheckpoint:
     path: Path
     kind: str  # ZeRO-0 … ZeRO-3, universal
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
-    parts: dict[tuple[str, str], list[Part]] = field(default_factory=lambda: defaultdict(list))
+    runs: dict[str, dict[str, list[_Run]]] = field(default_factory=dict)  # by name and kind, in the tensor's order
     step: int = 0  # of the optimizer
     groups: list[dict[str, Any]] = field(default_factory=list)  # the optimizer's hyperparameters
     states: Mapping[str, Any] = field(default_factory=dict)  # what rank 0 wrote beside the tensors
 
     @property
     def names(self) -> list[str]:
-        return sorted({name for _, name in self.parts})
+        return sorted(self.runs)
 
     def kinds(self, name: str) -> list[str]:
-        return sorted(kind for kind, owner in self.parts if owner == name)
+        return sorted(self.runs.get(name, {}))
+
+    def add(self, name: str, kind: str, run: _Run) -> None:
+        self.runs.setdefault(name, {}).setdefault(kind, []).append(run)
 
     def read(self, name: str, kind: str, shape: Sequence[int]) -> Tensor:
         """The whole tensor in fp32, contiguous, on the CPU.
@@ -60,7 +62,7 @@ class DeepSpeedCheckpoint:
         Raises:
             UserError: what is stored has another number of elements.
         """
-        flat = torch.cat([part().reshape(-1) for part in self.parts[kind, name]])
+        flat = torch.cat([run().reshape(-1) for run in self.runs[name][kind]])
         if flat.numel() != math.prod(shape):
             raise UserError(
                 f"{self.path}: {kind} of {name} has {flat.numel()} elements, a shape of {list(shape)} needs "
@@ -92,7 +94,9 @@ def open_deepspeed(path: str | Path, trust: bool) -> DeepSpeedCheckpoint:
         raise UserError(f"{model_files(folder)[0]}: not what DeepSpeed's save_checkpoint writes")
     if not optimizer_files(folder):
         return _stage_0(folder, states)
-    return _stage_3(folder, states) if "fp32_flat_groups" in first_shard(folder) else _stages_1_2(folder, states)
+    return (
+        _stage_3(folder, states) if "fp32_flat_groups" in first_optimizer_state(folder) else _stages_1_2(folder, states)
+    )
 
 
 def _stage_0(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
@@ -107,8 +111,9 @@ def _stage_0(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
     _take_module(found, states)
     order = _order_of_groups(folder, found.shapes, optimizer)
     for number, name in order.items():
-        for kind, tensor in _moments(optimizer["state"][number]).items():
-            found.parts[kind, name].append(_part(tensor))
+        moments = _moments(optimizer["state"].get(number, {}))  # none before the first step
+        for kind, tensor in moments.items():
+            found.add(name, kind, _run(tensor))
     _take_scalars(found, optimizer)
     return found
 
@@ -142,18 +147,18 @@ def _order_of_groups(
 def _stages_1_2(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
     """Each rank holds a range of every group's flat tensor, and says which names lie where in it."""
     found = DeepSpeedCheckpoint(folder, "ZeRO-1 or 2", states=states)
-    for shard in shards(folder, states):
-        found.kind = f"ZeRO-{int(shard.get('zero_stage', 1))}"
-        base = shard["base_optimizer_state"]
+    for own in optimizer_states(folder, states):
+        found.kind = f"ZeRO-{int(own.get('zero_stage', 1))}"
+        base = own["base_optimizer_state"]
         if isinstance(base, list):
             raise UserError(f"{folder}: written with zero_optimization.elastic_checkpoint; save it again without")
-        if any(any(paddings) for paddings in shard.get("param_alignment_paddings") or []):
+        if any(any(paddings) for paddings in own.get("param_alignment_paddings") or []):
             raise UserError(f"{folder}: written with zero_optimization.parameter_alignment; save it again without")
-        for group, mapping in enumerate(shard["param_slice_mappings"]):
-            master, moments = shard["single_partition_of_fp32_groups"][group], base["state"].get(group, {})
+        for group, mapping in enumerate(own["param_slice_mappings"]):
+            master, moments = own["single_partition_of_fp32_groups"][group], base["state"].get(group, {})
             for name, place in mapping.items():
                 for kind, flat in ({MASTER: master} | _moments(moments)).items():
-                    found.parts[kind, _plain(name)].append(_part(flat, place.start, place.numel))
+                    found.add(_plain(name), kind, _run(flat, place.start, place.numel))
         _take_scalars(found, base)
     for shapes in states["param_shapes"]:
         found.shapes |= {_plain(name): tuple(shape) for name, shape in shapes.items()}
@@ -167,17 +172,17 @@ def _stage_3(folder: Path, states: Mapping[str, Any]) -> DeepSpeedCheckpoint:
     if states.get("frozen_param_shapes"):
         raise UserError(f"{folder}: ZeRO-3 with frozen parameters is not taken in; save it with stage 2")
     world = states["dp_world_size"]
-    for rank, shard in enumerate(shards(folder, states)):
-        base = shard["optimizer_state_dict"]
+    for rank, own in enumerate(optimizer_states(folder, states)):
+        base = own["optimizer_state_dict"]
         for group, shapes in enumerate(states["param_shapes"]):
-            flats = {MASTER: shard["fp32_flat_groups"][group]} | _moments(base["state"].get(group, {}))
+            flats = {MASTER: own["fp32_flat_groups"][group]} | _moments(base["state"].get(group, {}))
             offset = 0
             for name, shape in shapes.items():
                 share = -(-math.prod(shape) // world)
                 held = max(0, min(share, math.prod(shape) - rank * share))
                 found.shapes[_plain(name)] = tuple(shape)
                 for kind, flat in flats.items():
-                    found.parts[kind, _plain(name)].append(_part(flat, offset, held))
+                    found.add(_plain(name), kind, _run(flat, offset, held))
                 offset += share
         _take_scalars(found, base)
     return found
@@ -192,9 +197,9 @@ def _universal(folder: Path) -> DeepSpeedCheckpoint:
         name = _plain(file.parent.name)
         if file.name in _UNIVERSAL_KINDS and file.parent.name not in twice:
             found.shapes[name] = None
-            found.parts[_UNIVERSAL_KINDS[file.name], name].append(_universal_part(file))
+            found.add(name, _UNIVERSAL_KINDS[file.name], _universal_run(file))
     state = folder / "zero" / "optimizer_state.pt"
-    if not found.parts or not state.is_file():
+    if not found.runs or not state.is_file():
         raise UserError(f"{folder}: not a whole universal checkpoint: zero/ lacks parameters or optimizer_state.pt")
     stored = load_pickle(state)
     base = stored.get("optimizer_state_dict") or {}
@@ -204,7 +209,7 @@ def _universal(folder: Path) -> DeepSpeedCheckpoint:
     return found
 
 
-def _universal_part(file: Path) -> Part:
+def _universal_run(file: Path) -> _Run:
     def read() -> Tensor:
         stored = load_pickle(file)
         return (stored["param"] if isinstance(stored, dict) else stored).detach()
@@ -221,11 +226,11 @@ def _take_module(found: DeepSpeedCheckpoint, states: Mapping[str, Any]) -> None:
     skipped = {*(states.get("buffer_names") or []), *(states.get("shared_params") or {})}
     for name, tensor in states["module"].items():
         where = (tensor.data_ptr(), tuple(tensor.shape))
-        if name in skipped or where in seen or (MASTER, _plain(name)) in found.parts:
+        if name in skipped or where in seen or MASTER in found.runs.get(_plain(name), {}):
             continue
         seen.add(where)
         found.shapes[_plain(name)] = tuple(tensor.shape)
-        found.parts[MASTER, _plain(name)].append(_part(tensor))
+        found.add(_plain(name), MASTER, _run(tensor))
 
 
 def _take_scalars(found: DeepSpeedCheckpoint, base: Mapping[str, Any]) -> None:
@@ -245,7 +250,7 @@ def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
 
 
-def _part(flat: Tensor, start: int = 0, numel: int | None = None) -> Part:
+def _run(flat: Tensor, start: int = 0, numel: int | None = None) -> _Run:
     return lambda: flat.detach().reshape(-1)[start : None if numel is None else start + numel]
 
 

@@ -75,11 +75,11 @@ def optimizer_files(folder: Path) -> list[Path]:
     return sorted((file for file in folder.iterdir() if _OPTIMIZER_FILE.fullmatch(file.name)), key=_rank)
 
 
-def first_shard(folder: Path) -> dict[str, Any]:
+def first_optimizer_state(folder: Path) -> dict[str, Any]:
     return load_pickle(optimizer_files(folder)[0])["optimizer_state_dict"]
 
 
-def shards(folder: Path, states: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def optimizer_states(folder: Path, states: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every rank's optimizer state, in rank order.
 
     Raises:

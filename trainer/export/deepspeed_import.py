@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ...data_prep.errors import UserError
-from ..checkpoint.files import STATE, Entry, write_json, write_pieces
-from ..checkpoint.folder import CHECKPOINTS, begin, ls, partial_path, publish, tidy
+from ...data_prep.errors import UserError, as_user_error
+from ..checkpoint.boxes import Box, Shape
+from ..checkpoint.files import STATE, box_tensor, write_json, write_rank
+from ..checkpoint.folder import CHECKPOINTS, begin, clear_leftovers, ls, partial_path, publish
 from ..checkpoint.reader import MASTER
-from ..checkpoint.regions import Box
-from ..families.specs import TABLES, parameter_table
+from ..checkpoint.safetensors_writer import FileTensor
+from ..families.registry import FAMILIES
+from ..families.specs import parameter_table
 from ..plan.settings import precision_of
 from ..recipe.recipe import Recipe, load_recipe
 from .deepspeed_checkpoint import DeepSpeedCheckpoint, open_deepspeed
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def import_checkpoint(
     shapes = model_shapes(identity["model_config"])
     names = match_names(found, shapes)
     state = {"step": found.step, "imported_from": str(found.path.absolute()), **identity, "engine": engine_state(found)}
-    path = _write(folder, state, _entries(found, names, shapes), shapes)
+    path = _write(folder, state, _tensors(found, names, shapes), shapes)
     return Imported(path, found.kind, found.step, len(names), notes)
 
 
@@ -83,13 +83,13 @@ def _identity(
             "imported without a recipe: it can be exported, evaluated and be another run's model.init, not resumed"
         ]
     from ..plan.plan import make_plan
-    from ..run.identity import run_identity
+    from ..run.data import RunData
 
     # any layout gives the same identity: the simplest that the recipe allows
     plan = make_plan(recipe, {"zero_optimization": {"stage": 1}}, recipe.parallel.pipeline)
     consumed = found.step * plan.global_batch if samples is None else samples
     identity = {
-        **run_identity(plan.recipe, plan),
+        **RunData.open(plan).identity(),
         **precision,
         "samples_consumed": consumed,
         "tokens_consumed": consumed * plan.seq_len,
@@ -129,7 +129,7 @@ def _model_config(path: Path) -> dict[str, Any]:
 
 def model_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Shape of every parameter by Hugging Face's name, tied ones once."""
-    if config.get("model_type") in TABLES:
+    if config.get("model_type") in FAMILIES:
         return {spec.name: spec.shape for spec in parameter_table(config)}
     import torch
 
@@ -171,7 +171,7 @@ def engine_state(found: DeepSpeedCheckpoint) -> dict[str, Any]:
     Weight decay, betas and eps stay as the recipe has them: DeepSpeed's groups have no names to go by.
     """
     states = found.states
-    kinds = sorted({kind for kind, _ in found.parts} - {MASTER})
+    kinds = sorted({kind for kinds in found.runs.values() for kind in kinds} - {MASTER})
     rates = {group.get("lr") for group in found.groups}
     counters = {key: int(states.get(key) or 0) for key in ("global_steps", "global_samples", "skipped_steps")}
     return {
@@ -186,28 +186,26 @@ def engine_state(found: DeepSpeedCheckpoint) -> dict[str, Any]:
     }
 
 
-def _entries(found: DeepSpeedCheckpoint, names: Mapping[str, str], shapes: Mapping[str, Shape]) -> list[Entry]:
+def _tensors(found: DeepSpeedCheckpoint, names: Mapping[str, str], shapes: Mapping[str, Shape]) -> list[FileTensor]:
     def reader(theirs: str, kind: str, shape: Shape) -> Callable[[], Tensor]:
         return lambda: found.read(theirs, kind, shape)
 
     return [
-        Entry(kind, name, Box.whole(shapes[name]), reader(theirs, kind, shapes[name]))
+        box_tensor(kind, name, Box.whole(shapes[name]), reader(theirs, kind, shapes[name]))
         for name, theirs in names.items()
         for kind in found.kinds(theirs)
     ]
 
 
-def _write(folder: Path, state: Mapping[str, Any], entries: list[Entry], shapes: Mapping[str, Shape]) -> Path:
+def _write(folder: Path, state: Mapping[str, Any], tensors: list[FileTensor], shapes: Mapping[str, Shape]) -> Path:
     step = int(state["step"])
     partial = partial_path(folder, step)
     try:
         begin(folder, step)
-        files = write_pieces(partial, 0, entries, shapes)
+        files = write_rank(partial, 0, tensors, shapes)
         files[STATE] = write_json(partial / STATE, state)
         return publish(folder, step, files)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot write the checkpoint: {error.strerror or error}"
-        ) from error
+        raise as_user_error(error, "cannot write the checkpoint", folder) from error
     finally:
-        tidy(folder)
+        clear_leftovers(folder)

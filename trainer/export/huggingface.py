@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
-from ...data_prep.tokenizer import completed
-from ..checkpoint.safetensors_format import groups
-from ..checkpoint.safetensors_stream import Entry, write_tensors
-from ..checkpoint.saving import Checkpoint
+from ..adapters.merged import MergedWeights
+from ..checkpoint.files import PROBE
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.safetensors_writer import FileTensor, in_groups, write_safetensors
 from ..run.directory import run_directory, run_precision, tokenizer_folder
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
 
@@ -67,7 +67,7 @@ def export(
     Raises:
         UserError: nothing to export, `output` is there already, or the reloaded model differs from training.
     """
-    checkpoint = Checkpoint.open(Checkpoint.find(run_or_checkpoint))
+    checkpoint = Checkpoint.open(run_or_checkpoint)
     run = run_directory(checkpoint.path)
     if output is None and run is None:
         raise UserError(f"{run_or_checkpoint}: this checkpoint lies in no run directory, so say --output FOLDER")
@@ -90,39 +90,22 @@ def export(
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound)
 
 
-@contextmanager
-def publishing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name if the block succeeds, and vanishes if it does not."""
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: already there; say --overwrite to replace it, or choose another --output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
-
-
 def write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
-    entries = [Entry(name, tuple(checkpoint.shape(name)), dtype) for name in sorted(checkpoint.names())]
-    files = groups(entries, shard_bytes)
+    code = str(dtype).removeprefix("torch.")
+    weights = MergedWeights(checkpoint)
+    tensors = [FileTensor(name, weights.shape(name), code, partial(weights.read, name)) for name in weights.names()]
+    files = in_groups(tensors, shard_bytes)
     where = {}
     for number, group in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        write_tensors(folder / name, group, checkpoint.read)
-        where.update({entry.name: name for entry in group})
+        with (folder / name).open("wb") as file:
+            write_safetensors(file, group)
+            file.flush()
+            os.fsync(file.fileno())
+        where.update({tensor.key: name for tensor in group})
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     write_configs(checkpoint.state["model_config"], folder, dtype)
 
@@ -153,15 +136,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def verify_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """Reads every tensor back and compares it with the checkpoint's, bit for bit."""
+    weights = MergedWeights(checkpoint)
     found = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             names = set(handle.keys())
             found |= names
             for name in names:
-                if not same_bits(handle.get_tensor(name), checkpoint.read(name).to(dtype)):
+                if not same_bits(handle.get_tensor(name), weights.read(name).to(dtype)):
                     raise UserError(f"{file.name}: {name} reads back other than it was written; is the disk sound?")
-    missing = set(checkpoint.names()) - found
+    missing = set(weights.names()) - found
     if missing:
         raise UserError(f"{folder}: parameters are missing after writing: {sorted(missing)}")
 
@@ -175,7 +159,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def read_probe(checkpoint: Path) -> tuple[Tensor, Tensor] | None:
     """(ids [1, time], logits [1, time, vocab] fp32) that the live training engine computed when it saved."""
-    file = checkpoint / "probe.safetensors"
+    file = checkpoint / PROBE
     if not file.exists():
         return None
     with safe_open(file, "pt") as handle:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ...data_prep.errors import UserError
-from ...data_prep.tokenizer import completed
+from ..adapters.merged import MergedWeights
 from ..run.directory import is_hf_folder, run_precision, tokenizer_folder
 
 if TYPE_CHECKING:
-    from ..checkpoint.saving import Checkpoint
+    from ..checkpoint.reader import Checkpoint
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype | None = None) -> tuple[Any, Any]:
@@ -31,9 +31,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype | None = None) -> tupl
     if is_hf_folder(path):
         model = load_folder(path, dtype)
     else:
-        from ..checkpoint.saving import Checkpoint
+        from ..checkpoint.reader import Checkpoint
 
-        checkpoint = Checkpoint.open(Checkpoint.find(path))
+        checkpoint = Checkpoint.open(path)
         model = load_checkpoint(checkpoint, dtype or run_precision(checkpoint.path, checkpoint.state).weights)
     return model.eval(), load_tokenizer(path)
 
@@ -67,13 +67,13 @@ def load_folder(folder: Path, dtype: str | torch.dtype | None) -> Any:
 def load_checkpoint(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Any:
     """A checkpoint's master weights, cast to `dtype`, in the plain Hugging Face model; one parameter at a time."""
     model = build_plain(checkpoint.state["model_config"], dtype)
-    expected = dict(model.named_parameters())
-    missing = sorted(set(expected) - set(checkpoint.names()))
+    expected, weights = dict(model.named_parameters()), MergedWeights(checkpoint)
+    missing = sorted(set(expected) - set(weights.names()))
     if missing:
         raise UserError(f"{checkpoint.path}: the checkpoint lacks parameters of its own model: {missing}")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(checkpoint.read(name))
+            parameter.copy_(weights.read(name))
     return model
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...data_prep.errors import UserError
-from ..checkpoint.reader import MASTER
-from ..checkpoint.saving import Checkpoint
-from .huggingface import publishing
+from ...data_prep.durable import publishing
+from ..checkpoint.reader import MASTER, Checkpoint
 
-MOST_GROUPS = 1024
-FILES = {MASTER: "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
+_MOST_GROUPS = 1024
+_FILES = {MASTER: "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
 
 
 def write_universal(source: str | Path, output: str | Path, prefix: str = "", overwrite: bool = False) -> Path:
@@ -30,11 +28,8 @@ def write_universal(source: str | Path, output: str | Path, prefix: str = "", ov
     checkpoint, output = Checkpoint.open(source), Path(output)
     with publishing(output, overwrite) as folder:
         tag = checkpoint.path.name
-        try:
-            _write(checkpoint, folder / tag, prefix)
-            (folder / "latest_universal").write_text(tag)
-        except OSError as error:
-            raise UserError(f"{error.filename or output}: cannot be written: {error.strerror or error}") from error
+        _write(checkpoint, folder / tag, prefix)
+        (folder / "latest_universal").write_text(tag)
     return output
 
 
@@ -46,8 +41,8 @@ def _write(checkpoint: Checkpoint, folder: Path, prefix: str) -> None:
         place = folder / "zero" / (prefix + name)
         place.mkdir(parents=True)
         for kind in checkpoint.kinds(name):
-            if kind in FILES:
-                torch.save({"param": checkpoint.read(name, kind)}, place / FILES[kind])
+            if kind in _FILES:
+                torch.save({"param": checkpoint.read(name, kind)}, place / _FILES[kind])
         torch.save(torch.tensor(step), place / "step.pt")
     torch.save(_optimizer_state(step), folder / "zero" / "optimizer_state.pt")
     states = _model_states(checkpoint)
@@ -60,7 +55,7 @@ def _optimizer_state(step: float) -> dict[str, Any]:
     import torch
 
     state = {"state": {0: {"step": torch.tensor(step)}}, "param_groups": [{}]}
-    return {"ds_version": _version(), "param_groups": [{} for _ in range(MOST_GROUPS)], "optimizer_state_dict": state}
+    return {"ds_version": _version(), "param_groups": [{} for _ in range(_MOST_GROUPS)], "optimizer_state_dict": state}
 
 
 def _model_states(checkpoint: Checkpoint) -> dict[str, Any]:

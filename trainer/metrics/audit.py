@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ...data_prep.errors import UserError
-from ..checkpoint.saving import Checkpoint
+from ..checkpoint.reader import Checkpoint
 from ..data import ledger
 from ..data.order import SampleOrder
 from ..run.directory import load_run_recipe
-from .record import read_metrics
+from .reading import read_metrics
 
 CHUNK = 1 << 18  # samples recomputed at a time
 SHOWN = 5  # defects named in full
@@ -140,7 +140,7 @@ def _against_checkpoints(
     return Audit(**{**vars(found), "defects": [*found.defects, defect]})
 
 
-def report(found: Audit) -> str:
+def audit_text(found: Audit) -> str:
     """A few lines for people.
 
     Raises:

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .console import duration
-from .record import read_lines, read_metrics
+from ..sinks.console import duration
+from .reading import read_lines, read_metrics
 
 POINTS = 10
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # characters
 
-Record = dict[str, Any]
+_Record = dict[str, Any]
 
 
 def report(run: str | Path) -> str:
@@ -26,7 +26,7 @@ def report(run: str | Path) -> str:
     """
     records = read_metrics(run)
     train = [record for record in records if record["kind"] == "train"]
-    sections = [heading(run, records, train)]
+    sections = [_heading(run, records, train)]
     if train:
         sections += [curve(train), table(train), throughput(train)]
     evals = [record for record in records if record["kind"] == "eval"]
@@ -36,7 +36,7 @@ def report(run: str | Path) -> str:
     return "\n\n".join(sections)
 
 
-def heading(run: str | Path, records: Sequence[Record], train: Sequence[Record]) -> str:
+def _heading(run: str | Path, records: Sequence[_Record], train: Sequence[_Record]) -> str:
     totals = [record["total_steps"] for record in records if "total_steps" in record]
     step = train[-1]["step"] if train else 0
     of = f" of {totals[-1]}" if totals else ""
@@ -44,7 +44,7 @@ def heading(run: str | Path, records: Sequence[Record], train: Sequence[Record])
     return f"{Path(run)}: step {step}{of}{tokens}"
 
 
-def curve(train: Sequence[Record]) -> str:
+def curve(train: Sequence[_Record]) -> str:
     """The loss as one line of bars, the means of equal stretches of steps."""
     losses = [record["loss"] for record in train]
     groups = [losses[len(losses) * i // CURVE : len(losses) * (i + 1) // CURVE] for i in range(CURVE)]
@@ -60,7 +60,7 @@ def curve(train: Sequence[Record]) -> str:
     return f"loss {high:.3f} to {low:.3f}  {''.join(map(bar, means))}"
 
 
-def table(train: Sequence[Record]) -> str:
+def table(train: Sequence[_Record]) -> str:
     lines = [f"{'step':>10} {'loss':>10} {'lr':>10} {'grad norm':>10} {'tokens/s':>10}"]
     for record in evenly(train, POINTS):
         norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
@@ -69,7 +69,7 @@ def table(train: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def throughput(train: Sequence[Record]) -> str:
+def throughput(train: Sequence[_Record]) -> str:
     seconds = [record["step_seconds"] for record in train]
     rates = [record["tokens_per_second"] for record in train if record["tokens_per_second"] is not None]
     text = f"throughput: median {median(rates):,.0f} tokens/s, {median(seconds):.3f} s a step" if rates else ""
@@ -79,7 +79,7 @@ def throughput(train: Sequence[Record]) -> str:
     return f"{text}; {duration(sum(seconds))} in steps"
 
 
-def evaluations(evals: Sequence[Record]) -> str:
+def evaluations(evals: Sequence[_Record]) -> str:
     lines = []
     for split in dict.fromkeys(record["split"] for record in evals):
         of_split = [record for record in evals if record["split"] == split]
@@ -93,7 +93,7 @@ def evaluations(evals: Sequence[Record]) -> str:
 
 def history(run: str | Path) -> str:
     """Every process group that worked on the run: what it started from, on what, and how far it came."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[_Record]] = {}
     for record in read_lines(run):
         groups.setdefault(record["run"], []).append(record)
     lines = ["process groups:"]
@@ -109,7 +109,7 @@ def history(run: str | Path) -> str:
     return "\n".join(lines)
 
 
-def evenly(records: Sequence[Record], points: int) -> list[Record]:
+def evenly(records: Sequence[_Record], points: int) -> list[_Record]:
     """At most `points` of the records, evenly spread, the first and the last among them."""
     if len(records) <= points:
         return list(records)

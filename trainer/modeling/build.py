@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
-from ..families.specs import TABLES, ParamSpec, padded_vocab, parameter_seed, parameter_table
+from ..families.registry import family_of
+from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
 from ..ranks.ranks import Ranks
 from .slices import local_slice
 
@@ -42,7 +43,6 @@ def build_model(
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
     model, specs = _skeleton(config, ranks.tensor_size)
-    has_table = config.get("model_type") in TABLES
     fill = values or RandomValues(seed)
     made: dict[str, nn.Parameter] = {}
     for prefix, module in _modules_with_tensors(model):
@@ -51,7 +51,7 @@ def build_model(
         if not fresh:
             continue
         module_values = fill
-        if values is None and not has_table:
+        if values is None and family_of(config) is None:
             module_values = _own_initialiser(model, module, prefix, seed)
         for name in fresh:
             spec = specs[f"{prefix}{name}"]
@@ -68,9 +68,8 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
     """The model on the meta device, its vocabulary padded where the family has a table, and its parameters by name."""
     from transformers import AutoConfig, AutoModelForCausalLM, initialization
 
-    family = config.get("model_type")
-    trained = dict(config)
-    if family in TABLES:
+    family, trained = family_of(config), dict(config)
+    if family is not None:
         trained["vocab_size"] = padded_vocab(config["vocab_size"], tensor)
     try:
         hf_config = AutoConfig.for_model(**trained)
@@ -80,7 +79,7 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
     model.tie_weights()
-    if family in TABLES:
+    if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}
     else:
         specs = {name: ParamSpec(name, tuple(p.shape)) for name, p in model.named_parameters()}

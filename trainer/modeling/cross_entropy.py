@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.labels import IGNORE
 from ..ranks.ranks import Ranks
-
-CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
+from .chunks import chunk_rows
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -50,8 +49,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
         return slope.to(ctx.dtype), None, None, None, None
 
 
-def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
-    """Sum of the tokens' cross entropies in nats, an fp32 scalar; the same on every tensor rank.
+def token_losses(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:
+    """Cross entropy of every label in nats, fp32 [...], 0 where it is IGNORE; the same on every tensor rank.
 
     Args:
         logits: [..., columns], this tensor rank's columns of the padded vocabulary.
@@ -60,16 +59,17 @@ def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks) -> T
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if ranks.tensor_size == 1:
-        return F.cross_entropy(flat[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="sum")
-    first = ranks.tensor * flat.shape[1]
-    losses: Any = _SplitCrossEntropy.apply(flat, targets, first, vocab_size, ranks.tensor_group)
-    return losses.sum()
+        losses = F.cross_entropy(flat[:, :vocab_size].float(), targets, ignore_index=IGNORE, reduction="none")
+    else:
+        first = ranks.tensor * flat.shape[1]
+        losses = _SplitCrossEntropy.apply(flat, targets, first, vocab_size, ranks.tensor_group)
+    return losses.view(labels.shape)  # type: ignore[union-attr]
 
 
-def head_loss_sum(
+def head_token_losses(
     head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, vocab_size: int, columns: int, ranks: Ranks
 ) -> Tensor:
-    """As `loss_sum` of `head(hidden)`, without ever holding the logits of more than a chunk of the tokens.
+    """As `token_losses` of `head(hidden)`, without ever holding the logits of more than a chunk of the tokens.
 
     Args:
         head: hidden states [tokens, width] to this tensor rank's columns of the logits, token by token.
@@ -77,17 +77,16 @@ def head_loss_sum(
         columns: of all tensor ranks: the padded vocabulary.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = max(1, CHUNK_BYTES // (4 * columns))
+    rows = chunk_rows(columns)
+
+    def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
+        return token_losses(head(hidden_chunk), label_chunk, vocab_size, ranks)
+
     if len(targets) <= rows:
-        return loss_sum(head(flat), targets, vocab_size, ranks)
-
-    def chunk_loss(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
-        return loss_sum(head(hidden_chunk), label_chunk, vocab_size, ranks)
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for hidden_chunk, label_chunk in zip(flat.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(chunk_loss, hidden_chunk, label_chunk, use_reentrant=False)
-    return total
+        return chunk(flat, targets).view(labels.shape)
+    chunks = zip(flat.split(rows), targets.split(rows), strict=True)
+    losses = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
+    return torch.cat(losses).view(labels.shape)
 
 
 def whole_logits(logits: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:

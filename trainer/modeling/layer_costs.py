@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 
-from .cross_entropy import head_loss_sum
+from .cross_entropy import head_token_losses
 from .pipeline import Builder
 
 REPEATS = 3  # after one that warms up; the fastest counts
@@ -53,7 +53,7 @@ def _run(builder: Builder, kind: str, spec: LayerSpec, micro_batch: int, seq_len
         if kind == "Embedding":
             output = layer((ids, positions))[0]
         elif kind == "Head":
-            output = head_loss_sum(layer, hidden, ids, builder.vocab_size, config.vocab_size, ranks)
+            output = head_token_losses(layer, hidden, ids, builder.vocab_size, config.vocab_size, ranks)
         else:
             output = layer((hidden, positions))
         output = output[0] if isinstance(output, tuple) else output

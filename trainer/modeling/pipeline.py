@@ -1,14 +1,13 @@
 """Hugging Face's own blocks as the layers of a pipeline.
 
 Position ids travel with the activations; masks and rotary tables are made from them once per stage and micro batch.
-A new family needs a `Parts` beside its table of parameters.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,51 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.masking_utils import create_causal_mask
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
 from ..ranks.ranks import Ranks
 from .build import RandomValues, Values, make_parameter
-from .cross_entropy import head_loss_sum
+from .cross_entropy import head_token_losses
 from .partition import stage_bounds
 from .tensor_parallel import parallelise
 
 Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where a family keeps its parts, by Hugging Face's names, and how to make them from its configuration."""
-
-    embedding: str
-    positions: str | None  # learnt position embeddings, if any
-    blocks: str
-    norm: str
-    make_block: Callable[[Any, int], nn.Module]
-    make_norm: Callable[[Any], nn.Module]
-    make_rotary: Callable[[Any], nn.Module] | None = None
-
-
-PARTS: Mapping[str, Parts] = {
-    "gpt2": Parts(
-        "transformer.wte",
-        "transformer.wpe",
-        "transformer.h",
-        "transformer.ln_f",
-        lambda config, layer: GPT2Block(config, layer_idx=layer),
-        lambda config: nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
-    ),
-    "llama": Parts(
-        "model.embed_tokens",
-        None,
-        "model.layers",
-        "model.norm",
-        LlamaDecoderLayer,
-        lambda config: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        LlamaRotaryEmbedding,
-    ),
-}
 
 
 class Builder:
@@ -77,9 +41,13 @@ class Builder:
         dtype: torch.dtype,
         ranks: Ranks,
         checkpointing: bool = False,
+        adapt: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
-        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass."""
-        self.parts = PARTS[config["model_type"]]
+        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass, `adapt`
+        gets every part when it is made.
+        """
+        self.adapt = adapt
+        self.family = FAMILIES[config["model_type"]]
         self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
         self.values, self.dtype, self.ranks = values or RandomValues(seed), dtype, ranks
         self.vocab_size, self.checkpointing = config["vocab_size"], checkpointing
@@ -88,7 +56,7 @@ class Builder:
         self.config.use_cache = False
         self.config._attn_implementation = "sdpa"  # None or "eager" would not be causal in a bare block
         self.tied = bool(self.config.tie_word_embeddings)
-        self._rotary: nn.Module | None = None
+        self._rotary: Any = None
         self._memo: tuple[Tensor, int, dict[str, Any]] | None = None
 
     def make(self, name: str, construct: Callable[[], nn.Module]) -> nn.Module:
@@ -100,7 +68,8 @@ class Builder:
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
                     module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
-        parallelise(holder, self.ranks)
+        parallelise(holder, self.family, self.ranks)
+        self.adapt(holder[0])
         return holder[0]
 
     def attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
@@ -113,17 +82,17 @@ class Builder:
         mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
         )
-        if self.parts.make_rotary is None:
+        if self.family.rotary_class is None:
             return {"attention_mask": mask}
         if self._rotary is None:  # kept out of the model: DeepSpeed would cast its frequencies to bfloat16
-            self._rotary = self.parts.make_rotary(self.config).to(hidden.device)
+            self._rotary = resolve_name(self.family.rotary_class)(self.config).to(hidden.device)
         return {"attention_mask": mask, "position_embeddings": self._rotary(hidden, position_ids=positions)}
 
     def layers(self) -> list[LayerSpec]:
         """The whole model as layers, none of them made yet."""
         embedding = functools.partial(TiedLayerSpec, "embedding", Embedding, self, tied_weight_attr="table.weight")
         first = [embedding() if self.tied else LayerSpec(Embedding, self)]
-        if self.parts.positions is not None:
+        if self.family.positions is not None:
             first.append(LayerSpec(Positions, self))
         blocks = [LayerSpec(Block, self, layer) for layer in range(self.config.num_hidden_layers)]
         head = embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
@@ -131,9 +100,10 @@ class Builder:
 
     def layer_names(self) -> list[str]:
         """Hugging Face's name of every layer's part."""
-        first = [self.parts.embedding, *([self.parts.positions] if self.parts.positions is not None else [])]
-        blocks = [f"{self.parts.blocks}.{layer}" for layer in range(self.config.num_hidden_layers)]
-        return [*first, *blocks, self.parts.norm, self.parts.embedding if self.tied else "lm_head"]
+        family = self.family
+        first = [family.embedding, *([family.positions] if family.positions is not None else [])]
+        blocks = [f"{family.blocks}.{layer}" for layer in range(self.config.num_hidden_layers)]
+        return [*first, *blocks, family.norm, family.embedding if self.tied else "lm_head"]
 
     def layer_kinds(self) -> list[str]:
         """What every layer is. A tied head is an embedding to DeepSpeed, and a head to us."""
@@ -148,10 +118,10 @@ class Builder:
 class Embedding(nn.Module):
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        config = builder.config
-        padding = getattr(config, "pad_token_id", None) if config.model_type == "llama" else None
+        config, family = builder.config, builder.family
+        padding = config.pad_token_id if family.freezes_padding else None
         make = functools.partial(nn.Embedding, config.vocab_size, config.hidden_size, padding)
-        self.table = builder.make(builder.parts.embedding, make)
+        self.table = builder.make(family.embedding, make)
 
     def forward(self, inputs: Carried) -> Carried:
         ids, positions = inputs
@@ -161,10 +131,11 @@ class Embedding(nn.Module):
 class Positions(nn.Module):
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        config, name = builder.config, builder.parts.positions
-        assert name is not None
-        self.table = builder.make(name, lambda: nn.Embedding(config.max_position_embeddings, config.hidden_size))
-        self.drop = nn.Dropout(config.embd_pdrop)
+        config, family = builder.config, builder.family
+        make = functools.partial(nn.Embedding, config.max_position_embeddings, config.hidden_size)
+        assert family.positions is not None
+        self.table = builder.make(family.positions, make)
+        self.drop = nn.Dropout(getattr(config, family.dropout["embedding"]) if "embedding" in family.dropout else 0.0)
 
     def forward(self, inputs: Carried) -> Carried:
         hidden, positions = inputs
@@ -174,8 +145,9 @@ class Positions(nn.Module):
 class Block(nn.Module):
     def __init__(self, builder: Builder, layer: int) -> None:
         super().__init__()
-        config, parts = builder.config, builder.parts
-        self.block: Any = builder.make(f"{parts.blocks}.{layer}", lambda: parts.make_block(config, layer))
+        family = builder.family
+        make = functools.partial(resolve_name(family.block_class), builder.config, layer)
+        self.block: Any = builder.make(f"{family.blocks}.{layer}", make)
         self.attention_inputs = builder.attention_inputs
         if builder.checkpointing:
             self.block.gradient_checkpointing = True
@@ -189,7 +161,11 @@ class Block(nn.Module):
 class Norm(nn.Module):
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        self.norm = builder.make(builder.parts.norm, lambda: builder.parts.make_norm(builder.config))
+        config, family = builder.config, builder.family
+        make = functools.partial(
+            resolve_name(family.norm_class), config.hidden_size, eps=getattr(config, family.epsilon)
+        )
+        self.norm = builder.make(family.norm, make)
 
     def forward(self, inputs: Carried) -> Tensor:
         return self.norm(inputs[0])
@@ -209,20 +185,33 @@ def _tied_head(embedding: Embedding, hidden: Tensor) -> Tensor:
     return F.linear(hidden, embedding.table.weight)  # type: ignore[arg-type]
 
 
-class TokenMeanLoss:
-    """Head and loss of a micro batch, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks is the
-    mean over all tokens of the global batch.
+class StageLoss:
+    """Head and objective of the last stage, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks
+    is the mean over the weight of the global batch.
+
+    Args:
+        loss: a micro batch's tensors (labels first) and its token losses, to the scalar that is trained on.
     """
 
-    def __init__(self, builder: Builder, autocast: bool) -> None:
-        self.builder, self.autocast, self.scale = builder, autocast, 1.0
+    def __init__(self, builder: Builder, loss: Callable[[Sequence[Tensor], Tensor], Tensor], autocast: bool) -> None:
+        self.builder, self.loss, self.autocast, self.scale = builder, loss, autocast, 1.0
         self.head: Callable[[Tensor], Tensor] | None = None  # of the last stage
 
-    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        return self.loss(tensors, self.token_losses(hidden, tensors[0])) * self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This tensor rank's columns of all logits [batch, time, columns]."""
+        assert self.head is not None
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.head(hidden)
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Nats of every label [batch, time]."""
         assert self.head is not None
         sizes = self.builder.vocab_size, self.builder.config.vocab_size
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
-            return head_loss_sum(self.head, hidden, labels, *sizes, self.builder.ranks) * self.scale
+            return head_token_losses(self.head, hidden, labels, *sizes, self.builder.ranks)
 
 
 class Stages(PipelineModule):
@@ -232,15 +221,13 @@ class Stages(PipelineModule):
     logits of a whole micro batch are never held.
     """
 
-    def __init__(
-        self, builder: Builder, method: str, costs: Sequence[float] | None = None, autocast: bool = False
-    ) -> None:
+    def __init__(self, builder: Builder, loss: StageLoss, method: str, costs: Sequence[float] | None = None) -> None:
         """Collective.
 
         Args:
+            loss: of the last stage, which gives it its head.
             method: `parallel.partition` of the recipe.
             costs: seconds of every layer, for the method `measured`.
-            autocast: the head computes in bfloat16 as the layers do under torch_autocast.
 
         Raises:
             UserError: the method does not fit the model.
@@ -256,7 +243,6 @@ class Stages(PipelineModule):
             topology: Any = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
         else:
             topology = PipeDataParallelTopology(**shape)
-        loss = TokenMeanLoss(builder, autocast)
         super().__init__(builder.layers(), topology=topology, loss_fn=loss)
         assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
         if self.is_last:

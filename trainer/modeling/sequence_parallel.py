@@ -22,33 +22,52 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ranks.ranks import Ranks
 
-NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
+_NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
 SEQUENCE, HEADS = 1, 2  # dimensions of [batch, time, heads, head size]
 
 
-class SequenceParallel(nn.Module):
-    """A causal LM's objective on whole sequences, of which this rank computes its stretch.
+class _Gather(torch.autograd.Function):
+    """The stretches of all sequence ranks, [batch, time, …]; its gradient is this rank's stretch of the gradient.
 
-    Args:
-        objective: takes ids, labels and positions as `CausalLM` does, its model being `objective.model`.
+    Every rank goes on to compute the same from the whole, so that the sum over ranks counts each gradient once.
     """
 
-    def __init__(self, objective: nn.Module, ranks: Ranks) -> None:
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, ranks: Ranks) -> Tensor:
+        ctx.rank, ctx.size = ranks.sequence, ranks.sequence_size
+        pieces = [torch.empty_like(mine) for _ in range(ctx.size)]
+        dist.all_gather(pieces, mine.contiguous(), group=ranks.sequence_group)
+        return torch.cat(pieces, SEQUENCE)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].chunk(ctx.size, SEQUENCE)[ctx.rank].contiguous(), None
+
+
+class SequenceParallel(nn.Module):
+    """A causal LM on whole sequences, of which this rank computes its stretch.
+
+    Args:
+        causal: a `CausalLM`.
+    """
+
+    def __init__(self, causal: nn.Module, ranks: Ranks) -> None:
         super().__init__()
         assert ranks.sequence_group is not None
-        self.objective: Any = objective
+        self.causal: Any = causal
         self.ranks: Any = ranks
         self.mask: Tensor | None = None
-        config = self.objective.model.config
+        config = self.causal.model.config
         self._mask_config: Any = copy.deepcopy(config)  # whose attention is still "sdpa"
-        config._attn_implementation = NAME
+        config._attn_implementation = _NAME
         exchange = DistributedAttention(_local_attention, ranks.sequence_group, HEADS, SEQUENCE)  # type: ignore[arg-type]
-        for module in objective.modules():
+        for module in causal.modules():
+            # what transformers' attention interface asks of a module, in any family
             if hasattr(module, "is_causal") and hasattr(module, "head_dim"):
                 _convert(module, exchange, self, ranks)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
-        """This rank's part of the loss sum, or, without labels, the logits of the whole sequence on every rank.
+        """The token losses of the whole sequences, or, without labels, their logits, on every rank.
 
         Args:
             input_ids, labels, position_ids: [batch, time] of whole sequences, the same on every sequence rank.
@@ -67,9 +86,9 @@ class SequenceParallel(nn.Module):
             past_key_values=None,
             position_ids=position_ids,
         )
-        if labels is not None:
-            return self.objective(self._mine(input_ids), self._mine(labels), self._mine(position_ids))
-        return self._whole(self.objective(self._mine(input_ids), None, self._mine(position_ids)))[:, :time]
+        mine = None if labels is None else self._mine(labels)
+        output: Any = _Gather.apply(self.causal(self._mine(input_ids), mine, self._mine(position_ids)), self.ranks)
+        return output[:, :time]
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -78,21 +97,13 @@ class SequenceParallel(nn.Module):
     def _mine(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.ranks.sequence_size, SEQUENCE)[self.ranks.sequence].contiguous()
 
-    def _whole(self, mine: Tensor) -> Tensor:
-        parts = [torch.empty_like(mine) for _ in range(self.ranks.sequence_size)]
-        dist.all_gather(parts, mine.contiguous(), group=self.ranks.sequence_group)
-        return torch.cat(parts, SEQUENCE)
-
 
 def _convert(module: Any, exchange: DistributedAttention, owner: SequenceParallel, ranks: Ranks) -> None:
     """Tells an attention module how to attend. Its owner is kept in a closure: as an attribute it would be a child."""
     size = ranks.sequence_size
-    if hasattr(module, "num_key_value_groups"):
-        heads, kv_heads = (
-            projection.weight.spec.local_shape(ranks.tensor, ranks.tensor_size)[0] // module.head_dim
-            for projection in (module.q_proj, module.k_proj)
-        )
-        if kv_heads < size:  # the key-value heads are repeated, one for each rank
+    if hasattr(module, "num_key_value_groups"):  # the interface repeats key-value heads by it
+        heads = module.config.num_attention_heads // ranks.tensor_size
+        if heads // module.num_key_value_groups < size:  # the key-value heads are repeated, one for each rank
             module.num_key_value_groups = heads // size
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
@@ -130,4 +141,4 @@ def _local_attention(
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, _ulysses_attention)
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _ulysses_attention)

@@ -2,12 +2,11 @@
 
 Column-parallel linears need no code of their own: their weights are narrower, and so is their output. What changes is
 where activations cross the split: norms that feed them (sum the gradient), row-parallel linears and the vocabulary's
-embedding (sum the output), the attention's head counts, and its random numbers.
+embedding (sum the output), the attention's head counts, and its random numbers. The family's record says where.
 """
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...data_prep.errors import UserError
+from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
 from .split_noise import SplitNoise
-
-# norms whose output feeds column-parallel linears or the head
-FEEDING_NORM = re.compile(r"(\.ln_[12f]|\.(input|post_attention)_layernorm|^model\.norm)\.weight$")
 
 
 class _Fork(torch.autograd.Function):
@@ -90,24 +88,46 @@ class VocabParallelEmbedding(nn.Module):
         return _Reduce.apply(rows.masked_fill(elsewhere[..., None], 0), self.group)
 
 
-def parallelise(module: nn.Module, ranks: Ranks) -> None:
-    """Makes the children of `module` compute with their local pieces.
+def parallelise(module: nn.Module, family: Family | None, ranks: Ranks) -> None:
+    """Makes the children of `module` compute with their local slices.
 
-    Every parameter holds its piece for this tensor rank already and carries its `spec`; materialising them is another
+    Every parameter holds its slice for this tensor rank already and carries its `spec`; materialising them is another
     step. Marks split parameters (`model_parallel`), so that DeepSpeed counts each once in the gradient's norm. Call it
-    once, before ZeRO-3 partitions the parameters, on a model, a block, or a container of one embedding.
+    once on a model, a block, or a container of one embedding.
+
+    Raises:
+        UserError: a parameter of which the family's record does not say what the split makes of its gradient.
     """
     if ranks.tensor_size == 1:
         return
-    assert ranks.tensor_group is not None
     for parameter in module.parameters():
+        _check_accounted(parameter.spec)  # type: ignore[attr-defined]
         _mark(parameter, ranks)
+    assert family is not None
+    blocks = []
     for path, child in list(module.named_modules()):
         spec = getattr(child._parameters.get("weight"), "spec", None)
         if spec is not None:
             _convert(module, path, child, spec, ranks)
-    for child in module.modules():
-        _localise_heads(child, ranks)
+            if family.relative(spec) == f"{family.attention.query}.weight":
+                blocks.append(path.removesuffix(family.attention.query))
+    for block in blocks:
+        for name in family.feeds:
+            _fork_output(module.get_submodule(block + name), ranks)
+        _localise_heads(module, block, family, ranks)
+
+
+def _check_accounted(spec: ParamSpec) -> None:
+    if spec.kind == "unknown":
+        raise UserError(
+            f"{spec.name}: the record of its model family does not say whether it feeds split linears, so its gradient "
+            "could be wrong under tensor parallelism; use tensor_parallel.autotp_size 1, or name it in the record"
+        )
+
+
+def _fork_output(norm: nn.Module, ranks: Ranks) -> None:
+    group = ranks.tensor_group
+    norm.register_forward_hook(lambda _module, _inputs, output: _Fork.apply(output, group))
 
 
 def _spec(module: nn.Module) -> ParamSpec:
@@ -115,33 +135,37 @@ def _spec(module: nn.Module) -> ParamSpec:
 
 
 def _convert(module: nn.Module, path: str, child: nn.Module, spec: ParamSpec, ranks: Ranks) -> None:
-    group = ranks.tensor_group
-    assert group is not None
+    assert ranks.tensor_group is not None
     if spec.kind == "row":
-        module.set_submodule(path, RowParallelLinear(child, group))
+        module.set_submodule(path, RowParallelLinear(child, ranks.tensor_group))
     elif isinstance(child, nn.Embedding) and spec.kind == "vocab":
         module.set_submodule(path, VocabParallelEmbedding(child, ranks))
     elif isinstance(child, Conv1D):
         child.nf = spec.local_shape(ranks.tensor, ranks.tensor_size)[1]
-    elif FEEDING_NORM.search(spec.name):
-        child.register_forward_hook(lambda _module, _inputs, output: _Fork.apply(output, group))
+    elif spec.kind == "feeding" and spec.layer is None:  # the last norm feeds the head
+        _fork_output(child, ranks)
 
 
-def _localise_heads(child: Any, ranks: Ranks) -> None:
-    """Head counts of an attention module, which Hugging Face takes from the configuration; and its random numbers."""
+def _localise_heads(module: nn.Module, block: str, family: Family, ranks: Ranks) -> None:
+    """Head counts of a block's attention, which Hugging Face takes from the configuration; and its random numbers."""
+    names = family.attention
+    query, key, value, output = (module.get_submodule(block + name) for name in names.projections)
+    attention: Any = module.get_submodule((block + names.query).rpartition(".")[0])
 
-    def width(projection: nn.Module, dim: int) -> int:
-        return _spec(projection).local_shape(ranks.tensor, ranks.tensor_size)[dim]
+    def width(projection: nn.Module, part: int) -> int:
+        first, last = _spec(projection).ranges(ranks.tensor, ranks.tensor_size)[part]
+        return last - first
 
-    if hasattr(child, "c_attn") and hasattr(child, "split_size"):  # GPT-2
-        child.split_size = width(child.c_attn, 1) // 3
-        child.num_heads = child.split_size // child.head_dim
-        if child.attn_dropout.p > 0:
-            SplitNoise(child, ranks).between(child.c_attn, child.c_proj)
-    elif hasattr(child, "q_proj") and hasattr(child, "num_key_value_groups"):  # Llama
-        child.num_key_value_groups = width(child.q_proj, 0) // width(child.k_proj, 0)
-        if child.attention_dropout > 0:
-            SplitNoise(child, ranks).between(child.v_proj, child.o_proj)
+    queries, keys = width(query, 0), width(key, int(names.fused))
+    counts: dict[HeadCount, int] = {
+        "heads": queries // attention.head_dim,
+        "groups": queries // keys,
+        "width": queries,
+    }
+    for attribute, count in names.counts.items():
+        setattr(attention, attribute, counts[count])
+    if getattr(attention.config, family.dropout["attention"]) > 0:
+        SplitNoise(attention, ranks).between(value, output)
 
 
 def _mark(parameter: nn.Parameter, ranks: Ranks) -> None:

@@ -1,56 +1,29 @@
-"""Objectives as modules around a Hugging Face model: micro batch in, loss *sum* and nothing else out.
-
-The engine divides by the tokens of the whole global batch, so that the loss is the mean over all unmasked tokens
-however the batch is split.
-"""
+"""Next-token prediction: the mean cross entropy of all tokens that carry a label."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
+from .base import LossSum
 
-from ..modeling.cross_entropy import head_loss_sum, loss_sum, whole_logits
-from ..ranks.ranks import Ranks
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.batches import Batch, Record
 
 
-class CausalLM(nn.Module):
-    """A Hugging Face causal LM with its next-token loss.
+class CausalLMLoss:
+    metrics: ClassVar[tuple[str, ...]] = ()
+    per_token: ClassVar[bool] = True
 
-    Args:
-        model: with `get_output_embeddings()`; its vocabulary may be padded beyond `vocab_size`.
-        vocab_size: true vocabulary; the padding gets no probability.
-        ranks: each tensor-parallel rank holds some columns of the logits.
-    """
+    def collate(self, records: Sequence[Record]) -> Batch:
+        from ..data.batches import stack
 
-    def __init__(self, model: nn.Module, vocab_size: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.vocab_size = vocab_size
-        self.ranks: Any = ranks
+        return stack(records)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
-        """Loss sum (fp32 scalar) over the positions whose label is not `IGNORE`; without labels, the logits.
+    def weight(self, batch: Batch) -> float:
+        return batch.tokens
 
-        Args:
-            input_ids: [batch, time] int64.
-            labels: [batch, time] int64: the token that follows each input token.
-            position_ids: [batch, time]; where they restart, attention does not look back. None: 0, 1, 2, …
-
-        Returns:
-            scalar, or logits [batch, time, vocab_size] in fp32.
-        """
-        if labels is None:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return whole_logits(logits, self.vocab_size, self.ranks)
-        if not self._chunked_head_is_exact():
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return loss_sum(logits, labels, self.vocab_size, self.ranks)
-        body = self.model.base_model
-        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
-        return head_loss_sum(head, hidden, labels, self.vocab_size, columns, self.ranks)
-
-    def _chunked_head_is_exact(self) -> bool:
-        """Families whose logits are head(hidden) and nothing more; others may scale or cap them."""
-        return self.model.config.model_type in ("gpt2", "llama")
+    def loss(self, batch: Batch, token_losses: Tensor) -> LossSum:
+        return LossSum(token_losses.sum())

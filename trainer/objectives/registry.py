@@ -1,9 +1,20 @@
-"""The objectives, by the names that a recipe gives them."""
+"""The objectives that a recipe may name under `objective`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..recipe.registry import Registry
+from .base import Objective
 
-OBJECTIVES: Registry[Any] = Registry("objective", __package__, {"causal_lm": "causal_lm:CausalLM"})
+OBJECTIVES: Registry[Any] = Registry("objective", __package__, {"causal_lm": "causal_lm:CausalLMLoss"})
+
+
+def objective_of(stated: str | Mapping[str, Any]) -> Objective:
+    """The objective that a recipe states: by name, or as a mapping of `type` and options.
+
+    Raises:
+        UserError: no such objective, or an option that it does not take.
+    """
+    return OBJECTIVES.make(stated)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...data_prep.errors import UserError
+from ..adapters.registry import adapter_of
+from ..families.registry import FAMILIES
+from ..families.specs import parameter_table
 from ..recipe.recipe import Recipe
 from .layout import Layout
-from .model_config import FAMILIES, config_value, longest_sequence
+from .model_config import longest_sequence
 from .settings import Settings
-
-PIPELINE_FAMILIES = ("gpt2", "llama")
 
 
 def layout_of(recipe: Recipe, settings: Settings, devices: int) -> Layout:
@@ -51,7 +52,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         UserError: one line that lists every refusal, each with its alternatives.
     """
     refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model)]
+    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout)]
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
@@ -97,10 +98,11 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
         )
     if settings.overlap_comm:
         yield "zero_optimization.overlap_comm with a pipeline: set it to false"
-    if model["model_type"] not in PIPELINE_FAMILIES:
-        yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(PIPELINE_FAMILIES)}"
+    family = FAMILIES.get(model["model_type"])
+    if family is None:
+        yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(FAMILIES)}"
         return
-    layers = config_value(model, FAMILIES[model["model_type"]].layers)
+    layers = family.value(model, "num_hidden_layers")
     if layout.pipeline > layers:
         yield f"pipeline {layout.pipeline} is more stages than the model has layers ({layers}); use at most {layers}"
 
@@ -112,15 +114,19 @@ def _tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     if family is None:
         yield f"tensor parallel of model_type {model['model_type']!r}: there are tables for {', '.join(FAMILIES)}"
         return
-    heads = config_value(model, family.heads)
+    heads = family.value(model, "num_attention_heads")
     if heads % layout.tensor:
         yield f"tensor parallel {layout.tensor} does not divide the {heads} heads; sizes that do: {_divisors(heads)}"
-    kv_heads = model.get("num_key_value_heads") or heads
+    kv_heads = family.value(model, "num_key_value_heads") or heads
     if kv_heads % layout.tensor and layout.tensor % kv_heads:
         yield f"tensor parallel {layout.tensor} neither divides nor is a multiple of the {kv_heads} key-value heads"
-    inner = model.get("n_inner") or model.get("intermediate_size") or 4 * config_value(model, family.width)
-    if inner % layout.tensor:
-        yield f"tensor parallel {layout.tensor} does not divide the {inner} units of the MLP"
+    table = parameter_table(model)
+    inner_sizes = {spec.parts[0] for spec in table if spec.kind == "column" and spec.tensor and spec.tensor.grain == 1}
+    for inner in sorted(inner_sizes):
+        if inner % layout.tensor:
+            yield f"tensor parallel {layout.tensor} does not divide the {inner} units of the MLP"
+    if unknown := next((spec.name for spec in table if spec.kind == "unknown"), None):
+        yield f"tensor parallel of {model['model_type']}: its record does not say whether {unknown} feeds split linears"
 
 
 def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
@@ -132,7 +138,7 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
     if recipe.data.seq_len % size:
         yield f"sequence parallel {size} does not divide data.seq_len {recipe.data.seq_len}"
     family = FAMILIES.get(model["model_type"])
-    heads = config_value(model, family.heads) if family else model.get("num_attention_heads") or size
+    heads = (family.value(model, "num_attention_heads") if family else model.get("num_attention_heads")) or size
     among = f" of each of {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
     heads //= layout.tensor
     if heads % size:
@@ -140,6 +146,12 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
     kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
     if kv_heads % size and size % kv_heads:
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+
+
+def _adapter(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    adapter = adapter_of(recipe.adapter)
+    if adapter is not None and layout.tensor > 1 and not adapter.splits:
+        yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
 
 
 def _divisors(number: int) -> str:

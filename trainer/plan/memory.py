@@ -68,7 +68,7 @@ def estimate_memory(
         states = _STATES[layout.zero_stage](sizes, layout, settings)
         activations = activation_bytes(
             model,
-            settings.precision.name,
+            settings.precision,
             tokens,
             stage.blocks,
             in_flight=min(layout.pipeline - number, settings.accumulation),
@@ -76,7 +76,6 @@ def estimate_memory(
             head=number == layout.pipeline - 1,
             padded_vocab=padded_vocab(model["vocab_size"], layout.tensor),
             tensor=layout.tensor,
-            chunks=layout.pipeline == 1,
         )
         estimates.append(MemoryEstimate(**states, activations=activations))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)

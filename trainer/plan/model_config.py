@@ -4,76 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...data_prep.errors import UserError
-from ..families.specs import TABLES, parameter_table
+from ..families.declared import declared_keys, folders_for, model_folders
+from ..families.family import COMMON, Family
+from ..families.registry import FAMILIES, family_of
+from ..families.specs import parameter_table
 from ..recipe.recipe import Recipe
-from ..recipe.text_files import did_you_mean, parse_json, read_text, words
+from ..recipe.text_files import did_you_mean, parse_json, read_text
 
-# transformers takes any key without a word, and ignores those it does not know
-_COMMON = words(
-    """
-    model_type vocab_size bos_token_id eos_token_id pad_token_id tie_word_embeddings initializer_range use_cache
-    architectures dtype torch_dtype transformers_version _name_or_path id2label label2id return_dict
-    output_hidden_states output_attentions is_encoder_decoder problem_type chunk_size_feed_forward
-    """
-)
-_GPT2 = words(
-    """
-    n_layer n_embd n_head n_inner n_positions activation_function attn_pdrop embd_pdrop resid_pdrop layer_norm_epsilon
-    scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    """
-)
-_GPT2_ALIASES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
-_LLAMA = words(
-    """
-    hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
-    max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias attention_dropout
-    mlp_bias pretraining_tp
-    """
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What planning must know of a model family beyond its parameter table."""
-
-    keys: frozenset[str]
-    aliases: Mapping[str, str]  # other spellings that transformers takes
-    positions: tuple[str, int]  # key of the longest sequence, and its default
-    layers: tuple[str, int]
-    heads: tuple[str, int]
-    width: tuple[str, int]
-
-
-FAMILIES: Mapping[str, Family] = {
-    "gpt2": Family(
-        keys=_COMMON | _GPT2,
-        aliases=_GPT2_ALIASES,
-        positions=("n_positions", 1024),
-        layers=("n_layer", 12),
-        heads=("n_head", 12),
-        width=("n_embd", 768),
-    ),
-    "llama": Family(
-        keys=_COMMON | _LLAMA,
-        aliases={},
-        positions=("max_position_embeddings", 2048),
-        layers=("num_hidden_layers", 32),
-        heads=("num_attention_heads", 32),
-        width=("hidden_size", 4096),
-    ),
-}
+_SIZES = ("max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size")  # standard names
 
 
 def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[str, Any]:
@@ -95,21 +37,15 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
         config = {"bos_token_id": eod, "eos_token_id": eod, **config}
     if base:
         _same_shapes(recipe.model.init, base, config)
-    if config["model_type"] in FAMILIES:
-        _shape_is_possible(config)
+    if (family := family_of(config)) is not None:
+        _shape_is_possible(config, family)
     return config
-
-
-def config_value(config: Mapping[str, Any], key: tuple[str, int]) -> int:
-    """A size of the model: stated, or transformers' default."""
-    value = config.get(key[0])
-    return key[1] if value is None else value
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int | None:
     """Longest sequence that the model takes; None where that is not known."""
-    if family := FAMILIES.get(config["model_type"]):
-        return config_value(config, family.positions)
+    if family := family_of(config):
+        return family.value(config, "max_position_embeddings")
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
@@ -138,13 +74,10 @@ def pretrained_config(folder: Path) -> dict[str, Any]:
 
 def _known_to_transformers(model_type: Any) -> None:
     """Refuses a misspelt family, where transformers is installed: it has a folder for each, some for several."""
-    found = find_spec("transformers")
     if not isinstance(model_type, str):
         raise UserError(f"model.config.model_type: must be text, got {model_type!r}")
-    if found is None or found.origin is None or model_type in FAMILIES:
-        return
-    folders = [entry.name for entry in (Path(found.origin).parent / "models").iterdir() if entry.is_dir()]
-    if not any(model_type.replace("-", "_").startswith(folder) for folder in folders):
+    folders = model_folders()
+    if folders and model_type not in FAMILIES and not folders_for(model_type):
         raise UserError(
             f"model.config.model_type: transformers has no {model_type!r}"
             + (did_you_mean(model_type, FAMILIES) or did_you_mean(model_type, folders))
@@ -152,20 +85,26 @@ def _known_to_transformers(model_type: Any) -> None:
 
 
 def _checked(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """The stated configuration in the family's own spelling."""
+    """The stated configuration in the family's own spelling. transformers ignores unknown keys without a word."""
     family = FAMILIES.get(model_type)
-    if family is None:
-        return dict(config)
-    known = family.keys | set(family.aliases)
-    problems = [f"model.config.{key}: unknown key{did_you_mean(key, known)}" for key in config if key not in known]
+    aliases = family.aliases if family else {}
+    known = family.keys | set(aliases) if family else declared_keys(model_type)
+    problems = [] if known is None else [_unknown(key, known | COMMON) for key in config if key not in known | COMMON]
     problems += [
-        f"model.config.{key} and {family.aliases[key]} are two names of one size; keep one"
+        f"model.config.{key} and {aliases[key]} are two names of one size; keep one"
         for key in config
-        if family.aliases.get(key) in config
+        if aliases.get(key) in config
     ]
     if problems:
         raise UserError("; ".join(problems))
-    return {family.aliases.get(key, key): value for key, value in config.items()}
+    return {aliases.get(key, key): value for key, value in config.items()}
+
+
+def _unknown(key: str, known: frozenset[str]) -> str:
+    """An unknown key, with the name that this family has for what another calls so, or else the nearest one."""
+    elsewhere = (standard for name in FAMILIES for standard, own in FAMILIES[name].aliases.items() if own == key)
+    meant = next((standard for standard in elsewhere if standard in known), None)
+    return f"model.config.{key}: unknown key" + (f", did you mean {meant!r}?" if meant else did_you_mean(key, known))
 
 
 def _vocabulary(config: dict[str, Any], vocab: int | None, pretrained: bool) -> None:
@@ -190,7 +129,7 @@ def _same_shapes(folder: str, base: Mapping[str, Any], config: Mapping[str, Any]
     """A key in model.config may change how a pretrained model is trained (dropout), not its shape."""
     if base["model_type"] != config["model_type"]:
         raise UserError(f"model.config.model_type is {config['model_type']!r}, {folder} holds {base['model_type']!r}")
-    if config["model_type"] not in TABLES:
+    if family_of(config) is None:
         return
     before = [(spec.name, spec.shape) for spec in parameter_table(base)]
     after = [(spec.name, spec.shape) for spec in parameter_table(config)]
@@ -199,17 +138,18 @@ def _same_shapes(folder: str, base: Mapping[str, Any], config: Mapping[str, Any]
         raise UserError(f"model.config changes the shape of the weights in {folder}; take it out of: {keys}")
 
 
-def _shape_is_possible(config: Mapping[str, Any]) -> None:
-    family = FAMILIES[config["model_type"]]
-    sizes = {key[0]: config_value(config, key) for key in (family.positions, family.layers, family.heads, family.width)}
-    for key, value in {**sizes, "vocab_size": config["vocab_size"]}.items():
+def _shape_is_possible(config: Mapping[str, Any], family: Family) -> None:
+    sizes = {name: family.value(config, name) for name in (*_SIZES, "vocab_size")}
+    for name, value in sizes.items():
+        key = family.key(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"model.config.{key}: must be a positive whole number, got {value!r}")
-    heads, width = sizes[family.heads[0]], sizes[family.width[0]]
+    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     if width % heads and not config.get("head_dim"):
         fits = ", ".join(str(n) for n in range(1, min(width, 256) + 1) if width % n == 0)
         raise UserError(
-            f"model.config.{family.heads[0]} {heads} does not divide {family.width[0]} {width}; numbers that do: {fits}"
+            f"model.config.{family.key('num_attention_heads')} {heads} does not divide {family.key('hidden_size')} "
+            f"{width}; numbers that do: {fits}"
         )
     kv_heads = config.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:

@@ -11,14 +11,16 @@ from pydantic import ValidationError
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
-from ..adapters.registry import ADAPTERS
-from ..data.splits import Part, Split, open_split
+from ..adapters.registry import adapter_of
+from ..data.splits import Part, SplitName, open_split
 from ..data.vocabulary import vocabulary_of
-from ..families.specs import TABLES, padded_vocab, parameter_table
-from ..objectives.registry import OBJECTIVES
+from ..families.registry import FAMILIES
+from ..families.specs import padded_vocab, parameter_table
+from ..objectives.registry import objective_of
 from ..recipe.errors import explain
 from ..recipe.precision import Precision
 from ..recipe.recipe import Recipe
+from ..sinks.registry import SINKS
 from .deepspeed_json import fill_scheduler, reconcile
 from .layout import Layout
 from .legality import check, layout_of
@@ -64,10 +66,6 @@ class Plan:
     def precision(self) -> Precision:
         return self.settings.precision
 
-    @property
-    def activation_checkpointing(self) -> bool:
-        return self.settings.activation_checkpointing
-
 
 def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     """Opens the stores and works out the run.
@@ -75,8 +73,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     Raises:
         UserError: anything that cannot run, with the nearest alternatives.
     """
-    OBJECTIVES.require(recipe.objective_type)
-    ADAPTERS.require(recipe.adapter_type, "none")
+    check_names(recipe)
     stated = read_settings(ds)
     layout = layout_of(recipe, stated, devices)
     resolved = reconcile(recipe, stated, layout)
@@ -109,18 +106,30 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         decay_steps=decay,
         settings=settings,
         parameters=parameters,
-        memory=None if parameters is None else _memory(recipe, settings, layout, model),
+        memory=None if parameters is None or recipe.adapter != "none" else _memory(recipe, settings, layout, model),
     )
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuses what the recipe names and no registry knows.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    objective_of(recipe.objective)
+    adapter_of(recipe.adapter)
+    for sink in recipe.log.sinks:
+        SINKS[sink]
 
 
 def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
     """All stores of a run: those of the train split, and those that validation and test have of their own."""
-    own: list[Split] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
+    own: list[SplitName] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
     return [part.store for part in (*parts, *(part for split in own for part in open_split(recipe.data, split)))]
 
 
 def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
-    if model["model_type"] not in TABLES:
+    if model["model_type"] not in FAMILIES:
         return None
     return sum(spec.numel for spec in parameter_table(model, layout.tensor))
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..families.specs import ParamSpec
 from ..modeling.partition import stage_bounds
-
-_BLOCK = re.compile(r"\.(?:h|layers)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Layer:
-    kind: str  # as `models.pipeline` calls it: Embedding, Positions, Block, Norm, Head
+    """One layer of a pipeline."""
+
+    kind: str  # as `modeling.pipeline` calls it: Embedding, Positions, Block, Norm, Head
     specs: tuple[ParamSpec, ...]
 
 
@@ -32,8 +31,8 @@ def layers_of(table: Sequence[ParamSpec]) -> list[Layer]:
     blocks: dict[int, list[ParamSpec]] = {}
     before, after = [], []
     for spec in table:
-        if found := _BLOCK.search(spec.name):
-            blocks.setdefault(int(found[1]), []).append(spec)
+        if spec.layer is not None:
+            blocks.setdefault(spec.layer, []).append(spec)
         else:
             (after if blocks else before).append(spec)
     head = [spec for spec in after if spec.kind == "vocab"] or [replace(before[0], name=before[0].name + " (tied)")]

@@ -6,16 +6,17 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ...data_prep.errors import UserError
+from ...data_prep.errors import UserError, os_problem
 from .ports import free_port
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Ranks:
         return self.data_size * self.sequence_size
 
     @property
+    def reads_samples(self) -> bool:
+        """Whether this rank speaks for its samples: all ranks of a tensor, sequence or pipeline group read the same."""
+        return self.tensor == self.sequence == self.pipeline == 0
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -78,29 +84,39 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def together(self, action: Callable[[], _T], doing: str = "", where: Path | str = "") -> _T:
         """Runs `action` on every rank; where it fails on one, all raise, so that none waits for it. Collective.
 
+        Args:
+            doing: what an OSError then prevents, in words ("cannot write the checkpoint").
+            where: the path to name if the OSError names none.
+
         Raises:
-            UserError: on every rank alike, so that rank 0 can speak for all.
+            UserError: on every rank alike, so that rank 0 can speak for all: what a rank's UserError or OSError said,
+                and on which rank.
         """
-        result, problem = None, None
+        result, problem, advice = None, None, ""
         try:
             result = action()
         except UserError as error:
             problem = str(error)
-        self.raise_together(problem)
+        except OSError as error:
+            problem, advice = os_problem(error, doing, where)
+        self.raise_together(problem, advice)
         return result  # type: ignore[return-value]
 
-    def raise_together(self, problem: str | None) -> None:
-        """Raises a UserError on every rank if any has a problem. Collective."""
-        problems = self.gather_objects(problem)
-        found = list(dict.fromkeys(text for text in problems if text is not None))
+    def raise_together(self, problem: str | None, advice: str = "") -> None:
+        """Raises a UserError on every rank if any has a problem, with what helps against it. Collective."""
+        problems = self.gather_objects((problem, advice))
+        found = list(dict.fromkeys(item for item in problems if item[0] is not None))
         if not found:
             return
-        if None in problems:  # on some ranks only: say on which
-            found = [f"{text} (on rank {problems.index(text)})" for text in found]
-        raise UserError("; ".join(found))
+        everywhere = all(text is not None for text, _ in problems)  # else say on which rank
+        told = []
+        for text, advice in found:
+            rank = "" if everywhere else f" (on rank {problems.index((text, advice))})"
+            told.append(text + rank + (f"; {advice}" if advice else ""))
+        raise UserError("; ".join(told))
 
     def barrier(self) -> None:
         if self.world > 1:

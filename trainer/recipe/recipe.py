@@ -34,7 +34,7 @@ class Model(_Section):
         return self
 
 
-class SourceSection(_Section):
+class WeightedStore(_Section):
     store: Place
     """A token store, or a bare Megatron prefix."""
     weight: float = Field(default=1.0, gt=0)
@@ -42,11 +42,11 @@ class SourceSection(_Section):
 
 
 class Data(_Section):
-    train: list[SourceSection] = Field(min_length=1)
+    train: list[WeightedStore] = Field(min_length=1)
     """The stores to train on."""
-    valid: list[SourceSection] | None = Field(default=None, min_length=1)
+    valid: list[WeightedStore] | None = Field(default=None, min_length=1)
     """Stores of their own for validation; replaces `split`."""
-    test: list[SourceSection] | None = Field(default=None, min_length=1)
+    test: list[WeightedStore] | None = Field(default=None, min_length=1)
     """Stores of their own for testing; replaces `split`."""
     split: str = "949,50,1"
     """Shares of the documents of `train` for train, valid and test, in this order."""
@@ -84,7 +84,7 @@ class Parallel(_Section):
         return self
 
 
-class BatchSection(_Section):
+class BatchSize(_Section):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_by_name=True
     )
@@ -109,7 +109,7 @@ class Duration(_Section):
         return self
 
 
-class OptimizerSection(_Section):
+class Hyperparameters(_Section):
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
@@ -140,6 +140,8 @@ class Schedule(_Section):
 class Log(_Section):
     every: Count = 10
     """Steps between progress lines."""
+    sinks: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    """Where the metrics go, beside metrics.jsonl and the console."""
 
 
 class Eval(_Section):
@@ -174,33 +176,15 @@ class Recipe(_Section):
     adapter: Choice = "none"
     """What is trained beside or instead of all weights: none, or a mapping of `type` and its options."""
     parallel: Parallel = Parallel()
-    batch: BatchSection = BatchSection()
+    batch: BatchSize = BatchSize()
     duration: Duration
-    optimizer: OptimizerSection = OptimizerSection()
+    optimizer: Hyperparameters = Hyperparameters()
     schedule: Schedule = Schedule()
     log: Log = Log()
     eval: Eval = Eval()
     save: Save = Save()
     resume: Place = "auto"
     """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
-
-    @property
-    def objective_type(self) -> str:
-        return _type_of(self.objective)
-
-    @property
-    def objective_options(self) -> dict[str, Any]:
-        """What the recipe says of the objective beside its type."""
-        return _options_of(self.objective)
-
-    @property
-    def adapter_type(self) -> str:
-        return _type_of(self.adapter)
-
-    @property
-    def adapter_options(self) -> dict[str, Any]:
-        """What the recipe says of the adapter beside its type."""
-        return _options_of(self.adapter)
 
     @model_validator(mode="before")
     @classmethod
@@ -214,14 +198,6 @@ class Recipe(_Section):
         if self.schedule.min_lr > self.optimizer.lr and "lr" in self.optimizer.model_fields_set:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self
-
-
-def _type_of(choice: str | dict[str, Any]) -> str:
-    return choice if isinstance(choice, str) else choice["type"]
-
-
-def _options_of(choice: str | dict[str, Any]) -> dict[str, Any]:
-    return {} if isinstance(choice, str) else {key: value for key, value in choice.items() if key != "type"}
 
 
 def split_shares(split: str) -> tuple[float, float, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Generic, TypeVar
+from inspect import signature
+from typing import Any, Generic, TypeVar
 
 from ...data_prep.errors import UserError, did_you_mean
 
@@ -32,21 +33,29 @@ class Registry(Generic[_T]):
 
     def __getitem__(self, name: str) -> _T:
         """Raises UserError, with the nearest name, where there is none such."""
-        self.require(name)
+        if name not in self:
+            raise UserError(
+                f"no {self.kind} {name!r}{did_you_mean(name, self)}; there are: {', '.join(self) or 'none'}"
+            )
         if name not in self._entries:
             file, attribute = self._files[name].split(":")
             self._entries[name] = getattr(import_module(f".{file}", self._package), attribute)
         return self._entries[name]
 
-    def require(self, name: str, *others: str) -> None:
-        """Raises UserError, with the nearest name, where there is none such; imports no entry.
+    def make(self, stated: str | Mapping[str, Any]) -> Any:
+        """What a recipe states by name, or as a mapping of `type` and options, which are its constructor's arguments.
 
-        Args:
-            others: names that mean something without being entries.
+        Raises:
+            UserError: there is none such, or an option that it does not take.
         """
-        if name not in self and name not in others:
-            known = [*others, *self]
-            raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, known)}; there is {', '.join(known)}")
+        options = {"type": stated} if isinstance(stated, str) else dict(stated)
+        name = str(options.pop("type", None))
+        entry: Any = self[name]
+        known = [key for key in signature(entry).parameters if key != "self"]
+        if wrong := [key for key in options if key not in known]:
+            hint = did_you_mean(wrong[0], known) or (f"; it takes {', '.join(known)}" if known else "; it takes none")
+            raise UserError(f"{self.kind} {name}: unknown option {wrong[0]!r}{hint}")
+        return entry(**options)
 
     def get(self, name: object) -> _T | None:
         return self[name] if isinstance(name, str) and name in self else None

@@ -10,7 +10,7 @@ from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..plan.settings import precision_of
 from ..recipe.precision import PRECISIONS, Precision
-from ..recipe.recipe import Recipe, SourceSection, load_recipe
+from ..recipe.recipe import Recipe, WeightedStore, load_recipe
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -36,7 +36,7 @@ def load_run_recipe(run: Path) -> Recipe:
     def found(path: str) -> str:
         return path if started_in is None or Path(path).exists() else str(started_in / path)
 
-    def sources(listed: list[SourceSection] | None) -> list[SourceSection] | None:
+    def sources(listed: list[WeightedStore] | None) -> list[WeightedStore] | None:
         return listed and [source.model_copy(update={"store": found(source.store)}) for source in listed]
 
     data = recipe.data

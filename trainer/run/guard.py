@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TypeVar
+from typing import IO
 
 from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError
+from ...data_prep.lock import LockedError, lock_file
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
-from ..recipe.recipe import Recipe, dump_recipe
+from ..recipe.recipe import dump_recipe
 
-T = TypeVar("T")
+_CANNOT_WRITE = "the run's output cannot be written"
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def exclusive(output: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         UserError: on every rank, if it cannot be written or another run is using it.
     """
-    lock = ranks.together(lambda: _lock(output) if ranks.is_main else None)
+    lock = ranks.together(lambda: _lock(output) if ranks.is_main else None, _CANNOT_WRITE, output)
     try:
         yield
     finally:
@@ -37,70 +35,51 @@ def exclusive(output: Path, ranks: Ranks) -> Iterator[None]:
             lock.close()
 
 
-def record_configuration(recipe: Recipe, plan: Plan, ranks: Ranks) -> None:
-    """Writes recipe.yaml and deepspeed.json as resolved, so that the pair can be run again as it is. Collective.
+def record_configuration(plan: Plan) -> None:
+    """Writes recipe.yaml and deepspeed.json as resolved, so that the pair can be run again as it is. For one rank.
 
     Raises:
-        UserError: on every rank, if they cannot be written.
+        OSError: they cannot be written.
     """
-
-    def write() -> None:
-        write_durably(recipe.output / "recipe.yaml", dump_recipe(recipe))
-        write_durably(recipe.output / "deepspeed.json", json.dumps(plan.deepspeed, indent=2) + "\n")
-
-    ranks.together(lambda: _written(recipe.output, write) if ranks.is_main else None)
-
-
-def _written(output: Path, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except OSError as error:
-        raise UserError(f"output: {output} cannot be written: {error.strerror}") from error
+    write_durably(plan.recipe.output / "recipe.yaml", dump_recipe(plan.recipe))
+    write_durably(plan.recipe.output / "deepspeed.json", json.dumps(plan.deepspeed, indent=2) + "\n")
 
 
 def _lock(output: Path) -> IO[str]:
-    _written(output, lambda: output.mkdir(parents=True, exist_ok=True))
-    lock = _written(output, lambda: (output / ".lock").open("a+"))
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
+        return lock_file(output / ".lock")
+    except LockedError as error:
         raise UserError(
-            f"output: {output} is in use by {holder}; wait for it, stop it, or choose another output"
+            f"output: {output} is in use by {error.holder}; wait for it, stop it, or choose another output"
         ) from None
-    lock.truncate(0)
-    _written(output, lambda: lock.write(f"process {os.getpid()} on {socket.gethostname()}\n"))
-    lock.flush()
-    return lock
 
 
-class Signals:
-    """Whether this process was asked to save and stop: by SIGTERM, SIGUSR1, or because it cannot go on alone."""
+class StopRequest:
+    """Whether this process was asked to save and stop: by SIGTERM, SIGUSR1, or because it cannot go on alone.
 
-    def __init__(self) -> None:
+    As a context it listens to the signals, and the loop sees the request at the end of a step; at the end, what kept
+    any rank from going on is raised on all of them.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
         self.asked = False
         self.problem: str | None = None
+        self._ranks, self._before = ranks, {}
 
-    def ask(self, _number: int, _frame: FrameType | None) -> None:
+    def because(self, problem: str) -> None:
+        """Asks all ranks to save and stop at the end of the step; the first problem is the one to tell."""
+        self.problem, self.asked = self.problem or problem, True
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
 
-    def attempt(self, action: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        """Does what this rank alone does (the record, on rank 0). If it cannot, all ranks save and stop first."""
-        try:
-            action(*arguments, **options)
-        except UserError as error:
-            self.problem, self.asked = self.problem or str(error), True
-
-
-@contextmanager
-def stop_signals() -> Iterator[Signals]:
-    """Turns SIGTERM and SIGUSR1 into a request that the loop sees at the end of a step."""
-    signals = Signals()
-    before = {number: signal.signal(number, signals.ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None:
+            self._ranks.raise_together(self.problem)

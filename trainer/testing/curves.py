@@ -11,14 +11,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.batches import BatchStream, open_windows, sample_order
-from ..engine.zero import Engine, build_engine, planned_rate
+from ..engine.base import Engine, planned_rate
+from ..engine.build import build_engine
+from ..engine.initial import initial_values
+from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
-from ..loop import batch_shape, initial_values
 from ..modeling.build import RandomValues
 from ..modeling.slices import merge_slices
 from ..plan.plan import Plan
-from ..ranks.ranks import Ranks, init_distributed
+from ..ranks.ranks import init_distributed
+from ..run.data import RunData
 from ..run.quiet import quiet
 
 Sabotage = Callable[[], None]  # plants a defect in a rank, for tests of the gate
@@ -44,13 +46,13 @@ def one_process(plan: Plan) -> Curve:
     recipe, curve, ranks = plan.recipe, Curve(), init_distributed()
     config = AutoConfig.for_model(**plan.model_config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().to(ranks.device)
-    values = initial_values(recipe) or RandomValues(recipe.seed)
+    values = initial_values(recipe.model.init) or RandomValues(recipe.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for spec in parameter_table(plan.model_config):
             parameters[spec.name].copy_(values(spec))
     optimizer, clip = _adamw(list(parameters.values()), plan), plan.deepspeed["gradient_clipping"]
-    stream = open_stream(plan, ranks)
+    stream = RunData.open(plan).stream(ranks)
     for step in range(plan.total_steps):
         micro_batches = [micro.to(ranks.device) for micro in stream.next_step().micro_batches]
         ids, labels = (torch.cat([getattr(m, key) for m in micro_batches]) for key in ("input_ids", "labels"))
@@ -60,7 +62,7 @@ def one_process(plan: Plan) -> Curve:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip if clip else float("inf"))
         for group in optimizer.param_groups:
-            group["lr"] = planned_rate(recipe, plan, step)
+            group["lr"] = planned_rate(plan, step)
         optimizer.step()
         optimizer.zero_grad()
         curve.losses.append(loss.item())
@@ -77,8 +79,8 @@ def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
         sabotage()
     layout = plan.layout
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
-    engine = build_engine(plan.recipe, plan, ranks, initial_values(plan.recipe))
-    stream, curve = open_stream(plan, ranks), Curve()
+    engine = build_engine(plan, ranks)
+    stream, curve = RunData.open(plan).stream(ranks), Curve()
     for step in range(plan.total_steps):
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
@@ -126,9 +128,9 @@ def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) ->
     if sabotage is not None:
         sabotage()
     ranks = init_distributed(tensor)
-    key = "attn_pdrop" if config["model_type"] == "gpt2" else "attention_dropout"
-    model = build_model({**config, key: 0.5}, None, 0, torch.float32, ranks).train()
-    parallelise(model, ranks)
+    family = FAMILIES[config["model_type"]]
+    model = build_model({**config, family.dropout["attention"]: 0.5}, None, 0, torch.float32, ranks).train()
+    parallelise(model, family, ranks)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
     seen: list[Tensor] = []
@@ -148,9 +150,3 @@ def _adamw(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"])
-
-
-def open_stream(plan: Plan, ranks: Ranks) -> BatchStream:
-    """The plan's training data, from its first sample."""
-    windows = open_windows(plan.recipe, "train")
-    return BatchStream(windows, sample_order(plan.recipe, windows), batch_shape(plan.recipe, plan), ranks)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data_prep.errors import UserError
-from ..families.specs import TABLES
+from ..families.registry import FAMILIES, family_of
+from ..families.specs import gradient_noise
 from ..plan.layout import Layout
 from ..plan.plan import Plan, make_plan
 from ..recipe.recipe import Recipe
@@ -19,7 +20,6 @@ from .local_ranks import RankFailed, on_local_ranks
 if TYPE_CHECKING:
     from .curves import Curve, Sabotage
 
-DROPOUT = {"gpt2": ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "llama": ("attention_dropout",)}
 PRECISION_KEYS = ("bf16", "fp16", "torch_autocast")
 
 
@@ -78,15 +78,14 @@ def verdict(plan: Plan, truth: Curve, bounds: Bounds, sabotage: Sabotage | None 
     except RankFailed as failure:
         nothing = float("nan")
         return Verdict(plan.layout, nothing, nothing, nothing, str(failure).strip().splitlines()[-1])
-    return compare(plan.layout, found, truth, bounds)
+    return compare(plan, found, truth, bounds)
 
 
-def compare(layout: Layout, found: Curve, truth: Curve, bounds: Bounds) -> Verdict:
+def compare(plan: Plan, found: Curve, truth: Curve, bounds: Bounds) -> Verdict:
     losses, norms = _apart(found.losses, truth.losses), _apart(found.norms, truth.norms)
-    weights = _weights_apart(found.weights, truth.weights)
-    return Verdict(
-        layout, max(losses), max(norms), weights, _first_difference(losses, norms, weights, found, truth, bounds)
-    )
+    weights = _weights_apart(found.weights, truth.weights, gradient_noise(plan.model_config))
+    difference = _first_difference(losses, norms, weights, found, truth, bounds)
+    return Verdict(plan.layout, max(losses), max(norms), weights, difference)
 
 
 def _first_difference(
@@ -111,22 +110,19 @@ def _apart(found: Sequence[float], truth: Sequence[float]) -> list[float]:
     return [abs(one / two - 1) for one, two in zip(found, truth, strict=True)]
 
 
-def _weights_apart(found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray]) -> float:
-    """Norm of the difference of all weights over the norm of all weights."""
+def _weights_apart(
+    found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], noise: Mapping[str, slice]
+) -> float:
+    """Norm of the difference of all weights, without those whose gradient is `noise`, over the norm of all weights."""
     assert found.keys() == truth.keys(), f"only in one of the two: {sorted(found.keys() ^ truth.keys())}"
-    squares = sum(float(np.square(_seen(name, found[name] - truth[name])).sum()) for name in truth)
+    squares = 0.0
+    for name, weight in truth.items():
+        difference = found[name] - weight
+        if name in noise:
+            difference = np.delete(difference, noise[name])
+        squares += float(np.square(difference).sum())
     whole = sum(float(np.square(weight).sum()) for weight in truth.values())
     return (squares / whole) ** 0.5
-
-
-def _seen(name: str, difference: np.ndarray) -> np.ndarray:
-    """Without GPT-2's bias of the keys: softmax does not see it, its gradient is rounding noise, and Adam blows noise
-    up to full steps.
-    """
-    if not name.endswith("attn.c_attn.bias"):
-        return difference
-    third = len(difference) // 3
-    return np.delete(difference, slice(third, 2 * third))
 
 
 def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> list[Plan]:
@@ -136,9 +132,9 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
         UserError: as `parity`.
     """
     first = plan_of(recipe, ds, Layout(world=1, data=1, zero_stage=0), steps)
-    if first.model_config["model_type"] not in TABLES:
+    if family_of(first.model_config) is None:
         family = first.model_config["model_type"]
-        raise UserError(f"model_type {family!r} has no table of parameters; there are tables for {', '.join(TABLES)}")
+        raise UserError(f"model_type {family!r} has no table of parameters; there are tables for {', '.join(FAMILIES)}")
     plans = [first]
     for layout in _layouts(ranks):
         if layout == first.layout:
@@ -163,8 +159,8 @@ def _layouts(ranks: int) -> Iterator[Layout]:
 
 def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
     """The recipe's plan on another layout, in fp32 and without dropout, with two micro batches or more where it can."""
-    config = recipe.model.config
-    quiet_model = {**config, **dict.fromkeys(DROPOUT.get(str(config.get("model_type")), ()), 0.0)}
+    config, family = recipe.model.config, family_of(recipe.model.config)
+    quiet_model = {**config, **dict.fromkeys(family.dropout.values() if family else (), 0.0)}
     changed = {
         "model": recipe.model.model_copy(update={"config": quiet_model}),
         "parallel": recipe.parallel.model_copy(update={"pipeline": layout.pipeline}),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.unit.data_prep.samples import random_documents, stdlib_texts, write_jsonl, write_prefix
-from zeropipe.data_prep.cli import main, size
+from zeropipe.data_prep.cli import byte_count, main
 from zeropipe.data_prep.store import TokenStore
 
 COMMAND = [sys.executable, "-m", "zeropipe.data_prep.cli"]
@@ -75,7 +75,13 @@ def test_numbers_that_make_no_sense(capsys: pytest.CaptureFixture[str], option: 
 
 
 def test_sizes_are_written_as_people_write_them() -> None:
-    assert [size(text) for text in ("500", "64M", "4Gi", "1.5k", "2 TB")] == [500, 64 * 10**6, 2**32, 1500, 2 * 10**12]
+    assert [byte_count(text) for text in ("500", "64M", "4Gi", "1.5k", "2 TB")] == [
+        500,
+        64 * 10**6,
+        2**32,
+        1500,
+        2 * 10**12,
+    ]
 
 
 def test_inputs_that_are_not_there(folder: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_prep.samples import nasty_texts, write_jsonl
-from zeropipe.data_prep.documents import BadDocument, read_documents
+from zeropipe.data_prep.documents import read_documents
 from zeropipe.data_prep.errors import UserError
-from zeropipe.data_prep.sources import SourceOptions, plan_tasks, split, whole_file
+from zeropipe.data_prep.slices import BadDocument
+from zeropipe.data_prep.sources import SourceOptions, cut, plan_tasks, whole_file
 
 TEXTS = nasty_texts()
 COMPRESSORS = {
@@ -86,7 +87,7 @@ def test_slices_of_any_size_hold_every_line_once(tmp_path_factory, texts, size, 
     path.write_bytes((end.join(lines) + (end if last else "")).encode())
     found = [
         text.decode()
-        for part in split(whole_file(path, SourceOptions()), size)
+        for part in cut(whole_file(path, SourceOptions()), size)
         for text in read_documents(part, "text", fail)
     ]
     assert found == texts

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import struct
 import time
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
         TokenStore.open(tmp_path / "store")
     path.write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json: not valid JSON"):
+        TokenStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("where", ["shards", "tokenizer"])
+def test_a_manifest_cannot_point_outside_of_its_store(tmp_path: Path, where: str) -> None:
+    write_store(tmp_path / "store", random_documents(20, 10), 1000, 1 << 20)
+    manifest = Manifest.load(tmp_path / "store")
+    record = manifest.shards[0]
+    changed: dict = {"shards": [replace(record, name="../other")], "tokenizer": {"../other": record.bin}}
+    replace(manifest, **{where: changed[where]}).save(tmp_path / "store")
+    with pytest.raises(UserError, match=r"manifest\.json: '\.\./other' is not the name of a file in the store"):
         TokenStore.open(tmp_path / "store")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zeropipe.launcher import processes
-from zeropipe.launcher.session import Session, launch_exit_code, what_failed
+from zeropipe.launcher.session import Session, exit_code, what_failed
 
 # a launcher that starts two ranks and, like DeepSpeed's, ends with the status of the first that fails
 LAUNCHER = """
@@ -146,4 +146,4 @@ def test_what_failed_is_said(tmp_path, capfd):
     ],
 )
 def test_verdict(status, notes, stopped, code):
-    assert launch_exit_code(status, notes, 2, stopped) == code
+    assert exit_code(status, notes, 2, stopped) == code

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, train_on_ranks
 from zeropipe.launcher.cli import main
-from zeropipe.trainer.checkpoint.files import Entry, write_bytes, write_json, write_pieces
+from zeropipe.trainer.checkpoint.boxes import boxes_of_range
+from zeropipe.trainer.checkpoint.files import box_tensor, write_bytes, write_json, write_rank
 from zeropipe.trainer.checkpoint.folder import begin, partial_path, publish
-from zeropipe.trainer.checkpoint.regions import boxes_of_range
 
 VOCAB = 512
 CONFIGS = {
@@ -85,8 +85,8 @@ def write_run(
             first, last = tensor.numel() * rank // pieces, tensor.numel() * (rank + 1) // pieces
             for box in boxes_of_range(first, last, shapes[name]):
                 piece = tensor.detach().float()[box.slices].contiguous()
-                entries.append(Entry("master", name, box, lambda piece=piece: piece))
-        files |= write_pieces(partial, rank, entries, shapes)
+                entries.append(box_tensor("master", name, box, lambda piece=piece: piece))
+        files |= write_rank(partial, rank, entries, shapes)
     state = {"step": step, "model_config": config, "precision": precision, "seq_len": 32, "global_batch": 8, "data": []}
     files["state.json"] = write_json(partial / "state.json", state)
     ids = (torch.arange(16)[None] * 31 + 1) % config["vocab_size"]

@@ -9,63 +9,64 @@ from safetensors.torch import load_file
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint import files as checkpoint_files
+from zeropipe.trainer.checkpoint.boxes import Box
 from zeropipe.trainer.checkpoint.files import (
+    CheckpointManifest,
     DamagedError,
     Digest,
-    Entry,
-    Manifest,
+    box_tensor,
     digest_problems,
     parse_key,
     write_bytes,
-    write_pieces,
+    write_rank,
 )
-from zeropipe.trainer.checkpoint.regions import Box
 
 
-def _entries() -> dict[Entry, torch.Tensor]:
+def _boxes() -> dict[tuple[str, str, Box], torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    boxes = {
+    return {
         ("master", "a.weight", Box((3, 0), (5, 7))): torch.randn(5, 7, generator=generator),
         ("exp_avg", "a.weight", Box((0, 2), (600, 900))): torch.randn(600, 900, generator=generator),  # hashed aside
         ("master", "norm/odd.bias", Box((11,), (3,))): torch.randn(3, generator=generator),
         ("master", "scalar", Box((), ())): torch.randn((), generator=generator),
     }
-    return {Entry(*key, lambda tensor=tensor: tensor): tensor for key, tensor in boxes.items()}
 
 
 def test_the_library_reads_what_is_written_and_the_digest_is_that_of_the_file(tmp_path):
-    entries = _entries()
+    boxes = _boxes()
+    tensors = [box_tensor(*key, lambda tensor=tensor: tensor) for key, tensor in boxes.items()]
     shapes = {"a.weight": (600, 902), "norm/odd.bias": (14,), "scalar": ()}
-    files = write_pieces(tmp_path, 3, list(entries), shapes)
+    files = write_rank(tmp_path, 3, tensors, shapes)
     assert list(files) == ["rank-00003.safetensors"]
     path = tmp_path / "rank-00003.safetensors"
     assert files[path.name] == Digest(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     found = load_file(path)
-    assert {parse_key(key) for key in found} == {(e.kind, e.name, e.box.offset) for e in entries}
-    for entry, tensor in entries.items():
-        assert torch.equal(found[entry.key], tensor)
+    assert {parse_key(key) for key in found} == {(kind, name, box.offset) for kind, name, box in boxes}
+    for written, tensor in zip(tensors, boxes.values(), strict=True):
+        assert torch.equal(found[written.key], tensor)
 
 
 def test_large_shares_are_split_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_files, "_FILE_LIMIT", 200)
-    entries = [Entry("master", f"p{n}", Box((0,), (20,)), lambda n=n: torch.full((20,), float(n))) for n in range(5)]
-    files = write_pieces(tmp_path, 0, entries, {entry.name: (20,) for entry in entries})
+    box, shapes = Box((0,), (20,)), {f"p{n}": (20,) for n in range(5)}
+    tensors = [box_tensor("master", f"p{n}", box, lambda n=n: torch.full((20,), float(n))) for n in range(5)]
+    files = write_rank(tmp_path, 0, tensors, shapes)
     assert list(files) == ["rank-00000.safetensors", "rank-00000-1.safetensors", "rank-00000-2.safetensors"]
     found = {key: value for name in files for key, value in load_file(tmp_path / name).items()}
     assert [float(found[f"master/p{n}/0"][7]) for n in range(5)] == [0, 1, 2, 3, 4]
 
 
-def _written(folder) -> Manifest:
+def _written(folder) -> CheckpointManifest:
     files = {name: write_bytes(folder / name, name.encode() * 9) for name in ("rank-00000.safetensors", "state.json")}
-    manifest = Manifest(12, 3, files)
+    manifest = CheckpointManifest(12, 3, files)
     manifest.write(folder)
     return manifest
 
 
 def test_the_manifest_comes_back(tmp_path):
     manifest = _written(tmp_path)
-    assert Manifest.read(tmp_path) == manifest
-    assert manifest.piece_files == ["rank-00000.safetensors"]
+    assert CheckpointManifest.read(tmp_path) == manifest
+    assert manifest.rank_files == ["rank-00000.safetensors"]
     assert digest_problems(tmp_path, manifest.files) == []
 
 
@@ -79,7 +80,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
             path.write_bytes(damaged)
             if name == "manifest.json":
                 with pytest.raises(DamagedError, match="manifest"):
-                    Manifest.read(tmp_path)
+                    CheckpointManifest.read(tmp_path)
             else:
                 assert digest_problems(tmp_path, manifest.files) == [
                     f"{path}: SHA-256 is {hashlib.sha256(damaged).hexdigest()}, "
@@ -110,7 +111,7 @@ def test_a_later_format_is_refused_and_not_called_damaged(tmp_path):
     with pytest.raises(
         UserError, match="format 2 is newer than this version of zeropipe reads \\(1\\): upgrade"
     ) as error:
-        Manifest.read(tmp_path)
+        CheckpointManifest.read(tmp_path)
     assert not isinstance(error.value, DamagedError)
 
 
@@ -118,4 +119,12 @@ def test_a_later_format_is_refused_and_not_called_damaged(tmp_path):
 def test_a_manifest_that_is_none(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(DamagedError, match="manifest"):
-        Manifest.read(tmp_path)
+        CheckpointManifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "folder/file", "..", "", "/etc/passwd"])
+def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path, name):
+    digest = write_bytes(tmp_path / "state.json", b"{}")
+    CheckpointManifest(1, 1, {"state.json": digest, name: digest}).write(tmp_path)
+    with pytest.raises(DamagedError, match=f"manifest.json: {name!r} is not the name of a file"):
+        CheckpointManifest.read(tmp_path)

@@ -9,14 +9,14 @@ from zeropipe.trainer.checkpoint.files import write_bytes
 from zeropipe.trainer.checkpoint.folder import (
     begin,
     check_same_run,
-    find,
+    clear_leftovers,
     inspect,
     ls,
+    newest_checkpoint,
     prune,
     publish,
     step_folders,
-    tidy,
-    verify,
+    verify_checkpoints,
 )
 
 
@@ -46,16 +46,16 @@ def test_a_published_checkpoint_is_whole_and_latest(run):
         (10, 2, 14, None),
         (15, 3, 14, None),
     ]
-    assert verify(run) == {folder / f"step-{step:08d}": [] for step in (5, 10, 15)}
+    assert verify_checkpoints(run) == {folder / f"step-{step:08d}": [] for step in (5, 10, 15)}
 
 
 def test_a_run_directory_its_checkpoints_and_one_of_them_can_be_named(run, tmp_path):
     newest = run / "checkpoints" / "step-00000015"
-    assert find(run) == find(run / "checkpoints") == find(newest) == newest
+    assert newest_checkpoint(run) == newest_checkpoint(run / "checkpoints") == newest_checkpoint(newest) == newest
     older = run / "checkpoints" / "step-00000005"
-    assert find(older) == older
+    assert newest_checkpoint(older) == older
     best = older.rename(tmp_path / "best")
-    assert (find(best), inspect(best).step) == (best, 5)
+    assert (newest_checkpoint(best), inspect(best).step) == (best, 5)
 
 
 def test_newest_is_what_was_published_last(run):
@@ -88,18 +88,18 @@ def test_pruning_keeps_the_newest_whole_ones_and_does_not_touch_damaged_ones(run
 def test_find_passes_over_what_is_visibly_damaged_and_says_so_if_nothing_is_left(run):
     folder = run / "checkpoints"
     (folder / "step-00000015" / "manifest.json").unlink()
-    assert find(run) == folder / "step-00000010"
+    assert newest_checkpoint(run) == folder / "step-00000010"
     for step in (5, 10):
         (folder / f"step-{step:08d}" / "state.json").write_bytes(b"short")
     with pytest.raises(UserError, match=r"no whole checkpoint here: .*step-00000015/manifest.json: missing; .*5 bytes"):
-        find(run)
+        newest_checkpoint(run)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty"])
 def test_find_refuses_a_place_without_checkpoints(tmp_path, place):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"{place}: no checkpoint here"):
-        find(tmp_path / place)
+        newest_checkpoint(tmp_path / place)
 
 
 def test_what_dead_runs_left_is_removed_and_a_replaced_checkpoint_comes_back(run):
@@ -108,10 +108,10 @@ def test_what_dead_runs_left_is_removed_and_a_replaced_checkpoint_comes_back(run
     (folder / ".step-00000020.partial" / "rank-00000.safetensors").write_bytes(b"half")
     (folder / "step-00000010").rename(folder / ".step-00000010.replaced")  # killed between two renames
     (folder / ".step-00000005.replaced").mkdir()  # killed after both
-    tidy(folder)
+    clear_leftovers(folder)
     assert _steps(step_folders(run)) == [15, 10, 5]
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
-    assert all(problems == [] for problems in verify(run).values())
+    assert all(problems == [] for problems in verify_checkpoints(run).values())
 
 
 def test_a_file_that_rank_0_does_not_see_is_refused(tmp_path):

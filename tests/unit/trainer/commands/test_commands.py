@@ -8,7 +8,7 @@ from tests.harness import run_ranks
 from tests.tiny import tiny_json, write_pair
 from tests.unit.trainer.runs import CONFIGS, VOCAB, fresh_model, run_recipe, write_run
 from zeropipe.launcher.cli import main
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 
 SMALL = {**CONFIGS["gpt2"], "vocab_size": VOCAB}
 

@@ -22,7 +22,7 @@ from zeropipe.trainer.data.batches import (
 )
 from zeropipe.trainer.data.labels import IGNORE
 from zeropipe.trainer.modeling.build import build_model
-from zeropipe.trainer.objectives.causal_lm import CausalLM
+from zeropipe.trainer.modeling.causal import CausalLM
 from zeropipe.trainer.ranks.ranks import Ranks
 from zeropipe.trainer.recipe.recipe import Recipe
 
@@ -129,7 +129,7 @@ def test_packed_documents_train_as_each_alone(store, model):
     samples = [(windows, n) for n in range(4)]
     packed = make_batch(samples, replace(SHAPE, document_mask=True))
     logits = net(packed.input_ids, None, packed.position_ids)
-    net(packed.input_ids, packed.labels, packed.position_ids).backward()
+    net(packed.input_ids, packed.labels, packed.position_ids).sum().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     boundaries = 0
@@ -144,7 +144,7 @@ def test_packed_documents_train_as_each_alone(store, model):
             # a document's last token predicts nothing; a window's last one predicts the token behind the window
             inside = end == SEQ and SEQ not in windows.document_starts(sample)
             targets = torch.cat([alone[0, 1:], tokens[SEQ:] if inside else torch.tensor([IGNORE])])
-            net(alone, targets[None]).backward()
+            net(alone, targets[None]).sum().backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
     assert boundaries >= 4  # or the test says nothing

@@ -13,7 +13,7 @@ from tests.unit.trainer.runs import CONFIGS, VOCAB, document_ends, fresh_model, 
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.evaluation.evaluate import EvalResult
 from zeropipe.trainer.export.huggingface import export
-from zeropipe.trainer.metrics.record import read_metrics
+from zeropipe.trainer.metrics.reading import read_metrics
 
 SMALL = {**CONFIGS["gpt2"], "vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
 

@@ -1,6 +1,7 @@
 """Exports against the live training engine's logits, on every ZeRO stage; and what an export refuses."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.trainer.runs import CONFIGS, VOCAB, fresh_model, train_run, write_run
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
-from zeropipe.trainer.checkpoint.saving import Checkpoint
+from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.export.huggingface import BOUNDS, export
 
 SMALL = {**CONFIGS["gpt2"], "vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
@@ -131,15 +132,16 @@ def test_other_logits_than_training_are_refused(text_store, tmp_path):
 def test_a_tensor_that_reads_back_other_is_refused(text_store, tmp_path, monkeypatch):
     import zeropipe.trainer.export.huggingface as module
 
-    original = module.write_tensors
+    original = module.write_safetensors
 
-    def damaged(path, entries, read):
-        original(path, entries, read)
-        data = bytearray(path.read_bytes())
+    def damaged(file, tensors):
+        written = BytesIO()
+        original(written, tensors)
+        data = bytearray(written.getvalue())
         data[-3] ^= 1
-        path.write_bytes(data)
+        file.write(data)
 
-    monkeypatch.setattr(module, "write_tensors", damaged)
+    monkeypatch.setattr(module, "write_safetensors", damaged)
     run = write_run(tmp_path / "run", text_store, fresh_model(SMALL), SMALL)
     with pytest.raises(UserError, match=r"transformer.wte.weight|transformer.wpe.weight.*reads back other"):
         export(run)

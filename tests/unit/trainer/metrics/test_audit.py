@@ -13,8 +13,8 @@ from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.data.ledger import digest, sample_ids
 from zeropipe.trainer.data.order import SampleOrder, Source
-from zeropipe.trainer.metrics.audit import audit, check_records, report
-from zeropipe.trainer.metrics.record import read_lines, read_metrics
+from zeropipe.trainer.metrics.audit import audit, audit_text, check_records
+from zeropipe.trainer.metrics.reading import read_lines, read_metrics
 
 BATCH = 6
 
@@ -40,11 +40,11 @@ def test_a_sound_record_holds(order):
     found = check_records(records_of(order, 20), order)
     assert found.defects == [] and found.steps == 20 and found.samples == 120
     assert found.per_source == [84, 36]  # 0.7 and 0.3 of 120, over more than one epoch of each
-    assert "finished: 20 of 20 steps" in report(found)
+    assert "finished: 20 of 20 steps" in audit_text(found)
 
 
 def test_an_unfinished_run_is_called_so(order):
-    assert "not finished: 7 of 20 steps" in report(check_records(records_of(order, 7), order))
+    assert "not finished: 7 of 20 steps" in audit_text(check_records(records_of(order, 7), order))
 
 
 def plant(records: list[dict], defect: str) -> list[dict]:
@@ -88,7 +88,7 @@ def test_every_planted_defect_is_seen(order, defect, expected):
     sound = records_of(order, 20)
     assert check_records(sound, order).defects == []
     with pytest.raises(UserError, match=expected):
-        report(check_records(plant(sound, defect), order))
+        audit_text(check_records(plant(sound, defect), order))
 
 
 def test_samples_of_another_order_are_seen(order):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,63 +16,56 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.tiny import tiny_recipe
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.evaluation.evaluate import EvalResult
-from zeropipe.trainer.metrics.console import Progress, duration
-from zeropipe.trainer.metrics.record import RunLog, read_lines, read_metrics
+from zeropipe.trainer.metrics.reading import read_lines, read_metrics
+from zeropipe.trainer.metrics.record import RunLog
 from zeropipe.trainer.plan.layout import Layout
+from zeropipe.trainer.ranks.ranks import Ranks
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER
+from zeropipe.trainer.run.guard import StopRequest
+from zeropipe.trainer.run.state import StepOutput, TrainState
+from zeropipe.trainer.sinks.console import StepLine, duration
 
 
-@dataclass
-class State:
-    step: int
+class State(TrainState):
+    """After a step of 4 samples of 16 tokens."""
 
-    @property
-    def samples_consumed(self) -> int:
-        return 4 * self.step
-
-    @property
-    def tokens_consumed(self) -> int:
-        return 64 * self.step
+    def __init__(self, step: int) -> None:
+        super().__init__(6, step, 4 * step, 64 * step)
 
 
-@dataclass
-class Output:
-    loss: float
-    samples: tuple[int, int]
-    lr: float = 1e-3
-    grad_norm: float | None = 0.1 + 0.2
-    tokens: int = 64
-    seconds: float = 0.25
-    ledger: int = 255
-    extra: dict = field(default_factory=dict)
+def output(loss: float, samples: tuple[int, int]) -> StepOutput:
+    return StepOutput(loss, 0.1 + 0.2, 1e-3, 64, 0.25, 0.0, samples, 255, metrics={"extra": 0.5})
 
 
 def open_log(directory: Path, steps: int = 6, every: int = 2, main: bool = True, world: int = 1) -> RunLog:
     recipe = Recipe.model_validate(
         tiny_recipe(Path("none"), directory, log={"every": every}, duration={"steps": steps})
     )
-    shape = {"global_batch": 4, "seq_len": 16, "precision": "bf16", "parameters": 1_500_000}
+    shape = {"global_batch": 4, "seq_len": 16, "precision": "bf16", "parameters": 1_500_000, "deepspeed": {}}
     plan = SimpleNamespace(total_steps=steps, layout=Layout(world=world, data=world), **shape)
-    return RunLog(directory, plan, recipe, main)  # type: ignore[arg-type]
+    plan.recipe = recipe
+    ranks = Ranks() if main else Ranks(rank=1)
+    return RunLog(plan, ranks, StopRequest(ranks))  # type: ignore[arg-type]
 
 
 def take(log: RunLog, first: int, last: int, base: float = 9.0) -> None:
     for step in range(first, last + 1):
-        log.step(State(step), Output(base + 1 / (3 * step), (4 * step - 4, 4 * step)))
+        log.step(State(step), output(base + 1 / (3 * step), (4 * step - 4, 4 * step)))
 
 
 def test_records_hold_floats_bit_for_bit(tmp_path):
     with open_log(tmp_path) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 6)
-        log.eval(State(6), EvalResult(1 / 7, 100, 2.5))
+        log.eval(6, "valid", EvalResult(1 / 7, 100, 2.5).record(), "")
     train = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
     assert [record["loss"].hex() for record in train] == [(9.0 + 1 / (3 * step)).hex() for step in range(1, 7)]
     last = train[-1]
     assert last["grad_norm"].hex() == (0.1 + 0.2).hex() and last["lr"] == 1e-3 and last["tokens"] == 384
     assert last["tokens_per_second"] == 256 and last["step_seconds"] == 0.25
+    assert last["extra"] == 0.5  # an objective's own metric
     assert last["samples"] == [20, 24] and last["ledger"] == "00000000000000ff"
     evals = [record for record in read_metrics(tmp_path) if record["kind"] == "eval"]
     assert evals[0]["loss"].hex() == (1 / 7).hex() and evals[0]["split"] == "valid"
@@ -82,27 +74,27 @@ def test_records_hold_floats_bit_for_bit(tmp_path):
 
 def test_a_resume_replaces_the_steps_that_died(tmp_path):
     with open_log(tmp_path) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 5, base=1.0)
     with open_log(tmp_path) as log:
-        log.event("resume", 3)
+        log.start("resume", 3)
         take(log, 4, 4, base=2.0)
     assert len([r for r in read_lines(tmp_path) if r["kind"] == "train"]) == 6
     train = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
     # step 5 of the first run is gone as well: the resumed run has not reached it
     assert [(record["step"], int(record["loss"])) for record in train] == [(1, 1), (2, 1), (3, 1), (4, 2)]
     with open_log(tmp_path) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 1, base=3.0)
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_tensorboard_follows_the_resume(tmp_path):
     with open_log(tmp_path, every=1) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 5, base=1.0)
     with open_log(tmp_path, every=1) as log:
-        log.event("resume", 3)
+        log.start("resume", 3)
         take(log, 4, 6, base=2.0)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -119,9 +111,10 @@ def test_tensorboard_follows_the_resume(tmp_path):
 def test_a_kill_loses_nothing(tmp_path):
     script = f"""
         from pathlib import Path
-        from tests.unit.trainer.test_metrics import open_log, take
+        from tests.unit.trainer.metrics.test_record import open_log, take
         log = open_log(Path({str(tmp_path)!r}), steps=100)
         log.__enter__()
+        log.start("start", 0)
         take(log, 1, 50)
         print("ready", flush=True)
         import time; time.sleep(60)
@@ -133,17 +126,18 @@ def test_a_kill_loses_nothing(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 51))
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(51))
 
 
 def test_a_line_cut_short_is_dropped_and_the_run_goes_on(tmp_path):
     with open_log(tmp_path) as log:
+        log.start("start", 0)
         take(log, 1, 3)
     path = tmp_path / "metrics.jsonl"
     os.truncate(path, path.stat().st_size - 10)
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2]
     with open_log(tmp_path) as log:
-        log.event("resume", 2)
+        log.start("resume", 2)
         take(log, 3, 3)
     steps = [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert steps == [1, 2, 3]
@@ -159,15 +153,15 @@ def test_damage_inside_names_the_line(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path):
     with open_log(tmp_path, main=False) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 2)
-        log.eval(State(2), EvalResult(1.0, 10))
+        log.eval(2, "valid", EvalResult(1.0, 10).record(), "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_is_refused_leaves_the_record_as_it_was(tmp_path):
     with open_log(tmp_path) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 3)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     log = open_log(tmp_path).__enter__()
@@ -178,18 +172,21 @@ def test_a_run_that_is_refused_leaves_the_record_as_it_was(tmp_path):
 
 def test_a_record_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file.*the run's record cannot be written"):
-        open_log(tmp_path / "file" / "run").event("start", 0)
+    with pytest.raises(UserError, match=r"file.* cannot be written"):
+        open_log(tmp_path / "file" / "run").start("start", 0)
     log = open_log(tmp_path / "run")
-    log.event("start", 0)
-    log._file.close()
-    log._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (the log closes it)
-    with pytest.raises(UserError, match="No space left"):
-        log.step(State(1), Output(1.0, (0, 4)))
+    log.start("start", 0)
+    lines = log._sinks[0]
+    lines.close()
+    lines._file = open("/dev/full", "w", buffering=1)  # type: ignore[attr-defined]  # noqa: SIM115 (the log closes it)
+    log.step(State(1), output(1.0, (0, 4)))  # all ranks must save and stop before it is told
+    assert log.stop.asked and log.stop.problem is not None
+    assert "JsonLines" in log.stop.problem and "No space left" in log.stop.problem
 
 
 def test_environment_names_versions_and_command(tmp_path):
     with open_log(tmp_path) as log:
+        log.start("start", 0)
         take(log, 1, 1)
     record = json.loads((tmp_path / "environment.json").read_text())
     assert record["versions"]["torch"].startswith("2.") and record["versions"]["deepspeed"]
@@ -200,7 +197,7 @@ def test_environment_names_versions_and_command(tmp_path):
 def test_progress_lines_are_plain_without_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(LAUNCH_FOLDER, raising=False)
     with open_log(tmp_path, every=2) as log:
-        log.event("start", 0)
+        log.start("start", 0)
         take(log, 1, 6)
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line.startswith("step")]
@@ -214,6 +211,7 @@ def test_progress_lines_are_plain_without_a_terminal(tmp_path, capsys, monkeypat
 
 def test_a_run_that_stops_early_says_how_to_go_on(tmp_path, capsys):
     with open_log(tmp_path, world=4) as log:
+        log.start("start", 0)
         take(log, 1, 2)
     out = capsys.readouterr().out
     assert "stopped after step 2 of 6" in out and f"zeropipe launch {tmp_path}/recipe.yaml" in out
@@ -222,6 +220,7 @@ def test_a_run_that_stops_early_says_how_to_go_on(tmp_path, capsys):
 
 def test_a_failure_is_recorded(tmp_path):
     log = open_log(tmp_path).__enter__()
+    log.start("start", 0)
     take(log, 1, 2)
     log.__exit__(RuntimeError, RuntimeError("planted"), None)
     last = read_metrics(tmp_path)[-1]
@@ -235,7 +234,7 @@ class Terminal(io.StringIO):
 
 def test_the_line_is_rewritten_on_a_terminal():
     screen = Terminal()
-    progress = Progress(10, stream=screen)
+    progress = StepLine(10, stream=screen)
     for step in (1, 2):
         progress.step(step, 100, 1.0)
         progress.line(step, 5.0, 1e-4, None, 2_000_000_000)

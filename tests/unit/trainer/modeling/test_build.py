@@ -11,7 +11,7 @@ from tests.tiny import GPT2, LLAMA
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.modeling.build import FolderValues, RandomValues, build_model
-from zeropipe.trainer.objectives.causal_lm import CausalLM
+from zeropipe.trainer.modeling.causal import CausalLM
 from zeropipe.trainer.ranks.ranks import Ranks
 
 VOCAB = 300
@@ -70,7 +70,7 @@ def test_the_last_token_changes_no_earlier_logit(name):
 def test_padding_is_never_predicted_nor_trained(name):
     model = build(CONFIGS[name]).train()
     ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
-    model(ids[:, :-1], ids[:, 1:]).backward()
+    model(ids[:, :-1], ids[:, 1:]).sum().backward()
     padded = [p for p in model.parameters() if p.spec.padded_rows]  # type: ignore[attr-defined]
     assert padded and all(len(p) == 384 for p in padded)
     for parameter in padded:
@@ -113,9 +113,9 @@ def test_chunked_head_gives_the_same_loss_and_gradients(monkeypatch):
     labels[0, :9] = -100
     results = []
     for chunk_bytes in (1 << 30, 4 * 384 * 10):  # whole; ten positions at a time
-        monkeypatch.setattr("zeropipe.trainer.modeling.cross_entropy.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("zeropipe.trainer.modeling.chunks.CHUNK_BYTES", chunk_bytes)
         model.zero_grad()
-        loss = model(ids[:, :-1], labels)
+        loss = model(ids[:, :-1], labels).sum()
         loss.backward()
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
     (whole, gradients), (chunked, chunked_gradients) = results

@@ -294,6 +294,8 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gtp2"}, "model.config.model_type: transformers has no 'gtp2', did you mean 'gpt2'?"),
     ({"model_type": "mistal"}, "transformers has no 'mistal', did you mean 'mistral'?"),
     ({"model_type": 5}, "model.config.model_type: must be text, got 5"),
+    ({"model_type": "qwen3", "n_layer": 3}, "model.config.n_layer: unknown key, did you mean 'num_hidden_layers'?"),
+    ({"model_type": "qwen3", "hiden_size": 3}, "model.config.hiden_size: unknown key, did you mean 'hidden_size'?"),
     ({**GPT2, "n_head": 5}, "model.config.n_head 5 does not divide n_embd 64; numbers that do: 1, 2, 4, 8, 16, 32, 64"),
     ({**GPT2, "n_layer": 0}, "model.config.n_layer: must be a positive whole number, got 0"),
     ({**LLAMA, "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),

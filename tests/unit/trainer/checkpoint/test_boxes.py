@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeropipe.trainer.checkpoint.regions import Box, boxes_of_range, flat_index, pieces, strides, written_pieces
-from zeropipe.trainer.families.specs import ParamSpec, parameter_table
+from zeropipe.trainer.checkpoint.boxes import Box, boxes_of_range, flat_index, pieces, strides, written_pieces
+from zeropipe.trainer.families.specs import ParamSpec, Split, parameter_table
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
 
@@ -43,11 +43,11 @@ def specs(draw) -> ParamSpec:
         return ParamSpec("p", tuple(shape))
     if kind == "vocab":
         rows = shape[0] + draw(st.integers(0, 6))
-        return ParamSpec("p", tuple(shape), "vocab", 0, padded_rows=rows)
+        return ParamSpec("p", tuple(shape), "vocab", Split(0), padded_rows=rows)
     dim, grain = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 3))
     parts = tuple(grain * n for n in draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     shape[dim] = sum(parts)
-    return ParamSpec("p", tuple(shape), "column", dim, parts if len(parts) > 1 else None, grain)
+    return ParamSpec("p", tuple(shape), "column", Split(dim, parts if len(parts) > 1 else None, grain))
 
 
 def _local(full: np.ndarray, spec: ParamSpec, rank: int, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The progress line of a run: one tidy line, rewritten in place on a terminal."""
+"""What a run prints: one tidy line of progress, rewritten in place on a terminal, and messages below it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 from ...data_prep.sizes import format_bytes
+from .base import SinkSettings
 
 
 def duration(seconds: float) -> str:
@@ -26,24 +28,47 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+class Console:
+    """The sink: a line for every step that is shown, and each record's message."""
+
+    def __init__(self, settings: SinkSettings) -> None:
+        self._settings, self.progress = settings, StepLine(settings.total_steps)
+
+    def write(self, record: Mapping[str, Any], message: str | None) -> None:
+        if record["kind"] == "train":
+            self.progress.step(record["step"], record["tokens_per_second"] or 0.0, record["step_seconds"])
+            if self._settings.shown(record["step"]):
+                self.progress.line(record["step"], record["loss"], record["lr"], record["grad_norm"], peak_memory())
+        if message is not None:
+            self.progress.say(message)
+
+    def close(self) -> None:
+        self.progress.end_line()
+
+
+def peak_memory() -> int:
+    """Bytes: the accelerator's peak on this rank; on a CPU the peak of the resident set that DeepSpeed has seen."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return accelerator.max_memory_allocated()
+
+
 @dataclass
-class Progress:
+class StepLine:
     """Prints what happens; measures tokens per second between two lines, and the time left from this process's pace."""
 
     total_steps: int
     stream: TextIO = field(default_factory=lambda: sys.stdout)
-    clock: float = field(default_factory=time.monotonic)
     first: tuple[int, float] | None = None  # step and time of the first step seen: later ones set the pace
-    since: tuple[int, float] = (0, 0.0)  # tokens and seconds since the last line
-    steps: int = 0  # taken by this process
+    since: tuple[float, float] = (0.0, 0.0)  # tokens and seconds since the last line
     open_line: bool = False
 
-    def step(self, step: int, tokens: int, seconds: float) -> None:
-        """Counts a step, printed or not."""
-        self.steps += 1
+    def step(self, step: int, rate: float, seconds: float) -> None:
+        """Counts a step, printed or not; `rate` in tokens per second."""
         if self.first is None:
             self.first = (step, time.monotonic())  # the first step compiles and warms up: it sets no pace
-        self.since = (self.since[0] + tokens, self.since[1] + seconds)
+        self.since = (self.since[0] + rate * seconds, self.since[1] + seconds)
 
     def seconds_left(self, step: int) -> float:
         if self.first is None or step == self.first[0]:
@@ -52,7 +77,7 @@ class Progress:
 
     def line(self, step: int, loss: float, lr: float, grad_norm: float | None, memory: int) -> None:
         tokens, seconds = self.since
-        self.since = (0, 0.0)
+        self.since = (0.0, 0.0)
         norm = "-" if grad_norm is None else f"{grad_norm:.3f}"
         text = (
             f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  grad {norm}  "
@@ -68,7 +93,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, below the progress line."""
-        if self.open_line:
-            print(file=self.stream)
-            self.open_line = False
+        self.end_line()
         print(text, file=self.stream, flush=True)
+
+    def end_line(self) -> None:
+        """Leaves the progress line as it stands."""
+        if self.open_line:
+            print(file=self.stream, flush=True)
+            self.open_line = False

@@ -1,6 +1,6 @@
 """Boxes: hyper-rectangles of full parameters, the language in which checkpoints are written and read.
 
-A rank holds a flat range of a tensor-parallel shard; a checkpoint holds boxes of the full parameter, and so knows
+A rank holds a flat range of its tensor-parallel tensor; a checkpoint holds boxes of the full parameter, and so knows
 nothing of the layout that wrote it. Pure integer geometry: no torch.
 """
 
@@ -87,44 +87,44 @@ def pieces(spec: ParamSpec, rank: int, size: int, start: int, stop: int) -> list
     The pieces are disjoint and hold every element of the range that lies within `spec.shape`.
     """
     found = []
-    for local in boxes_of_range(start, stop, spec.local_shape(rank, size)):
-        for segment, target in _segments(spec, rank, size, local):
-            box = segment.moved(segment.offset, target).intersect(Box.whole(spec.shape))
+    for of_range in boxes_of_range(start, stop, spec.local_shape(rank, size)):
+        for local, offset in _in_full(spec, rank, size, of_range):
+            box = local.moved(local.offset, offset).intersect(Box.whole(spec.shape))
             if box is not None:
-                found.append(Piece(box, box.moved(target, segment.offset)))
+                found.append(Piece(box, box.moved(offset, local.offset)))
     return found
 
 
-def _segments(spec: ParamSpec, rank: int, size: int, local: Box) -> list[tuple[Box, Shape]]:
-    """Parts of a local box that stay whole in the full parameter, each with its offset there."""
+def _in_full(spec: ParamSpec, rank: int, size: int, local: Box) -> list[tuple[Box, Shape]]:
+    """The boxes into which a box of a rank's tensor falls in the full parameter, each with its offset there."""
     if spec.dim is None or size == 1:
         return [(local, local.offset)]
-    dim, segments, position = spec.dim, [], 0
+    dim, found, position = spec.dim, [], 0
     for begin, end in spec.ranges(rank, size):
-        held = Box(
+        of_range = Box(
             (*local.offset[:dim], position, *local.offset[dim + 1 :]),
             (*local.shape[:dim], end - begin, *local.shape[dim + 1 :]),
         )
-        common = local.intersect(held)
+        common = local.intersect(of_range)
         if common is not None:
             into = begin + common.offset[dim] - position
-            segments.append((common, (*common.offset[:dim], into, *common.offset[dim + 1 :])))
+            found.append((common, (*common.offset[:dim], into, *common.offset[dim + 1 :])))
         position += end - begin
-    return segments
+    return found
 
 
 def written_pieces(
     spec: ParamSpec, rank: int, size: int, start: int, stop: int, replica: int = 0, replicas: int = 1
 ) -> list[Piece]:
-    """The part of `pieces` that this rank writes, so that all ranks together write every element once, in parallel.
+    """Those of `pieces`, cut, that this rank writes, so that all ranks together write every element once, in parallel.
 
     Args:
         replica, replicas: which of how many data-parallel ranks that hold the same flat range this is.
     """
     found = []
     own = pieces(spec, rank, size, start, stop)
-    for region, copy, copies in _regions(spec, rank, size):
-        mine = _share(region, copy * replicas + replica, copies * replicas)
+    for whole, copy, copies in _copied_boxes(spec, rank, size):
+        mine = _share(whole, copy * replicas + replica, copies * replicas)
         for piece in own:
             for box in mine:
                 common = piece.box.intersect(box)
@@ -133,30 +133,30 @@ def written_pieces(
     return found
 
 
-def _regions(spec: ParamSpec, rank: int, size: int) -> list[tuple[Box, int, int]]:
-    """Boxes of the full (padded) parameter that tensor-parallel `rank` holds, one for each of its parts.
+def _copied_boxes(spec: ParamSpec, rank: int, size: int) -> list[tuple[Box, int, int]]:
+    """Boxes of the full (padded) parameter that tensor-parallel `rank` holds, one for each of its ranges.
 
-    Each with the number of ranks that hold the same box (replicated parameters; fewer KV heads than ranks), and which
-    of them this rank is.
+    Each with which of how many copies of it, on tensor-parallel ranks, this is (replicated parameters; fewer KV heads
+    than ranks).
     """
     whole = Box.whole(spec.padded_shape)
     if spec.dim is None or size == 1:
         return [(whole, rank, size)]
     of_rank = [spec.ranges(r, size) for r in range(size)]
-    regions = []
-    for part, (begin, end) in enumerate(of_rank[rank]):
-        holders = [r for r in range(size) if of_rank[r][part] == (begin, end)]
+    boxes = []
+    for number, (begin, end) in enumerate(of_rank[rank]):
+        holders = [r for r in range(size) if of_rank[r][number] == (begin, end)]
         offset = (*whole.offset[: spec.dim], begin, *whole.offset[spec.dim + 1 :])
         shape = (*whole.shape[: spec.dim], end - begin, *whole.shape[spec.dim + 1 :])
-        regions.append((Box(offset, shape), holders.index(rank), len(holders)))
-    return regions
+        boxes.append((Box(offset, shape), holders.index(rank), len(holders)))
+    return boxes
 
 
-def _share(region: Box, copy: int, copies: int) -> list[Box]:
-    """What the `copy`-th of equal holders of a region writes: its part of the region's elements in row-major order."""
-    first, last = region.numel * copy // copies, region.numel * (copy + 1) // copies
-    origin = (0,) * len(region.shape)
-    return [box.moved(origin, region.offset) for box in boxes_of_range(first, last, region.shape)]
+def _share(whole: Box, copy: int, copies: int) -> list[Box]:
+    """What the `copy`-th of equal holders of a box writes: an equal run of its elements in row-major order."""
+    first, last = whole.numel * copy // copies, whole.numel * (copy + 1) // copies
+    origin = (0,) * len(whole.shape)
+    return [box.moved(origin, whole.offset) for box in boxes_of_range(first, last, whole.shape)]
 
 
 def flat_index(offset: Shape, shape: Shape) -> int:

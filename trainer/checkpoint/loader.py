@@ -1,0 +1,133 @@
+"""Loading checkpoints of any layout into a live engine of any other, each rank reading what it needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data_prep.errors import UserError
+from ..ranks.ranks import Ranks
+from .boxes import Box, Piece, Shape, pieces
+from .deepspeed_state import Holding, Live, create_state, holdings, refresh_model, write_scalars
+from .folder import CHECKPOINTS, clear_leftovers, problems_of, step_folders
+from .reader import Checkpoint
+
+_DOING = "cannot read the checkpoint"
+
+
+@torch.no_grad()
+def load(live: Live, source: Path | Checkpoint) -> dict[str, Any]:
+    """Puts a checkpoint into a live engine of any layout and returns the state that was saved with it. Collective.
+
+    Args:
+        live: its parameters must be those that the checkpoint holds, no more and no fewer.
+        source: a checkpoint that has been verified, as `resolve_resume` gives it; or the path of one, of which every
+            byte is then compared with the manifest before anything is loaded.
+
+    Raises:
+        UserError: on every rank: the checkpoint is damaged, or of another model.
+    """
+    if isinstance(source, Path):
+        if problems := _shared_problems(source, live.ranks):
+            raise UserError(f"damaged checkpoint: {'; '.join(problems)}. Restore it, or resume from an older one")
+        source = Checkpoint(source)
+    saved = source.state["engine"]
+    _check_model(source, live)
+    create_state(live.engine, saved["kinds"], saved["scalars"])
+    held = holdings(live)
+    live.ranks.together(lambda: _fill(source, held, live.ranks), _DOING, source.path)
+    refresh_model(live.engine, held)
+    write_scalars(live.engine, saved)
+    return source.state
+
+
+def _fill(checkpoint: Checkpoint, held: Sequence[Holding], ranks: Ranks) -> None:
+    for holding in held:
+        stored = set(checkpoint.kinds(holding.name))
+        own = pieces(holding.spec, ranks.tensor, ranks.tensor_size, holding.start, holding.stop)
+        for kind, view in holding.views.items():
+            if sum(piece.box.numel for piece in own) < view.numel() or kind not in stored:
+                view.zero_()  # padded vocabulary rows; moments of what was frozen when it was saved
+            for piece in own if kind in stored else []:
+                checkpoint.read_into(holding.name, kind, piece.box, partial(_target, holding, kind, piece))
+
+
+def _target(holding: Holding, kind: str, piece: Piece, box: Box) -> Tensor:
+    """Where a box of a piece goes in what the engine trains on."""
+    return holding.view(kind, box.moved(piece.box.offset, piece.local.offset))
+
+
+def _check_model(checkpoint: Checkpoint, live: Live) -> None:
+    """Refuses a checkpoint of other parameters, before anything is touched. Collective."""
+    ranks = live.ranks
+    mine = {name: p.spec.shape for name, p in live.parameters}  # type: ignore[attr-defined]
+    gathered = ranks.gather_objects(list(mine)) if ranks.pipeline_size > 1 else [list(mine)]
+    wanted = {name for names in gathered for name in names}
+    ranks.together(lambda: _refuse_others(checkpoint, mine, wanted), _DOING, checkpoint.path)
+
+
+def _refuse_others(checkpoint: Checkpoint, mine: Mapping[str, Shape], wanted: set[str]) -> None:
+    """UserError where the names stored are not those wanted by all stages, or a shape is not that of this one."""
+    stored = set(checkpoint.names())
+    problems = [f"{name} is not in the checkpoint" for name in sorted(wanted - stored)]
+    problems += [f"{name} is not in the model" for name in sorted(stored - wanted)]
+    problems += [
+        f"{name} is {list(checkpoint.shape(name))} in the checkpoint and {list(shape)} in the model"
+        for name, shape in sorted(mine.items())
+        if name in stored and checkpoint.shape(name) != tuple(shape)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{checkpoint.path}: a checkpoint of another model: {'; '.join(problems[:5])}{more}")
+
+
+def _shared_problems(path: Path, ranks: Ranks) -> list[str]:
+    """What is wrong with a checkpoint; the ranks share the reading and all get the same answer. Collective."""
+    problems = ranks.together(lambda: problems_of(path, ranks.rank, ranks.world), _DOING, path)
+    return list(dict.fromkeys(text for of_rank in ranks.gather_objects(problems) for text in of_rank))
+
+
+def resolve_resume(output: Path, resume: str, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint to resume from, every byte of it verified; None for a fresh start. Collective.
+
+    Args:
+        output: the run directory.
+        resume: `auto` (newest whole one of the run directory, if it has any), `never`, or a path to a checkpoint, a
+            `checkpoints/` folder or a run directory.
+
+    Raises:
+        UserError: there are checkpoints but none is whole, or the path holds none.
+    """
+    if resume == "never":
+        return None
+    root = Path(output) if resume == "auto" else Path(resume)
+
+    def look() -> list[Path]:
+        if resume == "auto":  # this run's own folder; another's may be alive
+            clear_leftovers(root / CHECKPOINTS)
+        return step_folders(root)
+
+    found = ranks.together(lambda: look() if ranks.is_main else [], _DOING, root)
+    candidates: list[Path] = ranks.gather_objects(found)[0]
+    if not candidates and resume != "auto":
+        raise UserError(f"resume: {root} holds no checkpoint (expected a run directory or a step-… folder)")
+    damaged: list[str] = []
+    for path in candidates:
+        problems = _shared_problems(path, ranks)
+        if not problems:
+            for line in damaged if ranks.is_main else []:
+                print(f"warning: damaged checkpoint: {line}; resuming from {path.name}", file=sys.stderr, flush=True)
+            return ranks.together(lambda path=path: Checkpoint(path), _DOING, path)
+        damaged.append("; ".join(problems))
+    if damaged:
+        raise UserError(
+            f"resume: no whole checkpoint in {root}: {'; '.join(damaged)}. "
+            "Restore one, or start afresh with resume: never"
+        )
+    return None

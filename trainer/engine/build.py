@@ -1,0 +1,34 @@
+"""The engine of a plan."""
+
+from __future__ import annotations
+
+from ...data_prep.errors import UserError
+from ..modeling.build import Values
+from ..plan.plan import Plan
+from ..ranks.ranks import Ranks, accelerator
+from .base import Engine
+from .initial import initial_values
+
+
+def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None) -> Engine:
+    """The engine of a plan. Collective.
+
+    Args:
+        values: initial values of the parameters; None: those of `model.init`.
+
+    Raises:
+        UserError: on every rank: the accelerator cannot compute in the plan's precision, or the initial values cannot
+            be read.
+    """
+    able = {"fp16": accelerator().is_fp16_supported, "bf16": accelerator().is_bf16_supported}.get(plan.precision.name)
+    if able is not None and not able():
+        device, instead = accelerator().device_name(), "bf16" if plan.precision.name == "fp16" else "neither, for fp32"
+        raise UserError(f"{plan.precision}: the accelerator ({device}) cannot train in it; enable {instead}")
+    values = values or ranks.together(lambda: initial_values(plan.recipe.model.init))
+    if plan.layout.pipeline > 1:
+        from .pipeline import PipelineEngine
+
+        return PipelineEngine(plan, ranks, values)
+    from .zero import ZeroEngine
+
+    return ZeroEngine(plan, ranks, values)

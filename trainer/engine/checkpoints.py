@@ -1,0 +1,76 @@
+"""The checkpoints of a run: when it saves, what it records beside the tensors, and how it comes back."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checkpoint.folder import check_same_run
+from ..checkpoint.loader import load, resolve_resume
+from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
+from ..data.batches import BatchStream
+from ..metrics.record import RunLog
+from ..run.data import RunData
+from ..run.state import TrainState
+from .base import Engine
+
+PROBE_TOKENS = 16
+
+
+class Checkpoints:
+    """Saves every `save.every` steps, after the last, and when asked to stop."""
+
+    def __init__(self, engine: Engine, data: RunData, stream: BatchStream, log: RunLog) -> None:
+        self.engine, self.stream, self.log = engine, stream, log
+        self.plan, self.recipe, self.ranks = engine.plan, engine.plan.recipe, engine.ranks
+        self.identity = data.identity()
+        save = self.recipe.save
+        self.writer: CheckpointWriter = SynchronousWriter(
+            self.recipe.output, save.every, save.keep, self.plan.total_steps
+        )
+
+    def resume_or_start(self) -> TrainState:
+        """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective.
+
+        Raises:
+            UserError: on every rank: no whole checkpoint where there should be one, or one of another run.
+        """
+        state = TrainState(self.plan.total_steps)
+        checkpoint = resolve_resume(self.recipe.output, self.recipe.resume, self.ranks)
+        if checkpoint is None:
+            self.log.start("start", 0)
+            return state
+        check_same_run(checkpoint.state, **self.identity)
+        saved, source = load(self.engine.live, checkpoint), checkpoint.path
+        state.step, state.samples_consumed = saved["step"], saved["samples_consumed"]
+        state.tokens_consumed = saved["tokens_consumed"]
+        self.stream.samples_consumed = state.samples_consumed
+        self.log.start("resume", state.step, f"resumed from {source} at step {state.step}", path=str(source))
+        return state
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Saves where a checkpoint is due, and records those that were published. Collective.
+
+        Raises:
+            UserError: on every rank, if one of them cannot write; older checkpoints are as they were.
+        """
+        if state.stopped or self.writer.due(state.step):
+            self.save(state)
+        for path in self.writer.wait() if state.done else self.writer.poll():
+            self.log.event("save", state.step, path=str(path), drawn=self.stream.drawn())
+
+    def save(self, state: TrainState) -> None:
+        """Saves now. Collective, and raises, as `save_if_due`."""
+        record = {
+            "step": state.step,
+            "samples_consumed": state.samples_consumed,
+            "tokens_consumed": state.tokens_consumed,
+            "precision": self.plan.precision.name,
+            **self.identity,
+        }
+        self.writer.save(self.engine.live, record, self._probe())
+
+    def _probe(self) -> dict[str, torch.Tensor]:
+        """What the live engine computes, which exports must match."""
+        vocab = self.plan.vocab_size
+        ids = (torch.arange(min(PROBE_TOKENS, self.plan.seq_len))[None] * 7919 + 1) % vocab  # many different tokens
+        return {"ids": ids, "logits": self.engine.logits(ids).cpu().contiguous()}

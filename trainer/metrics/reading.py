@@ -1,0 +1,55 @@
+"""Reading the record of a run back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...data_prep.errors import UserError
+from ..sinks.jsonl import METRICS
+
+
+def read_lines(run_directory: str | Path) -> Iterator[dict[str, Any]]:
+    """Every record of metrics.jsonl as it was written, those of dead runs too; a line cut short at the end is skipped.
+
+    Raises:
+        UserError: there is no metrics.jsonl, or a line inside it is not JSON.
+    """
+    path = Path(run_directory) / METRICS
+    try:
+        file = path.open()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected the record of a run here") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON, the file is damaged ({error})") from error
+
+
+def read_metrics(run_directory: str | Path) -> list[dict[str, Any]]:
+    """The records that count, in order: for each step those of the last process group that took it.
+
+    Where a run was resumed from step S, what earlier process groups recorded beyond S is left out, as are all earlier
+    records where it was started afresh.
+    """
+    kept: list[dict[str, Any]] = []
+    run = None
+    for record in read_lines(run_directory):
+        if record["run"] != run:
+            run = record["run"]
+            base = resumed_from(record)
+            fresh = record.get("event") == "start"
+            kept = [] if fresh else [earlier for earlier in kept if earlier["step"] <= base]
+        kept.append(record)
+    return kept
+
+
+def resumed_from(first: Mapping[str, Any]) -> int:
+    """The step before a process group's first record: an event names the step it starts from, a step comes after."""
+    return first["step"] - (first["kind"] == "train")

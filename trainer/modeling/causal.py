@@ -1,0 +1,50 @@
+"""A Hugging Face causal LM that gives the loss of every token, and holds the logits of a chunk of them at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..families.registry import FAMILIES
+from ..ranks.ranks import Ranks
+from .cross_entropy import head_token_losses, token_losses, whole_logits
+
+
+class CausalLM(nn.Module):
+    """A Hugging Face causal LM with the cross entropy of its labels.
+
+    Args:
+        model: with `get_output_embeddings()`; its vocabulary may be padded beyond `vocab_size`.
+        vocab_size: true vocabulary; the padding gets no probability.
+        ranks: each tensor-parallel rank holds some columns of the logits.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.vocab_size = vocab_size
+        self.ranks: Any = ranks
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """Nats of every label, 0 for `IGNORE`; without labels, the logits.
+
+        Args:
+            input_ids: [batch, time] int64.
+            labels: [batch, time] int64: the token that follows each input token, or `IGNORE`.
+            position_ids: [batch, time]; where they restart, attention does not look back. None: 0, 1, 2, …
+
+        Returns:
+            fp32 [batch, time], or logits [batch, time, vocab_size] in fp32.
+        """
+        if labels is None:
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return whole_logits(logits, self.vocab_size, self.ranks)
+        family = FAMILIES.get(self.model.config.model_type)
+        if family is None or not family.plain_head:
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return token_losses(logits, labels, self.vocab_size, self.ranks)
+        body = self.model.base_model
+        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
+        return head_token_losses(head, hidden, labels, self.vocab_size, columns, self.ranks)

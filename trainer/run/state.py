@@ -1,0 +1,43 @@
+"""Where a run is, and what a step of it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one optimizer step reports, over all ranks."""
+
+    loss: float  # the objective's sum over the global batch, divided by the weight of the global batch
+    grad_norm: float | None  # before clipping
+    lr: float
+    tokens: int  # that carry loss, of the global batch
+    seconds: float
+    data_seconds: float  # of them, this rank waited for data
+    samples: tuple[int, int]  # first global sample index, last + 1
+    ledger: int  # digest of the samples that all ranks consumed
+    stop: bool = False  # some rank was asked to stop
+    metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, divided by the weight too
+
+
+@dataclass
+class TrainState:
+    """Everything that changes from step to step, beside weights and moments."""
+
+    total_steps: int
+    step: int = 0
+    samples_consumed: int = 0
+    tokens_consumed: int = 0  # those that carried loss
+    stopped: bool = False
+
+    def advance(self, output: StepOutput) -> None:
+        self.step += 1
+        self.samples_consumed = output.samples[1]
+        self.tokens_consumed += output.tokens
+        self.stopped = output.stop
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or self.step >= self.total_steps
