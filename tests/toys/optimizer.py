@@ -22,7 +22,7 @@ MOMENTUM = OPTIMIZERS.register(
         states=("momentum_buffer",),
         keys=("lr", "weight_decay"),
         options=frozenset({"momentum"}),
-        groups=(Group(lambda spec: spec.decays), Group(lambda spec: True, {"weight_decay": 0.0})),
+        groups=(Group(decayed), Group(every, {"weight_decay": 0.0})),
         build=_build,
     ),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
-from ...data_prep.tokenizer import end_of_document, read_tokenizer
+from ...data_prep.tokenizer import end_of_document, is_bare_vocabulary, read_tokenizer
 
 
 def vocabulary_of(stores: Sequence[TokenStore], tokenizer: str | None) -> tuple[int | None, int | None]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
+from ...data_prep.tokenizer import completed
 from ..adapters.merged import MergedWeights
 from ..checkpoint.files import PROBE
 from ..checkpoint.reader import Checkpoint

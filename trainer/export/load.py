@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...data_prep.errors import UserError
+from ...data_prep.tokenizer import completed
 from ..adapters.merged import MergedWeights
 from ..run.directory import is_hf_folder, run_precision, tokenizer_folder
 
