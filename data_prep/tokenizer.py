@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,10 +129,30 @@ def _complete_folder(folder: Path, tokenizer: Tokenizer, token: str, number: int
     return Vocabulary(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, token, number)
 
 
+def is_bare_vocabulary(folder: Path) -> bool:
+    """Whether it holds a tokenizer as vocab.json and merges.txt only."""
+    bare = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return bare and not (folder / "tokenizer.json").is_file()
+
+
+@contextmanager
+def completed(folder: Path) -> Iterator[Path]:
+    """A folder that Hugging Face's loaders take as it is: this one, or one made of its vocab.json and merges.txt."""
+    if not is_bare_vocabulary(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        adopt_tokenizer(folder, Path(made) / "tokenizer", None)
+        yield Path(made) / "tokenizer"
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, or of one with vocab.json and merges.txt."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
+    if is_bare_vocabulary(folder):
+        return _from_vocabulary(folder)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

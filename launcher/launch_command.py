@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(launch)
         return 0
-    print(summary(launch, plan), flush=True)
+    print(launch_summary(launch, plan), flush=True)
     return start(launch, plan.recipe.output)
 
 
@@ -122,7 +122,7 @@ def _on_this_machine(launch: Launch, devices: int | None) -> Launch:
     return replace(launch, devices=devices, device_ids=ids, master_port=port)
 
 
-def summary(launch: Launch, plan: Plan) -> str:
+def launch_summary(launch: Launch, plan: Plan) -> str:
     """One line on what is about to start: the ranks take a while to say their first word."""
     where = f"{len(launch.hosts)} hosts" if launch.remote else "this machine"
     ranks = f"{launch.devices} rank{'s' if launch.devices > 1 else ''} on {where} ({plan.layout}, {plan.precision})"

@@ -15,7 +15,7 @@ import psutil
 MARK = "ZEROPIPE_LAUNCH"  # in the environment of everything that a launch starts; the value is the launch's own folder
 
 
-def find(mark: str, ranks_only: bool = False) -> list[psutil.Process]:
+def find_processes(mark: str, ranks_only: bool = False) -> list[psutil.Process]:
     """Processes of the launch `mark` that still run; `ranks_only` leaves out the launchers and what ranks started."""
     found = {}
     for process in psutil.process_iter():
@@ -33,7 +33,7 @@ def find(mark: str, ranks_only: bool = False) -> list[psutil.Process]:
 def send(mark: str, number: int, ranks_only: bool = False) -> list[int]:
     """Signals the processes of a launch; returns the ids of those that got it."""
     reached = []
-    for process in find(mark, ranks_only):
+    for process in find_processes(mark, ranks_only):
         try:
             process.send_signal(number)
             reached.append(process.pid)
@@ -46,7 +46,7 @@ def kill(mark: str, seconds: float = 5) -> int:
     """Kills every process of a launch, and those that they start meanwhile, and sees them gone; returns how many."""
     killed = 0
     deadline = time.monotonic() + seconds
-    while (found := find(mark)) and time.monotonic() < deadline:
+    while (found := find_processes(mark)) and time.monotonic() < deadline:
         for process in found:
             with contextlib.suppress(psutil.Error, OSError):
                 process.kill()

@@ -77,7 +77,7 @@ class Session:
             answers = self._on_hosts(waiting, "SIGTERM")
             self.told |= {host.name for host, told in zip(waiting, answers, strict=True) if told >= host.slots}
             return
-        for process in processes.find(str(self.folder), ranks_only=True):
+        for process in processes.find_processes(str(self.folder), ranks_only=True):
             if process.pid not in self.reached:
                 self.reached.add(process.pid)
                 process.send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zeropipe.trainer.optim.base import Group, Optimizer
+from zeropipe.trainer.optim.base import Group, Optimizer, decayed, every
 from zeropipe.trainer.optim.registry import OPTIMIZERS
 
 
@@ -22,7 +22,7 @@ MOMENTUM = OPTIMIZERS.register(
         states=("momentum_buffer",),
         keys=("lr", "weight_decay"),
         options=frozenset({"momentum"}),
-        groups=(Group(lambda spec: spec.decays), Group(lambda spec: True, {"weight_decay": 0.0})),
+        groups=(Group(decayed), Group(every, {"weight_decay": 0.0})),
         build=_build,
     ),
 )

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 DEFAULT_DEEPSPEED_CONFIG = "zero0"
-DTYPES = ("float32", "bfloat16", "float16")
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = "a run directory, one of its checkpoints, or a Hugging Face folder"
 
 
@@ -56,7 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str | None, note
     """`model`, and in what and where it is computed, for verbs that only compute with one."""
     parser.add_argument("model", help=MODEL_HELP)
     add_checkpoint_argument(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of the weights; default: {note}")
+    parser.add_argument("--dtype", choices=MODEL_DTYPES, default=dtype, help=f"of the weights; default: {note}")
     parser.add_argument("--device", help="such as cuda:1 or cpu; default: the accelerator, if there is one")
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from ...data_prep.sizes import format_bytes
 from ..run.quiet import quiet
-from .arguments import DTYPES, add_checkpoint_argument, add_verb
+from .arguments import MODEL_DTYPES, add_checkpoint_argument, add_verb
 from .chosen import chosen_checkpoint
 
 
@@ -16,7 +16,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("run_directory", metavar="RUN", help="a run directory or a checkpoint")
     add_checkpoint_argument(parser)
     parser.add_argument("--output", metavar="FOLDER", help="default: RUN/export")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: what the run computed with")
+    parser.add_argument("--dtype", choices=MODEL_DTYPES, help="default: what the run computed with")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file; default: 4")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
-from ...data_prep.tokenizer import end_of_document, read_tokenizer
+from ...data_prep.tokenizer import end_of_document, is_bare_vocabulary, read_tokenizer
 
 
 def vocabulary_of(stores: Sequence[TokenStore], tokenizer: str | None) -> tuple[int | None, int | None]:
@@ -40,10 +40,11 @@ def _same_tokens(folders: Sequence[Path]) -> None:
     """Refuses tokenizers that give a token different ids; files that are equal need no parsing."""
     texts: dict[bytes, Path] = {}
     for folder in folders:
+        names = ("vocab.json", "merges.txt") if is_bare_vocabulary(folder) else ("tokenizer.json",)
         try:
-            texts.setdefault((folder / "tokenizer.json").read_bytes(), folder)
+            texts.setdefault(b"".join((folder / name).read_bytes() for name in names), folder)
         except OSError as error:
-            raise UserError(f"{folder / 'tokenizer.json'}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     for first, other in pairwise(texts.values()):
         if read_tokenizer(first).get_vocab(True) != read_tokenizer(other).get_vocab(True):
             raise UserError(f"{first} and {other}: different tokenizers; use the one that prepared the data")

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ...data_prep.tokenizer import completed
+
 
 def byte_lengths(tokenizer: Path, vocab_size: int) -> np.ndarray | None:
     """UTF-8 bytes per token id, int64 [vocab_size]; special tokens and unused ids stand for none.
@@ -16,12 +18,13 @@ def byte_lengths(tokenizer: Path, vocab_size: int) -> np.ndarray | None:
     2019); None for any other tokenizer, whose tokens have no byte length of their own.
 
     Args:
-        tokenizer: a Hugging Face tokenizer folder with tokenizer.json.
+        tokenizer: a Hugging Face tokenizer folder.
     """
-    file = tokenizer / "tokenizer.json"
-    if not file.is_file():
-        return None
-    content = json.loads(file.read_text("utf-8"))
+    with completed(tokenizer) as folder:
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return None
+        content = json.loads(file.read_text("utf-8"))
     if content["model"].get("type") != "BPE" or not _is_byte_level(content):
         return None
     lengths = np.zeros(vocab_size, np.int64)

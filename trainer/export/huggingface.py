@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
+from ...data_prep.tokenizer import completed
 from ..adapters.merged import MergedWeights
 from ..checkpoint.files import PROBE
 from ..checkpoint.reader import Checkpoint
@@ -76,7 +77,9 @@ def export(
     chosen = torch_dtype(dtype or precision.weights)
     with publishing(target, overwrite) as folder:
         write_model(checkpoint, folder, chosen, shard_bytes)
-        copy_tokenizer(tokenizer_folder(checkpoint.path), folder)
+        if (tokenizer := tokenizer_folder(checkpoint.path)) is not None:
+            with completed(tokenizer) as whole:
+                copy_tokenizer(whole, folder)
         verify_weights(checkpoint, folder, chosen)
         probe = read_probe(checkpoint.path)
         deviation = bound = None
@@ -124,9 +127,9 @@ def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype
     generation.save_pretrained(folder)
 
 
-def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """The tokenizer's files as they are; a store made from a bare Megatron prefix has none."""
-    for file in sorted(source.iterdir()) if source else []:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files as they are."""
+    for file in sorted(source.iterdir()):
         is_models = file.name in ("config.json", "generation_config.json") or "safetensors" in file.name
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and not is_models:
             shutil.copyfile(file, folder / file.name)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...data_prep.errors import UserError
+from ...data_prep.tokenizer import completed
 from ..adapters.merged import MergedWeights
 from ..run.directory import is_hf_folder, run_precision, tokenizer_folder
 
@@ -109,7 +110,8 @@ def load_tokenizer(path: str | Path) -> Any:
     if folder is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with completed(folder) as whole:
+            return AutoTokenizer.from_pretrained(whole, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: transformers cannot load the tokenizer: {error}") from error
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from .base import Group, Optimizer
+from .base import Group, Optimizer, decayed, every
 
 ADAMW = Optimizer(
     types=("AdamW", "Adam"),
     states=("exp_avg", "exp_avg_sq"),
     keys=("lr", "betas", "eps", "weight_decay"),
     options=frozenset({"bias_correction", "torch_adam", "adam_w_mode", "foreach", "fp32_optimizer_states"}),
-    # matrices have weight decay, norms and biases none
-    groups=(Group(lambda spec: spec.decays), Group(lambda spec: True, {"weight_decay": 0.0})),
+    groups=(Group(decayed), Group(every, {"weight_decay": 0.0})),
     params_of_device={"cpu": {"torch_adam": True}},  # DeepSpeed's own needs a compiler there
 )

@@ -9,11 +9,21 @@ from typing import Any
 from ..families.specs import ParamSpec
 
 
+def every(spec: ParamSpec) -> bool:
+    """For a group that takes what is left."""
+    return True
+
+
+def decayed(spec: ParamSpec) -> bool:
+    """For a group of what has weight decay: matrices, not norms and biases."""
+    return spec.decays
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that the optimizer treats alike: those that `takes` says and no earlier group took."""
 
-    takes: Callable[[ParamSpec], bool]
+    takes: Callable[[ParamSpec], bool]  # a function of a module: plans are sent to other processes
     options: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the optimizer's own params
 
 
@@ -29,7 +39,7 @@ class Optimizer:
     states: tuple[str, ...]  # tensors that it keeps beside each parameter, of its shape and in fp32, by torch's names
     keys: tuple[str, ...]  # of the recipe's `optimizer` that it takes; they fill the same keys of the JSON's params
     options: frozenset[str] = frozenset()  # further keys of the JSON's params
-    groups: tuple[Group, ...] = (Group(lambda spec: True),)
+    groups: tuple[Group, ...] = (Group(every),)
     params_of_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # filled in on "cpu", "cuda", …
     build: Callable[[Sequence[dict[str, Any]], Mapping[str, Any]], Any] | None = None
 

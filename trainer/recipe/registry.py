@@ -9,18 +9,18 @@ from typing import Any, Generic, TypeVar
 
 from ...data_prep.errors import UserError, did_you_mean
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-class Registry(Generic[T]):
+class Registry(Generic[_T]):
     """Entries by name. A file is imported when its entry is first asked for, so that names alone cost nothing."""
 
     def __init__(self, kind: str, package: str | None, files: Mapping[str, str]) -> None:
         """Args: `kind` in words for messages; `files` maps each name to "file:attribute" in `package`."""
         self.kind, self._package, self._files = kind, package, dict(files)
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, _T] = {}
 
-    def register(self, name: str, entry: T) -> T:
+    def register(self, name: str, entry: _T) -> _T:
         """Adds an entry of somebody else's under a name that is free.
 
         Raises:
@@ -31,7 +31,7 @@ class Registry(Generic[T]):
         self._entries[name] = entry
         return entry
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: str) -> _T:
         """Raises UserError, with the nearest name, where there is none such."""
         if name not in self:
             raise UserError(
@@ -57,7 +57,7 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {name}: unknown option {wrong[0]!r}{hint}")
         return entry(**options)
 
-    def get(self, name: object) -> T | None:
+    def get(self, name: object) -> _T | None:
         return self[name] if isinstance(name, str) and name in self else None
 
     def __contains__(self, name: object) -> bool:

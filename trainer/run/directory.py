@@ -55,7 +55,7 @@ def _started_in(run: Path) -> Path | None:
 def tokenizer_folder(path: str | Path) -> Path | None:
     """The Hugging Face tokenizer folder of a run, one of its checkpoints, or a model folder; None if there is none."""
     path = Path(path)
-    if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return path
     run = run_directory(path)
     if run is None:

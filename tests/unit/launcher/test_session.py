@@ -69,7 +69,7 @@ def signal_me_when_ready(tmp_path: Path, *numbers: int, pause: float = 0.5) -> N
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path):
     yield
-    assert processes.find(str(tmp_path)) == []
+    assert processes.find_processes(str(tmp_path)) == []
 
 
 def test_ranks_that_finish(tmp_path):
@@ -111,8 +111,8 @@ def test_only_processes_of_this_launch_are_found(tmp_path):
         ["sleep", "30"], env={**os.environ, processes.MARK: str(tmp_path) + "x", "LOCAL_RANK": "0"}
     )
     try:
-        assert [process.pid for process in processes.find(str(tmp_path))] == [child.pid]
-        assert processes.find(str(tmp_path), ranks_only=True) == []
+        assert [process.pid for process in processes.find_processes(str(tmp_path))] == [child.pid]
+        assert processes.find_processes(str(tmp_path), ranks_only=True) == []
         assert processes.send(str(tmp_path) + "x", signal.SIGKILL, ranks_only=True) == [other.pid]
     finally:
         for process in (child, other):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import plan_of, tiny_json, tiny_recipe, tiny_store
-from tests.toys.optimizer import TOY_MOMENTUM
+from tests.toys.optimizer import MOMENTUM
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.optim.adamw import ADAMW
 from zeropipe.trainer.optim.groups import parameter_groups
@@ -25,15 +26,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_spellings():
     assert optimizer_of("adamw") is optimizer_of("Adam") is OPTIMIZERS["adamw"] is ADAMW
     assert optimizer_of("Lion") is None and optimizer_of(3) is None
-    assert optimizer_of("toymomentum") is TOY_MOMENTUM
+    assert optimizer_of("toymomentum") is MOMENTUM
 
 
 def test_the_states_are_those_that_torch_keeps():
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     adamw = torch.optim.AdamW([weight])
-    toy = TOY_MOMENTUM.build([{"params": [weight]}], {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0})  # type: ignore[misc]
-    for optimizer, record in ((adamw, ADAMW), (toy, TOY_MOMENTUM)):
+    toy = MOMENTUM.build([{"params": [weight]}], {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0})  # type: ignore[misc]
+    for optimizer, record in ((adamw, ADAMW), (toy, MOMENTUM)):
         optimizer.step()
         tensors = {name: value for name, value in optimizer.state[weight].items() if value.shape == weight.shape}
         assert tuple(tensors) == record.states
@@ -68,7 +69,8 @@ def test_an_optimizer_from_outside_is_planned(store: Path, tmp_path: Path):
     params = {"momentum": 0.9, "lr": 1e-3, "weight_decay": 0.1}
     assert plan.deepspeed["optimizer"] == {"type": "ToyMomentum", "params": params}
     assert plan.deepspeed["zero_allow_untested_optimizer"] is True
-    assert plan.settings.optimizer is TOY_MOMENTUM
+    assert plan.settings.optimizer is MOMENTUM
+    assert pickle.loads(pickle.dumps(plan)) == plan  # it is sent to ranks
     adam = plan_of(recipe, tiny_json("zero1"), 2)
     assert "zero_allow_untested_optimizer" not in adam.deepspeed
     assert plan.memory is not None and adam.memory is not None

@@ -92,11 +92,10 @@ def test_warmup_is_steps_or_a_fraction(recipe):
 
 def test_objective_and_adapter_are_a_name_or_a_mapping_with_options(recipe, tmp_path: Path):
     loaded = recipe()
-    assert (loaded.objective_type, loaded.objective_options) == ("causal_lm", {})
-    assert (loaded.adapter_type, loaded.adapter_options) == ("none", {})
+    assert (loaded.objective, loaded.adapter) == ("causal_lm", "none")
     loaded = recipe(MINIMAL, "objective={type: dpo, beta: 0.1}", "adapter.type=lora", "adapter.r=16")
-    assert (loaded.objective_type, loaded.objective_options) == ("dpo", {"beta": 0.1})
-    assert (loaded.adapter_type, loaded.adapter_options) == ("lora", {"r": 16})
+    assert loaded.objective == {"type": "dpo", "beta": 0.1}
+    assert loaded.adapter == {"type": "lora", "r": 16}
     (tmp_path / "again.yaml").write_text(dump_recipe(loaded))
     assert load_recipe(str(tmp_path / "again.yaml")) == loaded
 
