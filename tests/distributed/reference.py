@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zeropipe.trainer.families.specs import gradient_noise
+from zeropipe.trainer.testing.plain import Curve, decayed_groups, train_plainly
 
 VOCAB, TIME, BATCH = 331, 16, 8
 CLIP, LR, BETAS, DECAY = 0.3, 3e-3, (0.9, 0.95), 0.1
@@ -65,14 +64,6 @@ def micro_batch(
     return tuple(tensor[first : first + size] for tensor in batch(step, config["vocab_size"]))
 
 
-@dataclass
-class Curve:
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    noise: dict[str, slice] = field(default_factory=dict)  # elements of weights that are not to be compared
-
-
 def hugging_face(config: dict, dtype: torch.dtype = torch.float32):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,23 +76,11 @@ def hugging_face(config: dict, dtype: torch.dtype = torch.float32):
 
 def train(config: dict, steps: int, seed: int | None = None) -> Curve:
     """Trains on the whole global batch at once. `seed` reseeds torch before every step, for dropout."""
-    model, curve = hugging_face(config).train(), Curve()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
-    for step in range(steps):
-        if seed is not None:
-            torch.manual_seed(seed + step)
-        ids, labels, positions = batch(step, config["vocab_size"])
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        loss.backward()
-        curve.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.losses.append(loss.item())
-    curve.weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    model = hugging_face(config).train()
+    optimizer = torch.optim.AdamW(decayed_groups(model.parameters(), DECAY), lr=LR, betas=BETAS)
+    batches = (batch(step, config["vocab_size"]) for step in range(steps))
+    reseed = (lambda step: torch.manual_seed(seed + step)) if seed is not None else (lambda step: None)
+    curve = train_plainly(model, batches, optimizer, CLIP, reseed)
     curve.noise = gradient_noise(config)
     return curve
 

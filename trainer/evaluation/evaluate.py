@@ -12,6 +12,8 @@ import numpy as np
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
+from ..objectives.base import Objective
+from ..objectives.registry import objective_of
 from .baselines import Entropies, HeldOut
 from .text_bytes import byte_lengths
 
@@ -67,6 +69,7 @@ class HeldOutData:
     global_batch: int
     document_mask: bool
     tokenizer: Path | None
+    objective: Objective = field(default_factory=lambda: objective_of("causal_lm"))
 
     @property
     def seq_len(self) -> int:
@@ -128,24 +131,28 @@ def evaluate_model(
     check_context(model, data.seq_len)
     lengths = token_bytes(data.tokenizer, data.windows, vocab_size)
     held_out = HeldOut(vocab_size)
-    loss_sum, tokens, text_bytes, done = 0.0, 0, 0.0, 0
+    objective, sums = data.objective, np.zeros(1 + len(data.objective.metrics))
+    weight, tokens, text_bytes, done = 0.0, 0, 0.0, 0
     total = sum(len(windows) for windows in data.windows)
     total = total if batches is None else min(total, batches * data.global_batch)
     rows = min(32, max(1, LOGIT_BYTES // (4 * data.seq_len * vocab_size)))
     for batch in held_out_batches(data, batches, rows, vocab_size):
         ids, labels = batch.input_ids.numpy(), batch.labels.numpy()
-        loss_sum += loss_of(model, batch)
-        tokens += batch.tokens
+        sums += loss_sums(model, batch, objective)
+        weight, tokens = weight + objective.weight(batch), tokens + batch.tokens
         held_out.add(ids, labels)
         if lengths is not None:
             text_bytes += float(lengths[labels[labels >= 0]].sum())
         done = min(total, done + len(ids))
         progress(done, total)
-    if not tokens:
+    if not weight:
         raise UserError(f"{data.name}: no token to evaluate on: it holds less than one sample of {data.seq_len} tokens")
-    result = EvalResult(loss_sum / tokens, tokens, text_bytes / tokens if lengths is not None else None)
+    loss, *metrics = (sums / weight).tolist()
+    per_token = text_bytes / tokens if lengths is not None and objective.per_token else None
+    named = dict(zip(objective.metrics, metrics, strict=True))
     exact = lengths is not None and lengths.dtype == np.int64
-    return Evaluation(data.name, result, exact, yardsticks(held_out, data.train))
+    result = EvalResult(loss, tokens, per_token, named, objective.per_token)
+    return Evaluation(data.name, result, exact, yardsticks(held_out, data.train) if objective.per_token else None)
 
 
 def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_size: int) -> Iterator[Batch]:
@@ -155,12 +162,13 @@ def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_si
 
     micro = max(n for n in range(1, rows + 1) if data.global_batch % n == 0)
     accumulation = data.global_batch // micro
-    shape = BatchShape(micro, accumulation, data.global_batch, data.seq_len, vocab_size, data.document_mask)
+    cut = micro, accumulation, data.global_batch, data.seq_len, vocab_size
+    shape = BatchShape(*cut, data.document_mask, data.objective.collate)
     return evaluation_batches(data.windows, shape, Ranks(), batches)
 
 
-def loss_of(model: Any, batch: Batch) -> float:
-    """Sum over the batch's labels of the negative log likelihood, from logits in fp32."""
+def loss_sums(model: Any, batch: Batch, objective: Objective) -> np.ndarray:
+    """The objective's loss and metrics summed over a batch, from logits in fp32."""
     import torch
     import torch.nn.functional as F
 
@@ -171,7 +179,8 @@ def loss_of(model: Any, batch: Batch) -> float:
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         flat = logits.flatten(0, 1).float()
         losses = F.cross_entropy(flat, batch.labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return float(losses.double().sum())
+        found = objective.loss(batch, losses.double().view(batch.labels.shape))
+    return np.array([float(found.sum), *(float(found.metrics[name]) for name in objective.metrics)])
 
 
 def check_context(model: Any, seq_len: int) -> None:
@@ -207,7 +216,8 @@ def run_data(recipe: Recipe, split: str, tokenizer: Path | None, global_batch: i
         )
     train = [w for w in open_windows(recipe, "train") if len(w)]
     stores = ", ".join(dict.fromkeys(str(w.part.store.path) for w in windows))
-    return HeldOutData(f"{split} split of {stores}", windows, train, global_batch, recipe.data.document_mask, tokenizer)
+    name, mask, objective = f"{split} split of {stores}", recipe.data.document_mask, objective_of(recipe.objective)
+    return HeldOutData(name, windows, train, global_batch, mask, tokenizer, objective)
 
 
 def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: bool = False) -> HeldOutData:
@@ -223,11 +233,11 @@ def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: b
 def evaluation_text(evaluation: Evaluation) -> str:
     """A few lines for people."""
     result, entropies = evaluation.result, evaluation.entropies
-    lines = [
-        f"{evaluation.data}: {result.tokens:,} predicted tokens",
-        f"  loss           {result.loss:.4f} nats per token",
-        f"  perplexity     {result.perplexity:.2f}",
-    ]
+    lines = [f"{evaluation.data}: {result.tokens:,} predicted tokens"]
+    lines.append(f"  loss           {result.loss:.4f}{' nats per token' if result.per_token else ''}")
+    if result.per_token:
+        lines.append(f"  perplexity     {result.perplexity:.2f}")
+    lines += [f"  {name:<14} {value:.4f}" for name, value in result.metrics.items()]
     if result.bits_per_byte is not None:
         how = "" if evaluation.bytes_are_exact else ", from the store's mean bytes per token"
         lines.append(f"  bits per byte  {result.bits_per_byte:.4f} ({result.bytes_per_token:.3f} bytes per token{how})")

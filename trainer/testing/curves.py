@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
 from ..engine.initial import initial_values
@@ -22,54 +22,50 @@ from ..plan.plan import Plan
 from ..ranks.ranks import init_distributed
 from ..run.data import RunData
 from ..run.quiet import quiet
+from .plain import Curve, decayed_groups, train_plainly
 
 Sabotage = Callable[[], None]  # plants a defect in a rank, for tests of the gate
-
-
-@dataclass
-class Curve:
-    """What a layout did: loss and gradient norm (before clipping) of every step, and how it ended."""
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)  # final ones, by Hugging Face's names
-    torn: list[str] = field(default_factory=list)  # weights of which ranks hold copies that are not the same
-    masks_differ: bool | None = None  # whether tensor ranks drop different things; None: there are no such ranks
 
 
 def one_process(plan: Plan) -> Curve:
     """The truth: Hugging Face's model on the whole global batch at once, torch's AdamW, nothing of DeepSpeed or ours
     but the order of the data and the initial values.
     """
+    ranks = init_distributed()
+    model = plain_model(plan).to(ranks.device)
+    params = plan.deepspeed["optimizer"]["params"]
+    groups, betas = decayed_groups(model.parameters(), params["weight_decay"]), tuple(params["betas"])
+    optimizer = torch.optim.AdamW(groups, lr=params["lr"], betas=betas, eps=params["eps"])
+
+    def set_rate(step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = planned_rate(plan, step)
+
+    with RunData.open(plan).stream(ranks) as stream:
+        batches = (whole_batch(stream.next_step(), ranks.device) for _ in range(plan.total_steps))
+        return train_plainly(model, batches, optimizer, plan.settings.clipping, set_rate)
+
+
+def plain_model(plan: Plan) -> Any:
+    """Hugging Face's own model of a plan, with the initial values that the plan's engine begins with."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    recipe, curve, ranks = plan.recipe, Curve(), init_distributed()
     config = AutoConfig.for_model(**plan.model_config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train().to(ranks.device)
-    values = initial_values(recipe.model.init) or RandomValues(recipe.seed)
-    parameters = dict(model.named_parameters())
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    values, parameters = initial_values(plan.recipe.model.init), dict(model.named_parameters())
+    values = values or RandomValues(plan.recipe.seed)
     with torch.no_grad():
         for spec in parameter_table(plan.model_config):
             parameters[spec.name].copy_(values(spec))
-    optimizer, clip = _adamw(list(parameters.values()), plan), plan.deepspeed["gradient_clipping"]
-    stream = RunData.open(plan).stream(ranks)
-    for step in range(plan.total_steps):
-        micro_batches = [micro.to(ranks.device) for micro in stream.next_step().micro_batches]
-        ids, labels = (torch.cat([getattr(m, key) for m in micro_batches]) for key in ("input_ids", "labels"))
-        positions = [m.position_ids for m in micro_batches if m.position_ids is not None]
-        logits = model(input_ids=ids, position_ids=torch.cat(positions) if positions else None, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip if clip else float("inf"))
-        for group in optimizer.param_groups:
-            group["lr"] = planned_rate(plan, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.losses.append(loss.item())
-        curve.norms.append(norm.item())
-    stream.close()
-    curve.weights = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
-    return curve
+    return model
+
+
+def whole_batch(step: StepBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, labels and positions of a rank's micro batches in one."""
+    micros = [micro.to(device) for micro in step.micro_batches]
+    positions = [micro.position_ids for micro in micros if micro.position_ids is not None]
+    ids, labels = torch.cat([micro.input_ids for micro in micros]), torch.cat([micro.labels for micro in micros])
+    return ids, labels, torch.cat(positions) if positions else None
 
 
 def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
@@ -141,12 +137,3 @@ def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) ->
     contexts = [torch.empty_like(seen[0]) for _ in range(tensor)]
     dist.all_gather(contexts, seen[0].contiguous(), group=ranks.tensor_group)
     return not any(torch.equal(contexts[0], other) for other in contexts[1:])
-
-
-def _adamw(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.AdamW:
-    params = plan.deepspeed["optimizer"]["params"]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": params["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"])
