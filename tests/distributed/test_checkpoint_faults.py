@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.plain_engine import GPT2, KINDS, PlainEngine, known
+from tests.distributed.torch_engine import GPT2, KINDS, PlainEngine, known
 from tests.harness import RankFailed, run_ranks
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import Live

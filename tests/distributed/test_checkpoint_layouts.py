@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.plain_engine import GPT2, KINDS, LLAMA, PlainEngine, known
+from tests.distributed.torch_engine import GPT2, KINDS, LLAMA, PlainEngine, known
 from tests.harness import run_ranks
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load

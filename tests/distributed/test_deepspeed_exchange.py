@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import plain_deepspeed
-from tests.distributed.plain_deepspeed import KINDS, Setup
+from tests.distributed import deepspeed_run
+from tests.distributed.deepspeed_run import KINDS, Setup
 from tests.distributed.test_checkpoint_memory import _growth as growth
 from tests.harness import run_ranks
 from tests.tiny import GPT2, LLAMA, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
@@ -66,9 +66,9 @@ def test_a_run_comes_in_and_trains_on(setup, model, resumed, store, tmp_path):
     ds = tiny_json(resumed)
     if setup.scheduler:
         del recipe["schedule"]
-        ds["scheduler"] = plain_deepspeed.SCHEDULER
+        ds["scheduler"] = deepspeed_run.SCHEDULER
     arguments = setup, recipe, MODELS[model], str(tmp_path / "theirs"), 3, 3
-    theirs = run_ranks(2, plain_deepspeed.train_and_save, *arguments)[0]
+    theirs = run_ranks(2, deepspeed_run.train_and_save, *arguments)[0]
     done = import_checkpoint(tmp_path / "theirs", None, written(recipe, tmp_path), trust=True)
     assert (done.kind, done.step) == (f"ZeRO-{setup.stage}", 3)
     assert done.notes == []
@@ -84,7 +84,7 @@ def test_a_run_comes_in_and_trains_on(setup, model, resumed, store, tmp_path):
 def test_what_was_saved_before_the_first_step_comes_in(groups, store, tmp_path):
     recipe, source = recipe_for(store, tmp_path / "run", "gpt2", groups), str(tmp_path / "theirs")
     setup = Setup(0, groups=groups)
-    theirs = run_ranks(1, plain_deepspeed.save_untrained, setup, recipe, MODELS["gpt2"], source)[0]
+    theirs = run_ranks(1, deepspeed_run.save_untrained, setup, recipe, MODELS["gpt2"], source)[0]
     done = import_checkpoint(source, None, written(recipe, tmp_path), trust=True)
     assert (done.kind, done.step) == ("ZeRO-0", 0)
     checkpoint = Checkpoint.open(done.path)
@@ -95,8 +95,8 @@ def test_what_was_saved_before_the_first_step_comes_in(groups, store, tmp_path):
 @pytest.mark.parametrize("setup", [Setup(1), Setup(3, precision="bf16")], ids=["zero1", "zero3-bf16"])
 def test_a_universal_folder_comes_in(setup, store, tmp_path):
     recipe, source = recipe_for(store, tmp_path / "run", "gpt2"), str(tmp_path / "theirs")
-    theirs = run_ranks(2, plain_deepspeed.train_and_save, setup, recipe, MODELS["gpt2"], source, 3, 0)[0]
-    run_ranks(1, plain_deepspeed.to_universal, f"{source}/global_step3", str(tmp_path / "universal" / "three"))
+    theirs = run_ranks(2, deepspeed_run.train_and_save, setup, recipe, MODELS["gpt2"], source, 3, 0)[0]
+    run_ranks(1, deepspeed_run.to_universal, f"{source}/global_step3", str(tmp_path / "universal" / "three"))
     for folder, kind in (("theirs", f"ZeRO-{setup.stage}"), ("universal", "universal")):
         done = import_checkpoint(tmp_path / folder, tmp_path / kind, written(recipe, tmp_path), trust=True)
         assert (done.kind, done.step) == (kind, 3)
@@ -110,7 +110,7 @@ def test_ours_goes_out_as_a_universal_folder(setup, store, tmp_path):
     losses = train_on_ranks(1, recipe, tiny_json("zero1"))["loss"]
     write_universal(tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "universal")
     arguments = setup, recipe, MODELS["gpt2"], str(tmp_path / "universal"), 24, 3
-    theirs = run_ranks(2, plain_deepspeed.load_universal, *arguments)[0]
+    theirs = run_ranks(2, deepspeed_run.load_universal, *arguments)[0]
     assert theirs["held"] == holds(tmp_path / "run" / "checkpoints" / "step-00000003")
     assert theirs["steps"] == 6
     assert theirs["losses"] == pytest.approx(losses[3:], rel=1e-6)
@@ -131,7 +131,7 @@ def test_importing_needs_the_memory_of_one_parameter(stage, store, tmp_path):
     recipe, config = recipe_for(store, tmp_path / "run", "gpt2"), {**MODELS["gpt2"], "vocab_size": vocab}
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = str(tmp_path / "theirs")
-    run_ranks(2, plain_deepspeed.train_and_save, Setup(stage, vocab=vocab), recipe, MODELS["gpt2"], source, 1, 0)
+    run_ranks(2, deepspeed_run.train_and_save, Setup(stage, vocab=vocab), recipe, MODELS["gpt2"], source, 1, 0)
     arguments = source, str(tmp_path / "config.json"), str(tmp_path / "imported")
     (grown,) = run_ranks(1, memory_of_importing, *arguments)
     assert grown < (16 + 8) << 20, f"{grown >> 20} MiB"
@@ -142,7 +142,7 @@ def theirs(store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What DeepSpeed saved of a GPT-2."""
     folder = tmp_path_factory.mktemp("theirs")
     recipe = recipe_for(store, folder / "unused", "gpt2")
-    run_ranks(2, plain_deepspeed.train_and_save, Setup(1), recipe, MODELS["gpt2"], str(folder / "saved"), 1, 0)
+    run_ranks(2, deepspeed_run.train_and_save, Setup(1), recipe, MODELS["gpt2"], str(folder / "saved"), 1, 0)
     return folder / "saved"
 
 

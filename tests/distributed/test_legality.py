@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 
-from tests.distributed import trials
+from tests.distributed import legality_trials
 from tests.distributed.legality_table import Combination, known_table
-from tests.distributed.trials import combinations, splits
+from tests.distributed.legality_trials import combinations, splits
 
 pytestmark = pytest.mark.distributed
 TABLE = known_table().trials
@@ -19,12 +19,12 @@ AGAIN = [
     Combination(data=2, stage=3, offload="optimizer and parameters"),
     Combination(pipeline=2, stage=2),
 ]
-known = cache(trials.truths)
+known = cache(legality_trials.truths)
 
 
 @pytest.mark.parametrize("combination", AGAIN, ids=str)
 def test_it_still_comes_to_the_same(combination):
-    trial, recorded = trials.try_alone(combination, known()), TABLE[combination]
+    trial, recorded = legality_trials.try_alone(combination, known()), TABLE[combination]
     assert trial.outcome == recorded.outcome, trial.detail
     if trial.outcome in ("raises", "ignored"):
         assert trial.detail == recorded.detail
@@ -42,7 +42,7 @@ def test_the_table_holds_every_combination():
 @pytest.mark.parametrize("split", splits(), ids=lambda split: " x ".join(f"{a}{n}" for a, n in split.items()) or "one")
 def test_all_of_the_table(split, record_property):
     """Every trial of one split of the ranks."""
-    found = list(trials.try_all(list(combinations(split)), known()))
+    found = list(legality_trials.try_all(list(combinations(split)), known()))
     outcomes = {str(trial.combination): trial.outcome for trial in found}
     assert outcomes == {str(trial.combination): TABLE[trial.combination].outcome for trial in found}
     for outcome in sorted(set(outcomes.values())):

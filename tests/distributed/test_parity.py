@@ -102,9 +102,9 @@ def _norm_counted_twice():
 
 
 def _same_dropout_masks():
-    from zeropipe.trainer.modeling.split_noise import SplitNoise
+    from zeropipe.trainer.modeling.split_randomness import SplitRandomness
 
-    SplitNoise.enter = lambda self: None
+    SplitRandomness.enter = lambda self: None
 
 
 def _unscaled_clipping():

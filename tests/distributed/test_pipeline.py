@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from tests.distributed import layouts, looks, reference
+from tests.distributed import evaluation_checks, layouts, reference
 from tests.distributed.reference import gpt2, llama
 from tests.harness import run_ranks
 from zeropipe.trainer.plan.layout import Layout
@@ -20,7 +20,7 @@ PP2_TP2 = Layout(world=4, data=1, pipeline=2, tensor=2, zero_stage=1)
 
 @pytest.mark.parametrize(("config", "layout"), [(gpt2(), PP2), (llama(), PP2_TP2)], ids=["gpt2-pp2", "llama-pp2-tp2"])
 def test_evaluation_and_logits_are_hugging_faces(config, layout):
-    looks.check(config, layout)
+    evaluation_checks.check(config, layout)
 
 
 def _curve(config: dict, layout: Layout, partition: str, checkpointing: bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import layouts, looks, reference
+from tests.distributed import evaluation_checks, layouts, reference
 from tests.distributed.reference import assert_same, gpt2, llama
 from tests.harness import run_ranks
 from zeropipe.trainer.plan.layout import Layout
@@ -17,11 +17,11 @@ SP2 = Layout(world=2, data=1, sequence=2, zero_stage=2)
 
 @pytest.mark.parametrize("config", [gpt2(), llama()], ids=["gpt2", "llama"])
 def test_evaluation_and_logits_are_hugging_faces(config):
-    looks.check(config, SP2)
+    evaluation_checks.check(config, SP2)
 
 
 def test_tensor_parallel_evaluation_and_logits_are_hugging_faces():
-    looks.check(gpt2(), Layout(world=4, data=2, tensor=2, zero_stage=3))
+    evaluation_checks.check(gpt2(), Layout(world=4, data=2, tensor=2, zero_stage=3))
 
 
 def _dropout(config: dict):

@@ -15,7 +15,7 @@ from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.modeling.build import build_model
 from zeropipe.trainer.modeling.cross_entropy import token_losses
 from zeropipe.trainer.modeling.slices import local_slice, merge_slices
-from zeropipe.trainer.modeling.split_noise import SplitNoise
+from zeropipe.trainer.modeling.split_randomness import SplitRandomness
 from zeropipe.trainer.modeling.tensor_parallel import RowParallelLinear, parallelise
 from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 
@@ -137,7 +137,7 @@ def test_predicting_the_padding_shows_in_its_rows():
 def _attention_outputs(config: dict, training: bool, planted: bool) -> tuple[np.ndarray, np.ndarray]:
     """What goes into the first row-parallel linear when every rank's heads are the same, and the generator after it."""
     if planted:
-        SplitNoise.enter = lambda self: None
+        SplitRandomness.enter = lambda self: None
     ranks = init_distributed(tensor=2)
     model = _model(config, ranks).train(training)
     for parameter in model.parameters():

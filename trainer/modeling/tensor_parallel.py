@@ -20,7 +20,7 @@ from ...data_prep.errors import UserError
 from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
-from .split_noise import SplitNoise
+from .split_randomness import SplitRandomness
 
 
 class _Fork(torch.autograd.Function):
@@ -165,7 +165,7 @@ def _localise_heads(module: nn.Module, block: str, family: Family, ranks: Ranks)
     for attribute, count in names.counts.items():
         setattr(attention, attribute, counts[count])
     if getattr(attention.config, family.dropout["attention"]) > 0:
-        SplitNoise(attention, ranks).between(value, output)
+        SplitRandomness(attention, ranks).between(value, output)
 
 
 def _mark(parameter: nn.Parameter, ranks: Ranks) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.distributed.plain_engine import GPT2, PlainEngine
+from tests.distributed.torch_engine import GPT2, PlainEngine
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load

@@ -10,8 +10,8 @@ import torch
 
 from tests.distributed import reference
 from tests.distributed.legality_table import Combination, Plain
+from tests.distributed.legality_trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
 from tests.distributed.reference import BETAS, CLIP, DECAY, LR, Curve, gpt2, llama
-from tests.distributed.trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
 from tests.harness import RankFailed, RankGroup, run_ranks
 from zeropipe.trainer.ranks.ranks import init_distributed
 
@@ -30,7 +30,7 @@ SETTINGS: tuple[tuple[str, Combination, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def plain_trials(known: dict[bool, Curve], timeout: float = 90) -> Iterator[Plain]:
+def deepspeed_trials(known: dict[bool, Curve], timeout: float = 90) -> Iterator[Plain]:
     """Every one of them, in processes of its own."""
     for precision, clipping in (("fp32", True), ("fp32", False), ("bf16", True)):
         combination = Combination(pipeline=2, stage=0, precision=precision, clipping=clipping)
@@ -62,7 +62,7 @@ def _try(name: str, precision: str, timeout: float, world: int, function: Callab
 
 
 def marked(function: Callable[..., dict], *arguments: Any) -> dict[str, Any]:
-    from tests.distributed.trials import first_line
+    from tests.distributed.legality_trials import first_line
     from zeropipe.trainer.run.quiet import quiet
 
     quiet()

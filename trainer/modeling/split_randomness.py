@@ -18,7 +18,7 @@ from ..ranks.ranks import Ranks
 SEEDS = 1 << 62
 
 
-class SplitNoise:
+class SplitRandomness:
     """Gives a module random numbers of the rank's own between two of its children.
 
     Nothing is kept from step to step: the seed comes from the shared generator, so that activation checkpointing,
