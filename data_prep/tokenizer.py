@@ -128,6 +128,7 @@ def _complete_folder(folder: Path, tokenizer: Tokenizer, token: str, number: int
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a folder. UserError if it cannot be read."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -152,6 +153,7 @@ def end_of_document(folder: Path, tokenizer: Tokenizer, eod_token: str | None) -
 
 
 def eos_token(folder: Path) -> str | None:
+    """The end-of-sequence token that the folder's configuration names, if it names one."""
     config: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
