@@ -20,6 +20,8 @@ DIGESTS = 4 << 20  # documents compared at a time when duplicates are sought
 
 @dataclass(frozen=True)
 class Assembly:
+    """What is done to the documents between the parts and the shards."""
+
     deduplicate: bool = False
     limit_documents: int | None = None
     shuffle: int | None = None  # the seed
@@ -27,6 +29,8 @@ class Assembly:
 
 @dataclass
 class Totals:
+    """What an assembly kept, and how many documents it left out."""
+
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
@@ -59,6 +63,7 @@ class Assembler:
         return limit is not None and not self.plan.deduplicate and self.totals.documents >= limit
 
     def add(self, record: TaskRecord) -> None:
+        """Takes a finished part, in any order; writes what its turn has come for."""
         self._early[record.number] = record
         while not self.enough and (ready := self._early.pop(self._next, None)):
             self._next += 1
@@ -72,6 +77,7 @@ class Assembler:
                 self._write_part(ready, keep)
 
     def finish(self) -> Totals:
+        """Does what needs all the parts, and writes the rest."""
         if self.plan.deduplicate:
             self._drop_duplicates()
             for record, keep in zip(self.records, self._keep, strict=True):

@@ -79,6 +79,7 @@ def nested(record: Any, text_key: str) -> Any:
 
 
 def key_reason(record: Any, text_key: str, text: Any) -> str:
+    """Why a record has no text at a key, in words."""
     if not isinstance(record, dict):
         return f"{_kind(record)} where an object with the key {text_key!r} was expected"
     if text is not None:

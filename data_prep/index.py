@@ -28,6 +28,8 @@ _BLOCK = 1 << 20  # entries computed at a time when an .idx is written
 
 
 class Header(NamedTuple):
+    """What the first 34 bytes of an .idx say."""
+
     dtype: np.dtype
     sequences: int
     entries: int  # of the document index: documents + 1

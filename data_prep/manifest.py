@@ -19,12 +19,16 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class FileRecord:
+    """Size and SHA-256 of one file."""
+
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class ShardRecord:
+    """One `.bin/.idx` pair: what it holds, and its files."""
+
     name: str
     documents: int
     tokens: int
@@ -67,6 +71,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
+        """Reads it back. UserError if it is missing, damaged, changed by hand, or of another version."""
         path = directory / STORE_MANIFEST
         try:
             payload = json.loads(path.read_text("utf-8"))

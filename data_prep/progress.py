@@ -24,12 +24,14 @@ class ProgressLine:
         self._skipped += cost
 
     def batch(self, documents: int, tokens: int, text_bytes: int) -> None:
+        """Counts what was encoded, and prints now and then."""
         self.documents += documents
         self.tokens += tokens
         self.text_bytes += text_bytes
         self._print(0.5 if self.terminal else 10)
 
     def task(self, cost: int) -> None:
+        """Counts the source bytes of a finished task."""
         self.source_bytes += cost
         self._print(0.5 if self.terminal else 10)
 
@@ -50,6 +52,7 @@ class ProgressLine:
         )
 
     def inform(self, text: str) -> None:
+        """As `say`, unless quiet."""
         if not self.quiet:
             self.say(text)
 

@@ -33,6 +33,7 @@ class BadDocument(UserError):
         return f"{self.describe()}; --on-error skip passes over such documents"
 
     def describe(self) -> str:
+        """Where it is, with the line where that can be told, and why."""
         line = self.line
         if line is None and self.offset is not None:
             line = line_number(self.path, self.offset)

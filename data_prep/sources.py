@@ -41,6 +41,8 @@ class Task:
 
 @dataclass(frozen=True)
 class SourceOptions:
+    """What the user said of the input."""
+
     format: str | None = None  # overrides the file names' suffixes
     text_unit: str = "text"  # what a document is in a text file: text (the whole file) | paragraphs | lines
     limit_bytes: int | None = None
@@ -78,6 +80,7 @@ def expand(inputs: Sequence[str], options: SourceOptions) -> Iterator[Slice]:
 
 
 def whole_file(path: Path, options: SourceOptions) -> Slice:
+    """A file as one slice, its format by suffix. UserError if it cannot be read in pieces."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     inner = path.with_suffix("") if compression else path
     format = options.format or FORMATS.get(inner.suffix.lower(), "text")

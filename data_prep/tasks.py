@@ -32,6 +32,8 @@ EXAMPLES = 3  # bad documents of a task that are described
 
 @dataclass(frozen=True)
 class Filters:
+    """Which documents are kept; sizes in bytes of UTF-8."""
+
     min_bytes: int = 0
     max_bytes: int | None = None
     keep: str | None = None  # regular expressions, searched in the text
@@ -168,6 +170,7 @@ def _write(file: BinaryIO, data: np.ndarray, digest: Any) -> None:
 
 
 def part_files(parts: Path, number: int) -> dict[str, Path]:
+    """The files of a part by kind: tokens, META entries, record."""
     return {kind: parts / f"{number:07d}.{kind}" for kind in ("bin", "meta", "json")}
 
 
@@ -193,6 +196,7 @@ def finished(parts: Path, task: Task) -> TaskRecord | None:
 
 
 def file_digest(path: Path) -> str:
+    """xxh3-128 of a file, in bounded memory."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -201,6 +205,7 @@ def file_digest(path: Path) -> str:
 
 
 def compile_pattern(option: str, pattern: str | None) -> re.Pattern[str] | None:
+    """The pattern of an option. UserError if it is none."""
     if pattern is None:
         return None
     try:

@@ -147,7 +147,7 @@ def completed(folder: Path) -> Iterator[Path]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, or of one with vocab.json and merges.txt."""
+    """The tokenizer of a Hugging Face folder, or of one with vocab.json and merges.txt. UserError: it cannot be read."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -174,6 +174,7 @@ def end_of_document(folder: Path, tokenizer: Tokenizer, eod_token: str | None) -
 
 
 def eos_token(folder: Path) -> str | None:
+    """The end-of-sequence token that the folder's configuration names, if it names one."""
     config: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():

@@ -92,6 +92,7 @@ class HashedFile:
 
 
 def write_bytes(path: Path, data: bytes) -> Digest:
+    """Writes a small file, forced to the disk."""
     with HashedFile(path) as file:
         file.write(data)
         return file.finish()
@@ -137,9 +138,11 @@ class CheckpointManifest:
 
     @property
     def rank_files(self) -> list[str]:
+        """The files that hold tensors, sorted."""
         return [name for name in sorted(self.files) if name.startswith("rank-")]
 
     def write(self, folder: Path) -> None:
+        """Writes it, with a digest of itself, forced to the disk."""
         files = {name: {"size": d.size, "sha256": d.sha256} for name, d in sorted(self.files.items())}
         body = {"format": _FORMAT, "step": self.step, "sequence": self.sequence, "files": files}
         write_json(folder / MANIFEST, body | {"self": _digest_of(body)})

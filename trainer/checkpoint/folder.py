@@ -42,6 +42,7 @@ class Listing:
 
 
 def step_name(step: int) -> str:
+    """Name of the folder of a checkpoint."""
     return f"step-{step:08d}"
 
 

@@ -54,6 +54,7 @@ class DeepSpeedCheckpoint:
         return sorted(self.runs.get(name, {}))
 
     def add(self, name: str, kind: str, run: _Run) -> None:
+        """Notes the next run of elements of a tensor."""
         self.runs.setdefault(name, {}).setdefault(kind, []).append(run)
 
     def read(self, name: str, kind: str, shape: Sequence[int]) -> Tensor:

@@ -51,6 +51,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def refuse_split_models(folder: Path) -> None:
+    """UserError on checkpoints of pipelines, tensor-parallel ranks and experts, with what to do instead."""
     how = "convert it with `python -m deepspeed.checkpoint.ds_to_universal` and import the universal folder"
     if layers := sorted(folder.glob("layer_*-model_states.pt")):
         raise UserError(f"{folder}: a pipeline's checkpoint ({layers[0].name}): {how}")
@@ -62,6 +63,7 @@ def refuse_split_models(folder: Path) -> None:
 
 
 def model_files(folder: Path) -> list[Path]:
+    """The files of the module's own states, in rank order."""
     return sorted(folder.glob(_MODEL_FILES), key=_rank)
 
 
@@ -72,6 +74,7 @@ def _rank(path: Path) -> int:
 
 
 def optimizer_files(folder: Path) -> list[Path]:
+    """The files of the optimizer's states, in rank order; none without ZeRO."""
     return sorted((file for file in folder.iterdir() if _OPTIMIZER_FILE.fullmatch(file.name)), key=_rank)
 
 

@@ -112,6 +112,7 @@ def write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_
 
 
 def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json of the model in `dtype`."""
     from transformers import GenerationConfig
 
     config = hf_config(model_config)
@@ -152,6 +153,8 @@ def verify_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> 
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality under which NaN equals itself and -0 is not 0."""
+
     def bits(tensor: Tensor) -> Tensor:
         return tensor.contiguous().reshape(-1).view(torch.uint8)
 
