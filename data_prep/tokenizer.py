@@ -147,7 +147,7 @@ def completed(folder: Path) -> Iterator[Path]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, or of one with vocab.json and merges.txt. UserError: it cannot be read."""
+    """The tokenizer of a folder, be it vocab.json and merges.txt alone. UserError if it cannot be read."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
