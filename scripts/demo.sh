@@ -4,7 +4,8 @@
 set -euo pipefail
 
 dir=${1:-demo}
-overrides=("${@:2}")
+# small matrices: a larger micro batch than the plan would choose
+overrides=(ds.train_micro_batch_size_per_gpu=16 "${@:2}")
 started=$SECONDS
 title() { printf '\n\033[1m== %s\033[0m  (%ds)\n' "$1" $((SECONDS - started)); }
 say() { # the command, quoted only where a shell needs it
@@ -22,8 +23,7 @@ fail() {
   echo "demo: $1" >&2
   exit 1
 }
-# the plan's own micro batch is 4 at most, which suits a GPU better than these small matrices
-launch=(launch demo --deepspeed_config demo --devices 2 ds.train_micro_batch_size_per_gpu=16 "${overrides[@]}")
+launch=(launch demo --deepspeed_config demo --devices 2 "${overrides[@]}")
 
 # Starts the training, kills rank 0 without warning once the run has a checkpoint and has gone on from it.
 train_and_kill() {
