@@ -92,14 +92,15 @@ class Engine(ABC):
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
         """The objective's sums over all ranks' batches, without gradients."""
-        sums, counts = self._vector(None), torch.zeros(2, dtype=torch.float64)
+        sums, weight, tokens = self._vector(None), 0.0, 0
         with torch.no_grad():
             for micro in micro_batches:
                 sums += self._vector(self._loss(micro))
-                counts += torch.tensor([self.objective.weight(micro), micro.tokens], dtype=torch.float64)
+                weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens
         loss, *metrics = self._over_ranks(sums)
-        weight, tokens = self.ranks.all_sum((counts * self.ranks.reads_samples).tolist())
-        return EvalSums(loss, weight, int(tokens), dict(zip(self.objective.metrics, metrics, strict=True)))
+        mine = [weight, float(tokens)] if self.ranks.reads_samples else [0.0, 0.0]
+        weight, all_tokens = self.ranks.all_sum(mine)
+        return EvalSums(loss, weight, int(all_tokens), dict(zip(self.objective.metrics, metrics, strict=True)))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
@@ -127,11 +128,11 @@ class Engine(ABC):
         return Live(self.deepspeed, self.named_parameters(), self.ranks)
 
     def _vector(self, loss: LossSum | None) -> Tensor:
-        """Loss sum and metric sums as float64 on the CPU."""
+        """Loss sum and metric sums in float64, on the device: they are waited for once a step."""
         names = self.objective.metrics
         if loss is None:
-            return torch.zeros(1 + len(names), dtype=torch.float64)
-        return torch.stack([loss.sum.detach(), *(loss.metrics[name].detach() for name in names)]).double().cpu()
+            return torch.zeros(1 + len(names), dtype=torch.float64, device=self.ranks.device)
+        return torch.stack([loss.sum.detach(), *(loss.metrics[name].detach() for name in names)]).double()
 
     def _over_ranks(self, sums: Tensor) -> list[float]:
         """Sums over the ranks that saw different samples: those of a tensor or sequence group computed the same."""
