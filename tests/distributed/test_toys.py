@@ -212,7 +212,7 @@ def test_a_sink_gets_every_step_across_a_resume(tmp_path):
         ({"objective": "weighted_token"}, r"no objective 'weighted_token', did you mean 'weighted_tokens'\?"),
         ({"objective": {"type": "weighted_tokens", "evn": 2}}, r"unknown option 'evn', did you mean 'even'\?"),
         ({"adapter": {"type": "scale", "rank": 8}}, r"adapter scale: unknown option 'rank'"),
-        ({"log": {"sinks": ["tensorbord"]}}, r"no metric sink 'tensorbord', did you mean 'tensorboard'\?"),
+        ({"log": {"sinks": ["tensorbord"]}}, r"log\.sinks: no metric sink 'tensorbord', did you mean 'tensorboard'\?"),
     ],
 )
 def test_a_name_or_option_that_is_not_known_is_refused_by_the_plan(sections, said, tmp_path):

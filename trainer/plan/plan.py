@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...data_prep.errors import UserError
+from ...data_prep.errors import UserError, did_you_mean
 from ...data_prep.store import TokenStore
 from ..adapters.registry import adapter_of
 from ..data.splits import Part, SplitName, open_split
@@ -119,7 +119,10 @@ def check_names(recipe: Recipe) -> None:
     objective_of(recipe.objective)
     adapter_of(recipe.adapter)
     for sink in recipe.log.sinks:
-        SINKS[sink]
+        if sink not in SINKS:
+            raise UserError(
+                f"log.sinks: no metric sink {sink!r}{did_you_mean(sink, SINKS)}; there are {', '.join(SINKS)}"
+            )
 
 
 def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
