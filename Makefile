@@ -30,7 +30,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q --durations=0 tests/unit/test_layers.py
+	$(BIN)/python -m pytest -q --durations=0 tests/unit/test_layers.py tests/unit/test_names.py
 
 verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
