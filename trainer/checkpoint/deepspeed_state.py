@@ -7,7 +7,6 @@ are used here and nowhere else; the round-trip tests guard them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,6 @@ from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
 from .boxes import Box, flat_index, strides
 from .reader import MASTER
-
-_HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
-_SCHEDULED = ("lr", "initial_lr", "betas", "momentum")  # what DeepSpeed's schedulers move
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,11 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def is_torchs(base: torch.optim.Optimizer) -> bool:
+    """Whether torch made the optimizer; DeepSpeed's own count their steps otherwise."""
+    return type(base).__module__.startswith("torch.")
 
 
 def moment_kinds(engine: Any) -> list[str]:
@@ -165,36 +164,6 @@ def _wrapped_masters(engine: Any) -> dict[Parameter, _FlatRange]:
     return found
 
 
-def read_scalars(engine: Any) -> dict[str, Any]:
-    """Everything small that the engine's future depends on, as JSON: Adam's step, hyperparameters, counters, scaler.
-
-    Raises:
-        ValueError: parameters have taken different numbers of steps, which one number cannot describe.
-    """
-    base = base_optimizer(engine)
-    numbers: dict[str, set[float]] = {}
-    for state in base.state.values():
-        for key, value in state.items():
-            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
-                numbers.setdefault(key, set()).add(float(value))
-    uneven = {key: sorted(values) for key, values in numbers.items() if len(values) > 1}
-    if uneven:
-        raise ValueError(f"parameters differ in their optimizer scalars: {uneven}")
-    scaler = _loss_scaler(engine)
-    autocast_scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-    scalars = {
-        "optimizer": type(base).__name__,
-        "kinds": moment_kinds(engine),
-        "scalars": {key: values.pop() for key, values in numbers.items()},
-        "groups": [{key: group[key] for key in _HYPERPARAMETERS if key in group} for group in base.param_groups],
-        "counters": {key: getattr(engine, key) for key in _COUNTERS},
-        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
-        "loss_scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
-        "autocast_scaler": autocast_scaler.state_dict() if autocast_scaler is not None else None,
-    }
-    return json.loads(json.dumps(scalars))
-
-
 def create_state(engine: Any, kinds: Sequence[str], scalars: Mapping[str, float]) -> None:
     """Gives the optimizer zero moments and the step count, which it would otherwise create in its first step."""
     base, zero = base_optimizer(engine), engine.optimizer
@@ -217,48 +186,10 @@ def create_state(engine: Any, kinds: Sequence[str], scalars: Mapping[str, float]
 
 def _scalar(base: torch.optim.Optimizer, flat: Tensor, value: float) -> Tensor | int:
     """torch counts steps in a tensor (on the device where its kernels read it there); DeepSpeed's Adams in an int."""
-    if not type(base).__module__.startswith("torch."):
+    if not is_torchs(base):
         return int(value)
     on_device = base.defaults.get("capturable") or base.defaults.get("fused")
     return torch.tensor(float(value), dtype=torch.float32, device=flat.device if on_device else "cpu")
-
-
-def write_scalars(engine: Any, saved: Mapping[str, Any]) -> None:
-    """Puts back what `read_scalars` read, except the optimizer's own step (`create_state`).
-
-    Of the hyperparameters, the learning rate, and what else a scheduler of the JSON moves. The others are as
-    configured now, so that a resumed run may change them.
-    """
-    for key in _COUNTERS:
-        setattr(engine, key, saved["counters"][key])
-    if saved["scheduler"] is not None and engine.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(saved["scheduler"])
-    _write_hyperparameters(engine, saved["groups"])
-    scaler = _loss_scaler(engine)
-    if scaler is not None and getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)):
-        for key, value in saved["loss_scaler"].items():
-            if hasattr(scaler, key):
-                setattr(scaler, key, value)
-    autocast_scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-    if autocast_scaler is not None and saved["autocast_scaler"] is not None:
-        autocast_scaler.load_state_dict(saved["autocast_scaler"])
-
-
-def _write_hyperparameters(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
-    """A scheduler's `load_state_dict` does not set the learning rate of the step to come."""
-    keys = _SCHEDULED if engine.lr_scheduler is not None else ("lr",)
-    groups = base_optimizer(engine).param_groups
-    for index, group in enumerate(groups):
-        # a pipeline stage may have fewer groups than rank 0; schedules treat all alike
-        source = saved[index if len(groups) == len(saved) else 0]
-        for key in keys:
-            if key in source and key in group:
-                value = source[key]
-                group[key] = tuple(value) if isinstance(value, list) else value
-
-
-def _loss_scaler(engine: Any) -> Any:
-    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor
 from ...data_prep.errors import UserError
 from ..ranks.ranks import Ranks
 from .boxes import Box, Piece, Shape, pieces
-from .deepspeed_state import Holding, Live, create_state, holdings, refresh_model, write_scalars
+from .deepspeed_scalars import write_scalars
+from .deepspeed_state import Holding, Live, create_state, holdings, refresh_model
 from .folder import CHECKPOINTS, clear_leftovers, problems_of, step_folders
 from .reader import Checkpoint
 

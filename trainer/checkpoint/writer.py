@@ -17,7 +17,8 @@ from torch import Tensor
 from ...data_prep.errors import UserError
 from ..ranks.ranks import Ranks
 from .boxes import Box, written_pieces
-from .deepspeed_state import Holding, Live, holdings, read_scalars
+from .deepspeed_scalars import read_scalars
+from .deepspeed_state import Holding, Live, holdings
 from .files import PROBE, STATE, Digest, box_tensor, write_bytes, write_json, write_rank
 from .folder import CHECKPOINTS, begin, clear_leftovers, partial_path, prune, publish, step_name
 from .safetensors_writer import FileTensor

@@ -7,14 +7,23 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from zeropipe.trainer.checkpoint.deepspeed_state import create_state, read_scalars, write_scalars
+from zeropipe.trainer.checkpoint.deepspeed_scalars import read_scalars, write_scalars
+from zeropipe.trainer.checkpoint.deepspeed_state import create_state
 
 
 class CountingAdam(torch.optim.Optimizer):
-    """Counts steps as DeepSpeed's FusedAdam and CPUAdam do: in an int of the parameter's state."""
+    """Counts steps as DeepSpeed's FusedAdam does: in an int of the parameter's state, of each group's last one only."""
 
     def __init__(self, params) -> None:
         super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 0})
+
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state["step"] += 1
 
 
 def _engine(optimizer: torch.optim.Optimizer, **wrapper) -> SimpleNamespace:
@@ -39,6 +48,23 @@ def test_the_step_comes_back_in_the_optimizers_own_type(make):
         assert state["exp_avg"].shape == p.shape and not state["exp_avg"].requires_grad
     assert read_scalars(engine)["scalars"] == {"step": 17.0}
     assert read_scalars(engine)["kinds"] == ["exp_avg", "exp_avg_sq"]
+
+
+def test_deepspeeds_count_on_the_last_parameter_of_each_group_is_the_count_of_all():
+    first, second = _parameters(2), _parameters(3)
+    engine = _engine(CountingAdam([{"params": first}, {"params": second}]))
+    for _ in range(4):
+        engine.optimizer.step()
+    assert [engine.optimizer.state[p]["step"] for p in (*first, *second)] == [0, 4, 0, 0, 4]
+    saved = read_scalars(engine)["scalars"]
+    assert saved == {"step": 4.0}
+    create_state(engine, ["exp_avg", "exp_avg_sq"], saved)
+    engine.optimizer.step()
+    assert [engine.optimizer.state[p]["step"] for p in (*first, *second)] == [4, 5, 4, 4, 5]
+    assert read_scalars(engine)["scalars"] == {"step": 5.0}
+    engine.optimizer.state[first[-1]]["step"] = 3
+    with pytest.raises(ValueError, match="step"):
+        read_scalars(engine)
 
 
 def test_a_checkpoint_from_before_the_first_step_leaves_the_optimizer_without_state():
