@@ -53,7 +53,7 @@ def publish_folder(made: Path, target: Path, replaced: Path) -> None:
         raise
     sync_directory(target.parent)
     if replaced.is_dir():
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # the new one is there: what cannot be removed ends nothing
     else:
         replaced.unlink(missing_ok=True)
 

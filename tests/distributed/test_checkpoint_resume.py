@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine, close, digest
 from tests.harness import run_ranks
+from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load
 from zeropipe.trainer.checkpoint.reader import Checkpoint
@@ -134,3 +135,21 @@ def test_bf16_masters_survive_a_change_of_layout(tmp_path):
         for other, (held, losses, _) in zip(others, results, strict=True):
             assert held == sources[other][1], f"{other} to {target}"
             assert close(losses, sources[other][2], 1e-3), f"{other} to {target}: {losses} for {sources[other][2]}"
+
+
+def test_moments_that_were_not_saved_are_not_made_up(tmp_path):
+    """What was frozen has none: to go on training it from zeros would be another run, unsaid."""
+    frozen = Layout(1, 2, frozen=True)
+    path = run_ranks(2, _train, frozen, tmp_path)[0][0]
+    for target in (Layout(1, 2), Layout(3, 2), Layout(0, 1)):
+        said = run_ranks(target.world, _refused, target, path)
+        assert len(set(said)) == 1 and "holds no exp_avg and no exp_avg_sq of transformer.wpe.weight" in said[0]
+
+
+def _refused(layout: Layout, path: Path) -> str:
+    engine = TinyEngine(layout)
+    try:
+        load(Live(engine.deepspeed, engine.parameters, engine.ranks), path)
+    except UserError as error:
+        return str(error)
+    return "loaded"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.harness import RankGroup, run_ranks
-from tests.tiny import GPT2, tiny_json, tiny_recipe, tiny_store, train_on_ranks, write_pair
+from tests.tiny import GPT2, LLAMA, tiny_json, tiny_recipe, tiny_store, train_on_ranks, write_pair
+from zeropipe.trainer.ranks.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -229,3 +232,30 @@ def _evaluate_on_other_data(recipe: dict, ds: dict) -> str:
     except UserError as error:
         return str(error)
     return "trained"
+
+
+def test_what_one_stage_alone_finds_wrong_is_told_by_it_and_ends_the_others(store, tmp_path):
+    """The folder lacks a weight that only the second pipeline stage reads, while the first waits for it."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=500)).save_pretrained(tmp_path / "folder")
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    lacking = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / "folder/model.safetensors")
+    assert lacking.numel()
+    recipe = tiny_recipe(store, tmp_path / "run", parallel={"pipeline": 2})
+    recipe["model"] = {"init": str(tmp_path / "folder")}
+    recipe_file, json_file = write_pair(tmp_path, recipe, tiny_json("zero1"))
+    command = [sys.executable, "-m", "zeropipe.trainer", "--run", recipe_file, "--deepspeed_config", json_file]
+    place = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    (_, first), (_, second) = (rank.communicate(timeout=120) for rank in ranks)
+    assert ranks[1].returncode == 2 and ranks[0].returncode == 3
+    assert "holds no parameter model.layers.1.mlp.up_proj.weight" in second and "(on rank 1)" in second
+    assert "rank 0 lost another rank" in first

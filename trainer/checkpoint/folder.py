@@ -56,15 +56,15 @@ def _replaced_path(folder: Path, name: str) -> Path:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what dead runs left half-written, and puts back a checkpoint whose replacement never came."""
+    """Removes what dead runs left half-written, as far as it can be; puts back a checkpoint whose replacement never came."""
     for left in folder.glob(".step-*.replaced"):
         name = left.name.removeprefix(".").removesuffix(".replaced")
         if (folder / name).exists():
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         else:
             left.rename(folder / name)
     for left in folder.glob(".step-*.partial"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def begin(folder: Path, step: int) -> Path:

@@ -50,12 +50,11 @@ def load(live: Live, source: Path | Checkpoint) -> dict[str, Any]:
 
 def _fill(checkpoint: Checkpoint, held: Sequence[Holding], ranks: Ranks) -> None:
     for holding in held:
-        stored = set(checkpoint.kinds(holding.name))
         own = pieces(holding.spec, ranks.tensor, ranks.tensor_size, holding.start, holding.stop)
         for kind, view in holding.views.items():
-            if sum(piece.box.numel for piece in own) < view.numel() or kind not in stored:
-                view.zero_()  # padded vocabulary rows; moments of what was frozen when it was saved
-            for piece in own if kind in stored else []:
+            if sum(piece.box.numel for piece in own) < view.numel():
+                view.zero_()  # padded vocabulary rows
+            for piece in own:
                 checkpoint.read_into(holding.name, kind, piece.box, partial(_target, holding, kind, piece))
 
 
@@ -70,7 +69,13 @@ def _check_model(checkpoint: Checkpoint, live: Live) -> None:
     mine = {name: p.spec.shape for name, p in live.parameters}  # type: ignore[attr-defined]
     gathered = ranks.gather_objects(list(mine)) if ranks.pipeline_size > 1 else [list(mine)]
     wanted = {name for names in gathered for name in names}
-    ranks.together(lambda: _refuse_others(checkpoint, mine, wanted), _DOING, checkpoint.path)
+    trained = [name for name, p in live.parameters if p.requires_grad]
+
+    def check() -> None:
+        _refuse_others(checkpoint, mine, wanted)
+        _refuse_untrained(checkpoint, trained)
+
+    ranks.together(check, _DOING, checkpoint.path)
 
 
 def _refuse_others(checkpoint: Checkpoint, mine: Mapping[str, Shape], wanted: set[str]) -> None:
@@ -86,6 +91,19 @@ def _refuse_others(checkpoint: Checkpoint, mine: Mapping[str, Shape], wanted: se
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{checkpoint.path}: a checkpoint of another model: {'; '.join(problems[:5])}{more}")
+
+
+def _refuse_untrained(checkpoint: Checkpoint, trained: Sequence[str]) -> None:
+    """UserError where a trained parameter's moments are missing: zeros in their place would change the run unsaid."""
+    kinds = set(checkpoint.state["engine"]["kinds"])  # none before the first step
+    lacking = [(name, gone) for name in trained if (gone := sorted(kinds - set(checkpoint.kinds(name))))]
+    if lacking:
+        name, gone = lacking[0]
+        more = f", nor of {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(
+            f"{checkpoint.path}: holds no {' and no '.join(gone)} of {name}{more}, which is trained here and was "
+            "frozen when it was saved; start from its weights with model.init"
+        )
 
 
 def _shared_problems(path: Path, ranks: Ranks) -> list[str]:

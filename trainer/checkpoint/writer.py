@@ -7,6 +7,7 @@ For every Hugging Face parameter a checkpoint holds the fp32 master weight and t
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import safetensors.torch
 from torch import Tensor
 
-from ...data_prep.errors import UserError
+from ...data_prep.errors import UserError, os_problem
 from ..ranks.ranks import Ranks
 from .boxes import Box, written_pieces
 from .deepspeed_scalars import read_scalars
@@ -108,14 +109,23 @@ def save(
         written = ranks.together(lambda: write_rank(partial, ranks.rank, tensors, shapes), _DOING, folder)
         files = {name: digest for of_rank in ranks.gather_objects(written) for name, digest in of_rank.items()}
         ranks.together(lambda: _finish(folder, step, files, complete, probe) if ranks.is_main else None, _DOING, folder)
-        if keep is not None:
-            ranks.together(lambda: prune(folder, keep) if ranks.is_main else None, _DOING, folder)
     except UserError:
         if ranks.is_main:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 clear_leftovers(folder)
         raise
+    if keep is not None and ranks.is_main:
+        _prune(folder, keep)
     return folder / step_name(step)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """What cannot be removed (a file held open on NFS, say) ends no run whose checkpoint is published."""
+    try:
+        prune(folder, keep)
+    except OSError as error:
+        words, advice = os_problem(error, "cannot remove old checkpoints", folder)
+        print("; ".join(filter(None, (f"warning: {words}", advice))), file=sys.stderr, flush=True)
 
 
 def _finish(

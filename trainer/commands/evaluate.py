@@ -84,7 +84,7 @@ def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
 def _context(folder: Path) -> int:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return min(1024, config.max_position_embeddings)
 
 

@@ -18,6 +18,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", metavar="FOLDER", help="default: RUN/export")
     parser.add_argument("--dtype", choices=MODEL_DTYPES, help="default: what the run computed with")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file; default: 4")
+    parser.add_argument("--device", help="that verifies, such as cpu for a model larger than one GPU")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
 
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from ..export.huggingface import export as export_folder
 
     source = chosen_checkpoint(args.run_directory, args.checkpoint)
-    done = export_folder(source, args.output, args.dtype, args.overwrite, int(args.max_shard_gb * 10**9))
+    done = export_folder(source, args.output, args.dtype, args.overwrite, int(args.max_shard_gb * 10**9), args.device)
     dtype = str(done.dtype).removeprefix("torch.")
     print(f"exported step {done.step} as {dtype}, {format_bytes(done.bytes)}: {done.folder}")
     if done.deviation is None:

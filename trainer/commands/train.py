@@ -47,10 +47,9 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     quiet()  # before the libraries are imported
     try:
         code = rank()
-    except UserError as error:  # raised on every rank alike
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:
         code = EXIT_USER_ERROR
+        _tell(error)
     except Exception as error:
         number = os.environ.get("RANK", "0")
         if any(words in str(error) for words in LOST_PEER):
@@ -64,6 +63,23 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     return code
 
 
+def _tell(error: UserError) -> None:
+    """Says it once where all ranks found the same wrong; a rank that is alone with it says so and ends, so that those
+    that wait for it hear of it.
+    """
+    number = os.environ.get("RANK", "0")
+    if "torch" in sys.modules:  # else this process has joined no others
+        from ..ranks.ranks import same_on_all_ranks, shut_down
+
+        if not same_on_all_ranks(str(error)):
+            print(f"error: {error} (on rank {number})", file=sys.stderr, flush=True)
+            note_exit(EXIT_USER_ERROR)
+            os._exit(EXIT_USER_ERROR)
+        shut_down()
+    if number == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from ..loop import train
     from ..plan.deepspeed_json import load_pair
@@ -75,12 +91,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     os.environ.setdefault("LOCAL_RANK", str(getattr(arguments, "local_rank", 0)))
     ranks = join_world()
-    try:
-        plan = ranks.together(plan_here)  # a path may be missing on one host only
-        layout = plan.layout
-        state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
-    except UserError:
-        shut_down()
-        raise
+    plan = ranks.together(plan_here)  # a path may be missing on one host only
+    layout = plan.layout
+    state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
     shut_down()
     return EXIT_DONE if state.step >= plan.total_steps else EXIT_STOPPED

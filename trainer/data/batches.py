@@ -167,13 +167,18 @@ def make_batch(rows: Sequence[tuple[Windows, int] | None], shape: BatchShape) ->
             continue
         windows, number = sample
         record = windows.record(number, shape.document_mask)
-        if record.tokens.max() >= shape.vocab_size:
+        if not 0 <= (worst := _strangest(record.tokens)) < shape.vocab_size:
             raise UserError(
-                f"{windows.part.store.path}: sample {number} holds token {record.tokens.max()}, but "
+                f"{windows.part.store.path}: sample {number} holds token {worst}, but "
                 f"the model's vocabulary has {shape.vocab_size}; prepare the data with the model's tokenizer"
             )
         records.append(record)
     return shape.collate(records)
+
+
+def _strangest(tokens: np.ndarray) -> int:
+    """The token that is no token if any is: a negative one, else the largest."""
+    return int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
 
 
 class BatchStream:

@@ -53,6 +53,7 @@ def export(
     dtype: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    device: str | None = None,
 ) -> Exported:
     """Writes safetensors, config, tokenizer and generation config, and verifies what it wrote.
 
@@ -64,10 +65,12 @@ def export(
         dtype: "float32", "bfloat16" or "float16"; None: what the run computed with.
         overwrite: replace a folder that is there.
         shard_bytes: largest safetensors file.
+        device: that computes the logits; None: the accelerator if there is one, which must hold the whole model.
 
     Raises:
         UserError: nothing to export, `output` is there already, or the reloaded model differs from training.
     """
+    verifier = pick_device(device)
     checkpoint = Checkpoint.open(run_or_checkpoint)
     run = run_directory(checkpoint.path)
     if output is None and run is None:
@@ -85,7 +88,7 @@ def export(
         deviation = bound = None
         if probe is not None:
             bound = max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
-            deviation = verify_logits(folder, *probe, bound)
+            deviation = verify_logits(folder, *probe, bound, verifier)
     files = sorted(p.name for p in target.iterdir())
     size = sum((target / name).stat().st_size for name in files)
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound)
@@ -170,13 +173,12 @@ def read_probe(checkpoint: Path) -> tuple[Tensor, Tensor] | None:
         return handle.get_tensor("ids"), handle.get_tensor("logits")
 
 
-def verify_logits(folder: Path, ids: Tensor, expected: Tensor, bound: float) -> float:
+def verify_logits(folder: Path, ids: Tensor, expected: Tensor, bound: float, device: torch.device) -> float:
     """Deviation of the reloaded model's logits from `expected`, relative to the largest logit.
 
     Raises:
         UserError: it is more than `bound`; the message names the worst place.
     """
-    device = pick_device(None)
     model = load_folder(folder, None).eval().to(device)
     with torch.no_grad():
         logits = model(input_ids=ids.to(device)).logits.float().cpu()

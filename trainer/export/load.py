@@ -53,6 +53,7 @@ def load_folder(folder: Path, dtype: str | torch.dtype | None) -> Any:
             dtype=dtype or "auto",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,  # left out, it may ask
             attn_implementation="sdpa",
             output_loading_info=True,
         )
@@ -111,7 +112,7 @@ def load_tokenizer(path: str | Path) -> Any:
         return None
     try:
         with completed(folder) as whole:
-            return AutoTokenizer.from_pretrained(whole, local_files_only=True)
+            return AutoTokenizer.from_pretrained(whole, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: transformers cannot load the tokenizer: {error}") from error
 

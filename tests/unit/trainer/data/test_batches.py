@@ -15,6 +15,7 @@ from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.data.batches import (
     BatchShape,
     BatchStream,
+    Windows,
     evaluation_batches,
     make_batch,
     open_windows,
@@ -160,6 +161,13 @@ def test_the_order_depends_on_the_data(store):
     (windows,) = open_windows(recipe(store), "train")
     shorter = replace(windows, seq_len=SEQ // 2)
     assert windows.fingerprint != shorter.fingerprint
+
+
+def test_a_negative_token_is_named(store, monkeypatch):
+    windows = open_windows(recipe(store), "train")
+    monkeypatch.setattr(Windows, "tokens", lambda self, sample: np.array([*range(SEQ), -3]))
+    with pytest.raises(UserError, match=r"sample 0 holds token -3, but the model's vocabulary has 500"):
+        make_batch([(windows[0], 0)], SHAPE)
 
 
 def test_a_token_beyond_the_vocabulary_is_named(store):
