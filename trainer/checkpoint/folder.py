@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _replaced_path(folder: Path, name: str) -> Path:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what dead runs left half-written, as far as it can be; puts back a checkpoint whose replacement never came."""
+    """Removes what dead runs left half-written, as far as it can be, and puts back what should have been replaced."""
     for left in folder.glob(".step-*.replaced"):
         name = left.name.removeprefix(".").removesuffix(".replaced")
         if (folder / name).exists():
@@ -162,8 +163,9 @@ def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
     return digest_problems(path, {name: manifest.files[name] for name in names})
 
 
-def newest_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint of a run directory, of `checkpoints/`, or the one given, as far as names and sizes tell.
+def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
+    """The newest whole checkpoint of a run directory, of `checkpoints/`, or the one given, as far as names and sizes
+    tell; with `read`, as far as every byte tells, and what is damaged and passed over is told on stderr.
 
     Raises:
         UserError: there is none, or none is whole.
@@ -171,13 +173,15 @@ def newest_checkpoint(path: str | Path) -> Path:
     steps = step_folders(path)
     if not steps:
         raise UserError(f"{path}: no checkpoint here (expected a run directory, its checkpoints/, or a step-… folder)")
-    problems = []
+    damaged: list[str] = []
     for step in steps:
-        problem = inspect(step).problem
-        if problem is None:
+        problems = problems_of(step) if read else list(filter(None, [inspect(step).problem]))
+        if not problems:
+            for line in damaged if read else []:
+                print(f"warning: damaged checkpoint: {line}; taking {step.name}", file=sys.stderr, flush=True)
             return step
-        problems.append(problem)
-    raise UserError(f"{path}: no whole checkpoint here: {'; '.join(problems)}")
+        damaged.append("; ".join(problems))
+    raise UserError(f"{path}: no whole checkpoint here: {'; '.join(damaged)}")
 
 
 def prune(path: str | Path, keep: int) -> list[Path]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...data_prep.errors import UserError
 from .boxes import Box, Shape
 from .files import STATE, CheckpointManifest, parse_key
-from .folder import newest_checkpoint, problems_of
+from .folder import newest_checkpoint
 
 MASTER = "master"
 _OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may open
@@ -39,16 +39,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Checkpoint:
-        """Opens the newest checkpoint of a run directory, of `checkpoints/`, or the one given.
+        """Opens the newest whole checkpoint of a run directory, of `checkpoints/`, or the one given.
 
         Raises:
-            UserError: none is there, or (with `verify`, which reads it all once) it is not what was written.
+            UserError: none is there, or (with `verify`, which reads it all once) none is what was written.
         """
-        found = newest_checkpoint(path)
-        problems = problems_of(found) if verify else []
-        if problems:
-            raise UserError(f"damaged checkpoint: {'; '.join(problems)}. Restore it, or name an older one")
-        return cls(found)
+        return cls(newest_checkpoint(path, read=verify))
 
     def names(self) -> list[str]:
         """Hugging Face's parameter names, tied ones once, sorted."""

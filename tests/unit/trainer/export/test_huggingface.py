@@ -1,6 +1,7 @@
 """Exports against the live training engine's logits, on every ZeRO stage; and what an export refuses."""
 
 import json
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -172,6 +173,21 @@ def test_a_damaged_checkpoint_is_not_exported(text_store, tmp_path, capsys):
     assert main(["export", str(run)]) == 2
     assert "rank-00001.safetensors" in capsys.readouterr().err
     assert not (run / "export").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_where_there_is_one_before_it(gpt2_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(gpt2_run, run)
+    file = run / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+    assert main(["export", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert "exported step 3" in captured.out
+    assert captured.err.startswith("warning: damaged checkpoint") and str(file) in captured.err
+    assert "taking step-00000003" in captured.err
+    assert main(["export", str(run), "--checkpoint", "6", "--overwrite"]) == 2  # asked for by name
 
 
 def test_an_export_of_a_chosen_step(gpt2_run, tmp_path, capsys):
