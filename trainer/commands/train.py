@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 from ...data_prep.command_line import Parser
 from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -83,15 +84,19 @@ def _tell(error: UserError) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from ..loop import train
     from ..plan.deepspeed_json import load_pair
-    from ..plan.plan import Plan, make_plan
-    from ..ranks.ranks import join_world, shut_down
-
-    def plan_here() -> Plan:
-        return make_plan(*load_pair(arguments.recipe, arguments.deepspeed_config, arguments.overrides), ranks.world)
+    from ..plan.plan import make_plan
+    from ..ranks.ranks import TIMEOUT, join_world, shut_down
 
     os.environ.setdefault("LOCAL_RANK", str(getattr(arguments, "local_rank", 0)))
-    ranks = join_world()
-    plan = ranks.together(plan_here)  # a path may be missing on one host only
+    pair, problem = None, None
+    try:
+        pair = load_pair(arguments.recipe, arguments.deepspeed_config, arguments.overrides)
+    except UserError as error:  # told when all have met: a file may be missing on one host only
+        problem = str(error)
+    ranks = join_world(TIMEOUT if pair is None else timedelta(minutes=pair[0].parallel.timeout))
+    ranks.raise_together(problem)
+    assert pair is not None
+    plan = ranks.together(lambda: make_plan(*pair, ranks.world))
     layout = plan.layout
     state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
     shut_down()

@@ -19,6 +19,7 @@ from ...data_prep.errors import UserError, os_problem
 from .ports import free_port
 
 _T = TypeVar("_T")
+TIMEOUT = timedelta(minutes=10)  # of every collective, unless the recipe says another
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,7 @@ def prepare_backend() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
 
 
-def init_distributed(
-    tensor: int = 1, sequence: int = 1, pipeline: int = 1, timeout: timedelta = timedelta(minutes=10)
-) -> Ranks:
+def init_distributed(tensor: int = 1, sequence: int = 1, pipeline: int = 1, timeout: timedelta = TIMEOUT) -> Ranks:
     """Joins the world and lays it out: data parallel is what the other sizes leave. Collective.
 
     Raises:
@@ -154,7 +153,7 @@ def init_distributed(
     return join_world(timeout).lay_out(tensor, sequence, pipeline)
 
 
-def join_world(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
     """Joins the process group that the environment describes (a single process when it describes none).
 
     Args:
@@ -168,8 +167,8 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         os.environ.setdefault(key, default)
     if "MASTER_PORT" not in os.environ:  # alone in the world: any free port will do
         os.environ["MASTER_PORT"] = str(free_port())
-    # sub-groups made without a timeout take the module's default, or a cut link hangs them
-    c10d.default_pg_timeout = timeout
+    # groups made without a timeout, DeepSpeed's among them, take the module's defaults, or a cut link hangs them
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
     if device_type != "cpu":
         accelerator().set_device(local_rank)

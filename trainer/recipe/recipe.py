@@ -74,6 +74,8 @@ class Parallel(_Section):
     """Pipeline stages. Data parallel is what is left; tensor and sequence parallel come from the DeepSpeed JSON."""
     partition: str = Field(default="parameters", pattern=r"^(parameters|uniform|measured|type:.+)$")
     """How layers are shared out over the stages: parameters, uniform, measured or type:REGEX."""
+    timeout: float = Field(default=10.0, gt=0)
+    """Minutes that a rank waits for the others in a collective before the run ends."""
 
     @model_validator(mode="after")
     def _expression_is_one(self) -> Parallel:
