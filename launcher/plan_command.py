@@ -107,7 +107,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     from ..trainer.plan.memory import memory_rows
 
     if plan.memory is None:
-        return [("memory", "not known for this family")]
+        return [("memory", "not known for this family, or with this adapter")]
     lines = [(f"  {name}", size) for name, size in memory_rows(plan.memory)]
     total = f"{format_bytes(plan.memory.peak)} at the peak on each device"
     if plan.memory.host:
