@@ -75,10 +75,6 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
-    def all_true(self, verdict: bool) -> bool:
-        """Whether every rank says True. Collective."""
-        return self.all_sum([0.0 if verdict else 1.0])[0] == 0.0
-
     def gather_objects(self, value: object) -> list:
         """Every rank's picklable `value`, in rank order, on every rank. Collective; for small things only."""
         if self.world == 1:
