@@ -34,11 +34,11 @@ def _steps_or_fraction(value: Any) -> Any:
 
 
 def _name_or_mapping(value: Any) -> Any:
-    """A name, or a mapping of type and options, which only what is named can check."""
+    """A name, or a mapping of type and options, which only what is named can check; without options it is the name."""
     name = value.get("type") if isinstance(value, dict) else value
     if not isinstance(name, str) or not name:
         raise ValueError(f"must be a name, or a mapping with the name as its type; got {value!r}")
-    return value
+    return name if value == {"type": name} else value
 
 
 Choice = Annotated[str | dict[str, Any], BeforeValidator(_name_or_mapping)]

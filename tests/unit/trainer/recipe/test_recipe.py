@@ -100,6 +100,12 @@ def test_objective_and_adapter_are_a_name_or_a_mapping_with_options(recipe, tmp_
     assert load_recipe(str(tmp_path / "again.yaml")) == loaded
 
 
+def test_a_mapping_of_the_type_alone_is_the_name(recipe):
+    """Else a resume would take one spelling for another run."""
+    loaded = recipe(MINIMAL, "objective={type: causal_lm}", "adapter={type: none}")
+    assert (loaded.objective, loaded.adapter) == ("causal_lm", "none")
+
+
 def test_a_recipe_is_frozen(recipe):
     with pytest.raises(ValidationError, match="frozen"):
         recipe().seed = 5
