@@ -94,7 +94,8 @@ def test_weights_gradients_and_states_are_what_two_ranks_hold(
     gradients = 0 if zero.startswith("zero3") or zero.endswith("offload") else planned.gradients
     if zero == "zero2":  # while the second micro batch's gradients are added to the first's there are two copies
         gradients //= 2
-    buckets = planned.buffers if zero in ("zero1", "zero2") else 0  # may have been given back already
+    # may have been given back already; with offload they nearly always are (not in one run of about 200)
+    buckets = planned.buffers if zero in ("zero1", "zero2") else 4 * BUCKET if zero == "zero2_offload" else 0
     assert resting + gradients <= first <= resting + gradients + buckets + SLACK
     # when the step begins, ZeRO-1 has given up the gradients of other ranks' partitions
     assert resting <= last <= resting + gradients + buckets + SLACK
