@@ -45,6 +45,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
 
 
+def flagged(dtype: np.dtype) -> np.dtype:
+    """Tokens of a type, each with a byte of flags (`.mask`): `token` and `flags`."""
+    return np.dtype([("token", dtype), ("flags", "u1")])
+
+
 def read_header(path: Path) -> Header:
     """Reads the 34 bytes at the start of an .idx. UserError if it is not mmap format v1 with integer tokens."""
     try:

@@ -27,13 +27,33 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One `.bin/.idx` pair: what it holds, and its files."""
+    """One `.bin/.idx` pair: what it holds, and its files; with a `.mask` where the documents are records."""
 
     name: str
     documents: int
     tokens: int
     bin: FileRecord
     idx: FileRecord
+    mask: FileRecord | None = None
+
+    def files(self) -> dict[str, FileRecord]:
+        """The shard's files by their names."""
+        found = {"bin": self.bin, "idx": self.idx, "mask": self.mask}
+        return {f"{self.name}.{suffix}": record for suffix, record in found.items() if record is not None}
+
+    def content(self) -> dict[str, Any]:
+        """As JSON; a shard of plain text says nothing of a mask."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RecordsInfo:
+    """What the documents of a store are if they are records to learn from, not text."""
+
+    kind: str  # sft: one text a record; dpo: two, the chosen one and the rejected one
+    longest: int  # tokens of the longest record, all its texts together
+    stop_ids: list[int]  # tokens that end what is trained
+    settings: dict[str, Any] = field(default_factory=dict)  # how they were made from the input
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)  # documents read, dropped and why
     settings: dict[str, Any] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    records: RecordsInfo | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -60,13 +81,18 @@ class Manifest:
             "dtype": self.dtype,
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.content() for shard in self.shards],
             "tokenizer": {name: record.sha256 for name, record in self.tokenizer.items()},
         }
+        if self.records is not None:
+            content["records"] = self.records.kind
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        payload = {"format": _FORMAT, "version": _VERSION, **asdict(self), "fingerprint": self.fingerprint}
+        content = asdict(self) | {"shards": [shard.content() for shard in self.shards]}
+        if self.records is None:
+            del content["records"]
+        payload = {"format": _FORMAT, "version": _VERSION, **content, "fingerprint": self.fingerprint}
         write_durably(directory / STORE_MANIFEST, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -98,11 +124,14 @@ class Manifest:
     @classmethod
     def _from_payload(cls, payload: dict[str, Any]) -> Manifest:
         shards = [
-            ShardRecord(**{**shard, "bin": FileRecord(**shard["bin"]), "idx": FileRecord(**shard["idx"])})
+            ShardRecord(**shard | {key: FileRecord(**shard[key]) for key in ("bin", "idx", "mask") if key in shard})
             for shard in payload.pop("shards")
         ]
         tokenizer = {name: FileRecord(**record) for name, record in payload.pop("tokenizer").items()}
-        return cls(shards=shards, tokenizer=tokenizer, **payload)
+        records = payload.pop("records", None)
+        return cls(
+            shards=shards, tokenizer=tokenizer, records=None if records is None else RecordsInfo(**records), **payload
+        )
 
 
 def file_record(path: Path) -> FileRecord:

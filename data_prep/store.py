@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from .errors import UserError
 from .index import IndexFile
 from .manifest import STORE_MANIFEST, Manifest
 
+# flags of a token in a store of records (`.mask`)
+TRAINED = 1  # it is learnt: predicting it counts in the loss
+BEGINS = 2  # it is the first of a text; of a pair the chosen text comes first, then the rejected one
+
 SAMPLES = 64  # blocks of a bare prefix that its fingerprint is made of
 SAMPLE_BYTES = 4096
 
@@ -22,7 +27,8 @@ SAMPLE_BYTES = 4096
 class Shard:
     """One `.bin/.idx` pair, memory-mapped. Positions are tokens from the start of the `.bin`."""
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, masked: bool = False) -> None:
+        """`masked`: with a `.mask` beside them."""
         self.prefix = prefix
         self.bin, self.idx = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         if not self.bin.is_file():
@@ -32,6 +38,17 @@ class Shard:
         self.num_documents = max(0, self.index.header.entries - 1)
         self.num_tokens = self._check_size()
         self.tokens = _mapped(self.bin, self.dtype) if self.num_tokens else np.empty(0, self.dtype)
+        self.flags = self._flags() if masked else None
+
+    def _flags(self) -> np.ndarray:
+        path = with_suffix(self.prefix, ".mask")
+        size = path.stat().st_size if path.is_file() else None
+        if size != self.num_tokens:
+            found = "is not there" if size is None else f"holds {size} bytes"
+            raise UserError(
+                f"{path}: {found}, one for each of {self.num_tokens} tokens were expected; prepare it again"
+            )
+        return _mapped(path, np.dtype(np.uint8)) if size else np.empty(0, np.uint8)
 
     def _check_size(self) -> int:
         """Tokens in the .bin, by its size, which must be where the last sequence ends."""
@@ -77,6 +94,7 @@ class TokenStore:
         self.vocab_size = manifest.vocab_size if manifest else None
         self.eod_id = manifest.eod_id if manifest else None
         self.text_bytes = manifest.text_bytes if manifest else None
+        self.records = manifest.records if manifest else None
         self.tokenizer = path / "tokenizer" if manifest and manifest.tokenizer else None
         self.fingerprint: str = manifest.fingerprint if manifest else sampled_fingerprint(shards)
 
@@ -99,7 +117,7 @@ class TokenStore:
         if not (path / STORE_MANIFEST).exists():
             raise UserError(f"{path}: the directory holds no {STORE_MANIFEST}, so it is no token store")
         manifest = Manifest.load(path)
-        shards = [Shard(path / record.name) for record in manifest.shards]
+        shards = [Shard(path / record.name, record.mask is not None) for record in manifest.shards]
         if not shards:
             raise UserError(f"{path}: the store holds no shard")
         for shard, record in zip(shards, manifest.shards, strict=True):
@@ -124,14 +142,29 @@ class TokenStore:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, int64."""
+        return self._read(start, stop, np.empty(stop - start, np.int64), lambda shard: shard.tokens)
+
+    def flags(self, start: int, stop: int) -> np.ndarray:
+        """Flags of tokens [start, stop) of a store of records, uint8: `TRAINED`, `BEGINS`."""
+        assert self.records is not None
+        return self._read(start, stop, np.empty(stop - start, np.uint8), lambda shard: shard.flags)
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of every document, int64 [num_documents]; reads the whole index."""
+        starts = [
+            np.append(shard.index.offsets, shard.bin.stat().st_size)[np.asarray(shard.index.documents)]
+            for shard in self.shards
+        ]
+        return np.concatenate([np.diff(own) for own in starts]).astype(np.int64) // self.dtype.itemsize
+
+    def _read(self, start: int, stop: int, out: np.ndarray, column: Callable[[Shard], Any]) -> np.ndarray:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        out = np.empty(stop - start, np.int64)
         position, which = start, bisect_right(self._token_ends, start)
         while position < stop:
             shard, end = self.shards[which], self._token_ends[which]
             base, upto = end - shard.num_tokens, min(stop, end)
-            out[position - start : upto - start] = shard.tokens[position - base : upto - base]
+            out[position - start : upto - start] = column(shard)[position - base : upto - base]
             position, which = upto, which + 1
         return out
 

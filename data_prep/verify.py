@@ -91,8 +91,7 @@ def token_problems(shard: Shard, vocab_size: int | None, eod_id: int | None) -> 
 
 def _digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:
     """Files whose size or SHA-256 is not what the manifest says."""
-    expected = {f"{shard.name}.bin": shard.bin for shard in manifest.shards}
-    expected |= {f"{shard.name}.idx": shard.idx for shard in manifest.shards}
+    expected = {name: record for shard in manifest.shards for name, record in shard.files().items()}
     expected |= {f"tokenizer/{name}": record for name, record in manifest.tokenizer.items()}
     for name, record in sorted(expected.items()):
         try:

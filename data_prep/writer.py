@@ -1,4 +1,7 @@
-"""Writes the shards of a token store, digests included, in one pass over the tokens."""
+"""Writes the shards of a token store, digests included, in one pass over the tokens.
+
+Tokens that come with flags (`index.flagged`) leave a third file beside `.bin` and `.idx`: `.mask`, one byte a token.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ class ShardWriter:
         self.directory = directory
         self.dtype = dtype
         self.single = single
-        self.limit = max(1, shard_bytes // dtype.itemsize) if single is None else 2**62
+        self._types = [dtype[name] for name in dtype.names] if dtype.names else [dtype]  # of .bin, and of .mask
+        self.limit = max(1, shard_bytes // self._types[0].itemsize) if single is None else 2**62
         self.records: list[ShardRecord] = []
         self._open_shard()
 
@@ -36,7 +40,8 @@ class ShardWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.finish()
-        self._file.close()
+        for file in self._files:
+            file.close()
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Adds documents: their tokens one after the other (dtype of the store) and their lengths in tokens, [N]."""
@@ -58,30 +63,37 @@ class ShardWriter:
 
     def finish(self) -> list[ShardRecord]:
         """Closes the last shard and returns what was written. A corpus without documents leaves one empty shard."""
-        if not self._file.closed:
+        if not self._files[0].closed:
             self._close_shard()
         return self.records
 
     def _open_shard(self) -> None:
         self._name = self.single or f"shard-{len(self.records):05d}"
-        self._file = (self.directory / f"{self._name}.bin").open("wb")
-        self._digest = hashlib.sha256()
+        suffixes = ("bin", "mask") if self.dtype.names else ("bin",)
+        self._files = [(self.directory / f"{self._name}.{suffix}").open("wb") for suffix in suffixes]
+        self._digests = [hashlib.sha256() for _ in suffixes]
         self._lengths: list[np.ndarray] = []
         self._tokens = 0
 
     def _write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        data = np.ascontiguousarray(tokens, self.dtype).data
-        self._file.write(data)
-        self._digest.update(data)
+        columns = [tokens[name] for name in self.dtype.names] if self.dtype.names else [tokens]
+        for file, digest, column, dtype in zip(self._files, self._digests, columns, self._types, strict=True):
+            data = np.ascontiguousarray(column, dtype).data
+            file.write(data)
+            digest.update(data)
         self._lengths.append(np.array(lengths, np.int32))
-        self._tokens += len(data)
+        self._tokens += len(tokens)
 
     def _close_shard(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
         idx = self.directory / f"{self._name}.idx"
-        write_index(idx, self.dtype, lengths)
-        binary = FileRecord(self._tokens * self.dtype.itemsize, self._digest.hexdigest())
-        self.records.append(ShardRecord(self._name, len(lengths), self._tokens, binary, file_record(idx)))
+        write_index(idx, self._types[0], lengths)
+        binary, *mask = (
+            FileRecord(self._tokens * dtype.itemsize, digest.hexdigest())
+            for dtype, digest in zip(self._types, self._digests, strict=True)
+        )
+        self.records.append(ShardRecord(self._name, len(lengths), self._tokens, binary, file_record(idx), *mask))
