@@ -11,11 +11,11 @@ from pathlib import Path
 from .errors import UserError, as_user_error
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that after a crash it is the old or the new content, whole. One writer."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replaces `path` by `content` so that after a crash it is the old or the new content, whole. One writer."""
     temporary = path.with_name(f".{path.name}.partial")  # one name, so that kills leave at most one behind
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -95,6 +95,7 @@ class TokenStore:
         self.eod_id = manifest.eod_id if manifest else None
         self.text_bytes = manifest.text_bytes if manifest else None
         self.records = manifest.records if manifest else None
+        self.kind = self.records.kind if self.records else "text"  # text | sft | dpo
         self.tokenizer = path / "tokenizer" if manifest and manifest.tokenizer else None
         self.fingerprint: str = manifest.fingerprint if manifest else sampled_fingerprint(shards)
 

@@ -9,7 +9,9 @@ import numpy as np
 import yaml
 
 from tests.harness import run_ranks
-from zeropipe.data_prep.manifest import Manifest
+from zeropipe.data_prep.index import flagged
+from zeropipe.data_prep.manifest import Manifest, RecordsInfo
+from zeropipe.data_prep.store import BEGINS, TRAINED
 from zeropipe.data_prep.writer import ShardWriter
 
 VOCAB = 500
@@ -50,6 +52,34 @@ def tiny_store(path: Path, documents: int = 300, vocab: int = VOCAB, seed: int =
             writer.append(tokens.astype(np.uint16), np.array([length]))
     tokens = int(lengths.sum())
     Manifest("uint16", vocab, "<eod>", EOD, documents, tokens, tokens * 4, writer.records).save(path)
+    return path
+
+
+def tiny_records(
+    path: Path, kind: str = "sft", records: int = 120, longest: int = 28, seed: int = 0, vocab: int = VOCAB
+) -> Path:
+    """A store of records of very different lengths: a prompt, and an answer (of a pair: two) that follows from it."""
+    rng = np.random.default_rng(seed)
+    total, sizes = 0, []
+    path.mkdir(parents=True)
+    with ShardWriter(path, flagged(np.dtype(np.uint16)), shard_bytes=1 << 11) as writer:
+        for _ in range(records):
+            prompt = rng.integers(1, vocab, rng.integers(1, 6))
+            texts = []
+            for factor in (7, 11)[: 2 if kind == "dpo" else 1]:
+                answer = (
+                    prompt[-1] * factor ** np.arange(1, rng.integers(1, longest - len(prompt)) + 1) % (vocab - 1) + 1
+                )
+                text = np.zeros(len(prompt) + len(answer) + 1, flagged(np.dtype(np.uint16)))
+                text["token"] = [*prompt, *answer, EOD]
+                text["flags"][len(prompt) :] = TRAINED
+                text["flags"][0] |= BEGINS
+                texts.append(text)
+            document = np.concatenate(texts)
+            writer.append(document, np.array([len(document)]))
+            total, sizes = total + len(document), [*sizes, len(document)]
+    info = RecordsInfo(kind, max(sizes), [EOD])
+    Manifest("uint16", vocab, None, None, records, total, total * 4, writer.records, records=info).save(path)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .engine.build import build_engine
 from .engine.checkpoints import Checkpoints
+from .engine.reference import with_reference
 from .evaluation.evaluator import Evaluator
 from .metrics.record import RunLog
 from .plan.plan import Plan
@@ -24,6 +25,7 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
     with exclusive(plan.recipe.output, ranks), RunLog(plan, ranks, stop) as log, stop:
         data = ranks.together(lambda: RunData.open(plan))
         engine = build_engine(plan, ranks)
+        data = with_reference(data, engine)
         with data.stream(ranks) as stream:
             evaluator, checkpoints = Evaluator(engine, data, log), Checkpoints(engine, data, stream, log)
             state = checkpoints.resume_or_start()

@@ -11,7 +11,8 @@ from zeropipe.trainer.objectives.registry import OBJECTIVES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zeropipe.trainer.data.batches import Batch, Record
+    from zeropipe.trainer.data.batches import Batch
+    from zeropipe.trainer.data.samples import Record
 
 
 class WeightedTokens:
@@ -19,6 +20,8 @@ class WeightedTokens:
 
     metrics: ClassVar[tuple[str, ...]] = ("loss/even",)
     per_token: ClassVar[bool] = False
+    reads: ClassVar[str] = "text"
+    reference: ClassVar[bool] = False
 
     def __init__(self, even: float = 3.0) -> None:
         self.even = even

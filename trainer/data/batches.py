@@ -1,4 +1,4 @@
-"""Token stores to micro batches: windows of a split, and the stream of global batches that training consumes."""
+"""Samples to micro batches, and the stream of global batches that training consumes."""
 
 from __future__ import annotations
 
@@ -11,69 +11,15 @@ import torch
 
 from ...data_prep.errors import UserError
 from ..ranks.ranks import Ranks
-from ..recipe.recipe import Recipe
 from .labels import IGNORE
 from .ledger import digest, sample_ids
-from .order import SampleOrder, Source
-from .splits import Part, SplitName, open_split
-
-
-@dataclass(frozen=True)
-class Windows:
-    """A part of a store as consecutive windows of `seq_len` tokens, each with the token that follows it."""
-
-    part: Part
-    seq_len: int
-
-    def __len__(self) -> int:
-        return self.part.samples(self.seq_len)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the data in this order: tokens, the part of them, and how they are cut."""
-        return f"{self.part.store.fingerprint}:{self.part.start}-{self.part.stop}:{self.seq_len}"
-
-    def tokens(self, sample: int) -> np.ndarray:
-        """int64 [seq_len + 1]: the window and the token after it."""
-        first = self.part.start + sample * self.seq_len
-        return self.part.store.read(first, first + self.seq_len + 1)
-
-    def document_starts(self, sample: int) -> np.ndarray:
-        """Places in [0, seq_len] at which a document begins."""
-        first = self.part.start + sample * self.seq_len
-        return self.part.store.document_starts(first, first + self.seq_len + 1) - first
-
-    def record(self, sample: int, document_mask: bool = False) -> Record:
-        """One sample; with `document_mask`, positions count from each document's start."""
-        tokens, ignored = self.tokens(sample), np.zeros(self.seq_len, dtype=bool)
-        if not document_mask:
-            return Record(tokens, ignored)
-        positions, starts = np.arange(self.seq_len), self.document_starts(sample)
-        for begin in starts[starts < self.seq_len]:
-            positions[begin:] = np.arange(self.seq_len - begin)
-        # the last token of a document does not predict the next document, as it would not if trained alone
-        ignored[starts[starts > 0] - 1] = True
-        return Record(tokens, ignored, positions)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample as an objective gets it."""
-
-    tokens: np.ndarray  # int64 [seq_len + 1]: the inputs and the token after them
-    ignored: np.ndarray  # bool [seq_len]: places whose next token carries no loss
-    positions: np.ndarray | None = None  # int64 [seq_len]; None: 0, 1, 2, …
-
-    @classmethod
-    def empty(cls, seq_len: int, document_mask: bool = False) -> Record:
-        """A sample that carries no loss: rows beyond the end of an evaluation."""
-        tokens, ignored = np.zeros(seq_len + 1, dtype=np.int64), np.ones(seq_len, dtype=bool)
-        return cls(tokens, ignored, np.arange(seq_len) if document_mask else None)
+from .order import SampleOrder
+from .samples import Record, Samples
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro batch: int64 tensors [micro batch, seq_len]; `labels` are the tokens that follow, or `IGNORE`."""
+    """A micro batch: int64 tensors [micro batch, time]; `labels` are the tokens that follow, or `IGNORE`."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -95,13 +41,11 @@ class Batch:
 
 
 def stack(records: Sequence[Record], extras: Mapping[str, torch.Tensor] | None = None) -> Batch:
-    """The records as the rows of a batch."""
-    tokens = np.stack([record.tokens for record in records])
-    labels = np.where(np.stack([record.ignored for record in records]), IGNORE, tokens[:, 1:])
+    """The records, of one length, as the rows of a batch."""
     positions = [record.positions for record in records if record.positions is not None]
     return Batch(
-        torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
-        torch.from_numpy(labels),
+        torch.from_numpy(np.stack([record.inputs for record in records])),
+        torch.from_numpy(np.stack([record.labels for record in records])),
         torch.from_numpy(np.stack(positions)) if positions else None,
         extras or {},
     )
@@ -122,20 +66,6 @@ class StepBatch:
         return sum(micro.tokens for micro in self.micro_batches)
 
 
-def open_windows(recipe: Recipe, split: SplitName) -> list[Windows]:
-    """The windows of one split, in the recipe's order of stores; empty where the recipe has no such split.
-
-    Raises:
-        UserError: a store is missing or damaged.
-    """
-    return [Windows(part, recipe.data.seq_len) for part in open_split(recipe.data, split)]
-
-
-def sample_order(recipe: Recipe, windows: Sequence[Windows]) -> SampleOrder:
-    """The order in which a run draws from its training windows, none of which may be empty (plans refuse that)."""
-    return SampleOrder([Source(w.fingerprint, len(w), w.part.weight) for w in windows], recipe.seed)
-
-
 @dataclass(frozen=True)
 class BatchShape:
     """How a global batch is cut (micro batch x data parallel ranks x accumulation, in sequences) and collated."""
@@ -145,7 +75,7 @@ class BatchShape:
     global_batch: int
     seq_len: int
     vocab_size: int  # token ids at or above it are refused
-    document_mask: bool = False
+    multiple: int = 1  # to which rows shorter than seq_len are padded
     collate: Callable[[Sequence[Record]], Batch] = stack  # the objective's
 
     def rows(self, ranks: Ranks, micro: int) -> range:
@@ -153,39 +83,45 @@ class BatchShape:
         first = (micro * ranks.data_size + ranks.data) * self.micro_batch
         return range(first, first + self.micro_batch)
 
+    def width(self, records: Sequence[Record]) -> int:
+        """Places that each row of a micro batch has."""
+        longest = max(len(record.inputs) for record in records)
+        return min(self.seq_len, -(-longest // self.multiple) * self.multiple)
 
-def make_batch(rows: Sequence[tuple[Windows, int] | None], shape: BatchShape) -> Batch:
-    """A micro batch of samples; a row of None carries no loss (evaluation's last batch).
+
+def make_batch(rows: Sequence[tuple[Samples, int | None]], shape: BatchShape) -> Batch:
+    """A micro batch of samples; one without a number carries no loss (evaluation's last batch).
 
     Raises:
         UserError: a sample holds a token id that the model's vocabulary does not.
     """
     records = []
-    for sample in rows:
-        if sample is None:
-            records.append(Record.empty(shape.seq_len, shape.document_mask))
+    for samples, number in rows:
+        if number is None:
+            records.append(samples.empty())
             continue
-        windows, number = sample
-        record = windows.record(number, shape.document_mask)
-        if not 0 <= (worst := _strangest(record.tokens)) < shape.vocab_size:
+        record = samples.record(number)
+        if not 0 <= (worst := _strangest(record)) < shape.vocab_size:
             raise UserError(
-                f"{windows.part.store.path}: sample {number} holds token {worst}, but "
+                f"{samples.part.store.path}: sample {number} holds token {worst}, but "
                 f"the model's vocabulary has {shape.vocab_size}; prepare the data with the model's tokenizer"
             )
         records.append(record)
-    return shape.collate(records)
+    width = shape.width(records)
+    return shape.collate([record.padded(width) for record in records])
 
 
-def _strangest(tokens: np.ndarray) -> int:
+def _strangest(record: Record) -> int:
     """The token that is no token if any is: a negative one, else the largest."""
+    tokens = np.append(record.inputs, record.labels[record.labels != IGNORE])
     return int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
 
 
 class BatchStream:
     """Global batches in the run's order. Its whole state is `samples_consumed`; the next batch is read ahead."""
 
-    def __init__(self, windows: Sequence[Windows], order: SampleOrder, shape: BatchShape, ranks: Ranks) -> None:
-        self._windows, self._order, self._shape, self._ranks = tuple(windows), order, shape, ranks
+    def __init__(self, samples: Sequence[Samples], order: SampleOrder, shape: BatchShape, ranks: Ranks) -> None:
+        self._samples, self._order, self._shape, self._ranks = tuple(samples), order, shape, ranks
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
         self.samples_consumed = 0
@@ -203,7 +139,7 @@ class BatchStream:
     def drawn(self) -> dict[str, int]:
         """Samples consumed so far from each source, by the path of its store."""
         counts = self._order.counts(self.samples_consumed)
-        return {str(windows.part.store.path): count for windows, count in zip(self._windows, counts, strict=True)}
+        return {str(own.part.store.path): count for own, count in zip(self._samples, counts, strict=True)}
 
     def __enter__(self) -> BatchStream:
         return self
@@ -220,23 +156,26 @@ class BatchStream:
         for micro in range(shape.accumulation):
             positions = first + np.array(shape.rows(self._ranks, micro))
             sources, samples = self._order.sample(positions)
-            rows = [(self._windows[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
+            rows = [(self._samples[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
             micro_batches.append(make_batch(rows, shape))
             ledger = (ledger + digest(positions, sample_ids(sources, samples))) % 2**64
         return StepBatch(tuple(micro_batches), first, first + shape.global_batch, ledger)
 
 
 def evaluation_batches(
-    windows: Sequence[Windows], shape: BatchShape, ranks: Ranks, batches: int | None = None
+    samples: Sequence[Samples], shape: BatchShape, ranks: Ranks, batches: int | None = None
 ) -> Iterator[Batch]:
     """Micro batches of the first `batches` global batches of a split (None: all of it), unshuffled.
 
     Every rank gets the same number of micro batches; rows beyond the split's end carry no loss.
     """
-    samples = [(source, number) for source in windows for number in range(len(source))]
-    wanted = -(-len(samples) // shape.global_batch) if batches is None else batches
-    for first in range(0, min(wanted * shape.global_batch, len(samples)), shape.global_batch):
+    rows = [(own, number) for own in samples for number in range(len(own))]
+    return batches_of(rows if batches is None else rows[: batches * shape.global_batch], shape, ranks)
+
+
+def batches_of(rows: Sequence[tuple[Samples, int]], shape: BatchShape, ranks: Ranks) -> Iterator[Batch]:
+    """This rank's micro batches of samples that are named one by one, as `evaluation_batches`."""
+    for first in range(0, len(rows), shape.global_batch):
         for micro in range(shape.accumulation):
             places = [first + place for place in shape.rows(ranks, micro)]
-            rows = [samples[place] if place < len(samples) else None for place in places]
-            yield make_batch(rows, shape)
+            yield make_batch([rows[p] if p < len(rows) else (rows[0][0], None) for p in places], shape)

@@ -25,10 +25,6 @@ class Part:
     start: int
     stop: int
 
-    def samples(self, seq_len: int) -> int:
-        """Samples of `seq_len` predicted tokens: each reads one token more, which the next sample shares."""
-        return max(0, (self.stop - self.start - 1) // seq_len)
-
 
 def split_bounds(num_documents: int, shares: Sequence[float]) -> list[tuple[int, int]]:
     """Document ranges [first, last) of each share, in order, covering all documents once.
@@ -44,6 +40,12 @@ def split_bounds(num_documents: int, shares: Sequence[float]) -> list[tuple[int,
         bounds.append((first, last))
         first = last
     return bounds
+
+
+def whole_part(source: WeightedStore) -> Part:
+    """All documents of a store. UserError if it is missing or damaged."""
+    store = TokenStore.open(source.store)
+    return Part(store, source.weight, 0, store.num_documents, 0, store.num_tokens)
 
 
 def open_split(data: Data, split: SplitName) -> list[Part]:

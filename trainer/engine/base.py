@@ -64,8 +64,10 @@ class Engine(ABC):
         """Forward, backward and update; this rank's sums (`_vector`) and the gradient's norm before clipping."""
 
     @abstractmethod
-    def _loss(self, micro: Batch) -> LossSum | None:
-        """The objective's sums of a micro batch on the CPU; None on a pipeline stage that does not compute them."""
+    def token_losses(self, micro: Batch) -> Tensor | None:
+        """Nats of every label of a micro batch on the CPU [rows, time], without dropout or gradients; None on a
+        pipeline stage that does not compute them.
+        """
 
     @abstractmethod
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -93,10 +95,11 @@ class Engine(ABC):
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
         """The objective's sums over all ranks' batches, without gradients."""
         sums, weight, tokens = self._vector(None), 0.0, 0
-        with torch.no_grad():
-            for micro in micro_batches:
-                sums += self._vector(self._loss(micro))
-                weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens
+        for micro in micro_batches:
+            losses = self.token_losses(micro)
+            if losses is not None:
+                sums += self._vector(self.objective.loss(micro.to(self.ranks.device), losses))
+            weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens
         loss, *metrics = self._over_ranks(sums)
         mine = [weight, float(tokens)] if self.ranks.reads_samples else [0.0, 0.0]
         weight, all_tokens = self.ranks.all_sum(mine)

@@ -16,7 +16,6 @@ from ..modeling.cross_entropy import whole_logits
 from ..modeling.layer_costs import layer_seconds, step_seconds
 from ..modeling.partition import stage_costs
 from ..modeling.pipeline import Builder, StageLoss, Stages
-from ..objectives.base import LossSum
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.quiet import hushed
@@ -75,12 +74,10 @@ class PipelineEngine(Engine):
         self._sums += self._vector(loss)
         return loss.sum
 
-    def _loss(self, micro: Batch) -> LossSum | None:
+    @torch.no_grad()
+    def token_losses(self, micro: Batch) -> Tensor | None:
         hidden = self._relay(micro)
-        if hidden is None:
-            return None
-        micro = micro.to(self.ranks.device)
-        return self.objective.loss(micro, self._head.token_losses(hidden, micro.labels))
+        return None if hidden is None else self._head.token_losses(hidden, micro.labels.to(self.ranks.device))
 
     def logits(self, input_ids: Tensor) -> Tensor:
         hidden = self._relay(Batch(input_ids, input_ids))

@@ -51,18 +51,19 @@ class ZeroEngine(Engine):
             sums += self._vector(loss)
         return sums, self.deepspeed.get_global_grad_norm() if norm is None else norm
 
-    def _loss(self, micro: Batch) -> LossSum:
-        self.deepspeed.eval()
-        loss = self._forward(micro)
-        self.deepspeed.train()
-        return loss
+    def token_losses(self, micro: Batch) -> Tensor:
+        micro = micro.to(self.ranks.device)
+        return self._evaluated(micro.input_ids, micro.labels, micro.position_ids)
 
     def logits(self, input_ids: Tensor) -> Tensor:
+        return self._evaluated(input_ids.to(self.ranks.device))
+
+    @torch.no_grad()
+    def _evaluated(self, *inputs: Tensor | None) -> Tensor:
         self.deepspeed.eval()
-        with torch.no_grad():
-            logits = self.deepspeed(input_ids.to(self.ranks.device))
+        output = self.deepspeed(*inputs)
         self.deepspeed.train()
-        return logits
+        return output
 
     def _forward(self, micro: Batch) -> LossSum:
         micro = micro.to(self.ranks.device)

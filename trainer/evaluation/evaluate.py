@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data_prep.errors import UserError
-from ...data_prep.store import TokenStore
 from ..objectives.base import Objective
 from ..objectives.registry import objective_of
 from .baselines import Entropies, HeldOut
 from .text_bytes import byte_lengths
 
 if TYPE_CHECKING:
-    from ..data.batches import Batch, Windows
+    from ..data.batches import Batch
+    from ..data.samples import Samples, Windows
     from ..recipe.recipe import Recipe
 
 ENTROPY_TOKENS = 100_000_000  # of the training split, counted for the yardsticks: more would change little
@@ -64,16 +64,15 @@ class HeldOutData:
     """What a model is evaluated on."""
 
     name: str  # "valid split of data/corpus"
-    windows: Sequence[Windows]
-    train: Sequence[Windows]  # empty where the training data is not known
+    samples: Sequence[Samples]
+    train: Sequence[Windows]  # empty where the training data is not known, or holds records
     global_batch: int
-    document_mask: bool
     tokenizer: Path | None
     objective: Objective = field(default_factory=lambda: objective_of("causal_lm"))
 
     @property
     def seq_len(self) -> int:
-        return self.windows[0].seq_len
+        return self.samples[0].seq_len
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Evaluation:
     entropies: Entropies | None
 
 
-def token_bytes(tokenizer: str | Path | None, windows: Sequence[Windows], vocab_size: int) -> np.ndarray | None:
+def token_bytes(tokenizer: str | Path | None, samples: Sequence[Samples], vocab_size: int) -> np.ndarray | None:
     """UTF-8 bytes of the text of each token: exact integers for a byte-level tokenizer, else the stores' mean.
 
     Args:
@@ -95,17 +94,17 @@ def token_bytes(tokenizer: str | Path | None, windows: Sequence[Windows], vocab_
     Returns:
         [vocab_size], int64 where exact, else float64; None where the stores do not record their text either.
     """
-    folder = tokenizer or (windows[0].part.store.tokenizer if windows else None)
+    folder = tokenizer or (samples[0].part.store.tokenizer if samples else None)
     exact = byte_lengths(Path(folder), vocab_size) if folder else None
     if exact is not None:
         return exact
-    mean = mean_bytes(windows)
+    mean = mean_bytes(samples)
     return None if mean is None else np.full(vocab_size, mean)
 
 
-def mean_bytes(windows: Sequence[Windows]) -> float | None:
-    """UTF-8 bytes per token over the whole stores behind `windows`; None where a store does not record its text."""
-    stores = {windows.part.store.fingerprint: windows.part.store for windows in windows}.values()
+def mean_bytes(samples: Sequence[Samples]) -> float | None:
+    """UTF-8 bytes per token over the whole stores behind `samples`; None where a store does not record its text."""
+    stores = {own.part.store.fingerprint: own.part.store for own in samples}.values()
     counts = [store.text_bytes for store in stores]
     if not counts or None in counts:
         return None
@@ -118,7 +117,7 @@ def evaluate_model(
     batches: int | None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """Mean loss of a plain Hugging Face model over non-overlapping windows, each predicting `seq_len` tokens.
+    """Mean loss of a plain Hugging Face model over the samples of a split, unshuffled.
 
     Args:
         batches: global batches to evaluate; None: the whole split.
@@ -129,11 +128,11 @@ def evaluate_model(
     """
     vocab_size = model.config.vocab_size
     check_context(model, data.seq_len)
-    lengths = token_bytes(data.tokenizer, data.windows, vocab_size)
+    lengths = token_bytes(data.tokenizer, data.samples, vocab_size)
     held_out = HeldOut(vocab_size)
     objective, sums = data.objective, np.zeros(1 + len(data.objective.metrics))
     weight, tokens, text_bytes, done = 0.0, 0, 0.0, 0
-    total = sum(len(windows) for windows in data.windows)
+    total = sum(map(len, data.samples))
     total = total if batches is None else min(total, batches * data.global_batch)
     rows = min(32, max(1, LOGIT_BYTES // (4 * data.seq_len * vocab_size)))
     for batch in held_out_batches(data, batches, rows, vocab_size):
@@ -163,8 +162,8 @@ def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_si
     micro = max(n for n in range(1, rows + 1) if data.global_batch % n == 0)
     accumulation = data.global_batch // micro
     cut = micro, accumulation, data.global_batch, data.seq_len, vocab_size
-    shape = BatchShape(*cut, data.document_mask, data.objective.collate)
-    return evaluation_batches(data.windows, shape, Ranks(), batches)
+    shape = BatchShape(*cut, collate=data.objective.collate)
+    return evaluation_batches(data.samples, shape, Ranks(), batches)
 
 
 def loss_sums(model: Any, batch: Batch, objective: Objective) -> np.ndarray:
@@ -206,28 +205,33 @@ def stream(windows: Windows, limit: int) -> Iterator[np.ndarray]:
 
 def run_data(recipe: Recipe, split: str, tokenizer: Path | None, global_batch: int) -> HeldOutData:
     """The valid or test split of a run's recipe, and its training split for the yardsticks."""
-    from ..data.batches import open_windows
+    from ..data.samples import Windows, open_samples
 
-    windows = [w for w in open_windows(recipe, split) if len(w)]  # type: ignore[arg-type]
-    if not windows:
+    samples = [own for own in open_samples(recipe, split) if len(own)]  # type: ignore[arg-type]
+    if not samples:
         raise UserError(
             f"data: the recipe has no {split} split of at least one sample of {recipe.data.seq_len} tokens "
             f"(data.split {recipe.data.split!r}); name a store with --store, or another --split"
         )
-    train = [w for w in open_windows(recipe, "train") if len(w)]
-    stores = ", ".join(dict.fromkeys(str(w.part.store.path) for w in windows))
-    name, mask, objective = f"{split} split of {stores}", recipe.data.document_mask, objective_of(recipe.objective)
-    return HeldOutData(name, windows, train, global_batch, mask, tokenizer, objective)
+    train = [own for own in open_samples(recipe, "train") if isinstance(own, Windows) and len(own)]
+    stores = ", ".join(dict.fromkeys(str(own.part.store.path) for own in samples))
+    name, objective = f"{split} split of {stores}", objective_of(recipe.objective)
+    return HeldOutData(name, samples, train, global_batch, tokenizer, objective)
 
 
 def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: bool = False) -> HeldOutData:
     """A whole store to evaluate on."""
-    from ..data.batches import Windows
-    from ..data.splits import Part
+    from ..data.samples import samples_of
+    from ..data.splits import whole_part
+    from ..recipe.recipe import WeightedStore
 
-    store = TokenStore.open(path)
-    windows = Windows(Part(store, 1.0, 0, store.num_documents, 0, store.num_tokens), seq_len)
-    return HeldOutData(str(path), [windows], [], 8, document_mask, tokenizer or store.tokenizer)
+    part = whole_part(WeightedStore(store=path))
+    store = part.store
+    samples, objective = (
+        samples_of(part, seq_len, document_mask),
+        objective_of("causal_lm" if store.kind == "text" else store.kind),
+    )
+    return HeldOutData(str(path), [samples], [], 8, tokenizer or store.tokenizer, objective)
 
 
 def evaluation_text(evaluation: Evaluation) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from ...data_prep.errors import UserError
 from ..data.batches import Batch, evaluation_batches
+from ..data.samples import Samples
 from ..engine.base import Engine
 from ..metrics.record import RunLog
 from ..run.data import RunData
@@ -18,9 +23,10 @@ class Evaluator:
         """Collective. Raises UserError on every rank if the tokenizer cannot be read."""
         self.engine, self.data, self.log = engine, data, log
         plan = engine.plan
-        self.lengths = engine.ranks.together(
-            lambda: token_bytes(plan.recipe.tokenizer, data.valid, plan.vocab_size)
-        )  # UTF-8 bytes of each token
+        self.lengths = {
+            name: engine.ranks.together(lambda own=own: token_bytes(plan.recipe.tokenizer, own, plan.vocab_size))
+            for name, own in data.held_out.items()
+        }  # UTF-8 bytes of each token
 
     def run_if_due(self, state: TrainState) -> None:
         """Collective.
@@ -29,34 +35,37 @@ class Evaluator:
             UserError: on every rank, where one of them cannot read its held-out data.
         """
         every = self.engine.plan.recipe.eval.every
-        if not every or state.stopped or not any(map(len, self.data.valid)):
+        if not every or state.stopped or (state.step % every and not state.done):
             return
-        if state.step % every == 0 or state.done:
+        for name, samples in self.data.held_out.items():
+            if not any(map(len, samples)):
+                continue
             # read before any rank begins: one that cannot must not leave the others waiting
-            result = self.evaluate(self.engine.ranks.together(self._batches))
-            self.log.eval(state.step, "valid", result.record(), f"eval at step {state.step}, valid: {result}")
+            batches = self.engine.ranks.together(lambda samples=samples: self._batches(samples))
+            result = self.evaluate(batches, self.lengths[name])
+            self.log.eval(state.step, name, result.record(), f"eval at step {state.step}, {name}: {result}")
 
-    def evaluate(self, batches: list[Batch]) -> EvalResult:
+    def evaluate(self, batches: list[Batch], lengths: np.ndarray | None) -> EvalResult:
         """The objective's mean over all ranks' batches. Collective."""
         found = self.engine.evaluate(batches)
         if not found.weight:
-            raise UserError("eval: nothing to evaluate on: the valid split holds less than one sample of data.seq_len")
+            raise UserError("eval: nothing to evaluate on: a held-out set holds less than one sample of data.seq_len")
         metrics = {name: value / found.weight for name, value in found.metrics.items()}
         loss = found.loss / found.weight
         if not self.engine.objective.per_token:
             return EvalResult(loss, found.tokens, metrics=metrics, per_token=False)
-        return EvalResult(loss, found.tokens, self._bytes_per_token(batches), metrics)
+        return EvalResult(loss, found.tokens, self._bytes_per_token(batches, lengths), metrics)
 
-    def _bytes_per_token(self, batches: list[Batch]) -> float | None:
-        if self.lengths is None:
+    def _bytes_per_token(self, batches: list[Batch], lengths: np.ndarray | None) -> float | None:
+        if lengths is None:
             return None
         labels = [batch.labels[batch.labels >= 0].numpy() for batch in batches]
-        mine = [float(sum(map(len, labels))), float(sum(self.lengths[ids].sum() for ids in labels))]
+        mine = [float(sum(map(len, labels))), float(sum(lengths[ids].sum() for ids in labels))]
         # ranks that share their samples count them alike, so the ratio holds
         seen, text_bytes = self.engine.ranks.all_sum(mine)
         return text_bytes / seen if seen else None
 
-    def _batches(self) -> list[Batch]:
+    def _batches(self, samples: Sequence[Samples]) -> list[Batch]:
         """This rank's micro batches of one evaluation."""
         count = self.engine.plan.recipe.eval.batches
-        return list(evaluation_batches(self.data.valid, self.data.shape, self.engine.ranks, count))
+        return list(evaluation_batches(samples, self.data.shape, self.engine.ranks, count))

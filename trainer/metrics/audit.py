@@ -44,15 +44,15 @@ def audit(run: str | Path) -> Audit:
     Raises:
         UserError: no record, or the stores are not those that the run was trained on.
     """
-    from ..data.batches import open_windows, sample_order
+    from ..data.samples import open_samples, sample_order
 
     run = Path(run)
     records = read_metrics(run)
     recipe = load_run_recipe(run)
-    windows = open_windows(recipe, "train")
-    order = sample_order(recipe, windows)
+    samples = open_samples(recipe, "train")
+    order = sample_order(recipe, samples)
     found = check_records(records, order)
-    return found if not found.steps else _against_checkpoints(found, run, records, [w.fingerprint for w in windows])
+    return found if not found.steps else _against_checkpoints(found, run, records, [own.fingerprint for own in samples])
 
 
 def check_records(records: Sequence[dict[str, Any]], order: SampleOrder) -> Audit:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.batches import Batch, Record
+    from ..data.batches import Batch
+    from ..data.samples import Record
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Objective(Protocol):
 
     metrics: ClassVar[tuple[str, ...]]  # names of its own metrics, as the field calls them ("rewards/chosen")
     per_token: ClassVar[bool]  # whether the loss is nats per token, so that perplexity and bits per byte follow from it
+    reads: ClassVar[str]  # kind of the stores it learns from: text, sft or dpo
+    # whether it compares with the model before training, whose log-probabilities come as `Record.reference`
+    reference: bool
 
     def collate(self, records: Sequence[Record]) -> Batch:
         """A micro batch on the CPU; what the loss needs beside labels goes into `Batch.extras`."""

@@ -10,12 +10,15 @@ from .base import LossSum
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.batches import Batch, Record
+    from ..data.batches import Batch
+    from ..data.samples import Record
 
 
 class CausalLMLoss:
     metrics: ClassVar[tuple[str, ...]] = ()
     per_token: ClassVar[bool] = True
+    reads: ClassVar[str] = "text"
+    reference: ClassVar[bool] = False
 
     def collate(self, records: Sequence[Record]) -> Batch:
         from ..data.batches import stack

@@ -8,7 +8,8 @@ from typing import Any
 from ..recipe.registry import Registry
 from .base import Objective
 
-OBJECTIVES: Registry[Any] = Registry("objective", __package__, {"causal_lm": "causal_lm:CausalLMLoss"})
+_FILES = {"causal_lm": "causal_lm:CausalLMLoss", "sft": "sft:SFT", "dpo": "dpo:DPO"}
+OBJECTIVES: Registry[Any] = Registry("objective", __package__, _FILES)
 
 
 def objective_of(stated: str | Mapping[str, Any]) -> Objective:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from ...data_prep.errors import UserError, did_you_mean
 from ...data_prep.store import TokenStore
 from ..adapters.registry import adapter_of
-from ..data.splits import Part, SplitName, open_split
+from ..data.samples import samples_of
+from ..data.splits import Part, SplitName, open_split, whole_part
 from ..data.vocabulary import vocabulary_of
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
@@ -44,7 +45,7 @@ class Plan:
     vocab_size: int
     padded_vocab_size: int
     model_config: dict[str, Any]
-    samples: int  # of `seq_len` tokens in the train split: one epoch
+    samples: int  # in the train split: one epoch
     total_steps: int
     warmup_steps: int
     decay_steps: int
@@ -78,6 +79,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     layout = layout_of(recipe, stated, devices)
     resolved = reconcile(recipe, stated, layout)
     parts = open_split(recipe.data, "train")
+    check_stores(recipe, _stores(recipe, parts))
     model = resolve_model(recipe, *vocabulary_of(_stores(recipe, parts), recipe.tokenizer))
     check(recipe, read_settings(resolved), layout, model)
     global_batch = resolved["train_batch_size"]
@@ -125,10 +127,36 @@ def check_names(recipe: Recipe) -> None:
             )
 
 
+def check_stores(recipe: Recipe, stores: Sequence[TokenStore]) -> None:
+    """Refuses stores that the objective does not learn from, and keys that mean nothing to those it does.
+
+    Raises:
+        UserError: with what to use instead.
+    """
+    reads = objective_of(recipe.objective).reads
+    name = recipe.objective if isinstance(recipe.objective, str) else recipe.objective["type"]
+    for store in stores:
+        if store.kind != reads:
+            held = {"text": "text", "sft": "records (sft)", "dpo": "preferences (dpo)"}[store.kind]
+            remedy = f"objective={'causal_lm' if store.kind == 'text' else store.kind}"
+            how = "" if reads == "text" else f", or a store that `zeropipe prepare --format {reads}` made"
+            raise UserError(f"objective {name} does not learn from {store.path}, which holds {held}; use {remedy}{how}")
+    if reads == "text":
+        if recipe.data.packing is not None:
+            raise UserError("data.packing is for records (objective sft or dpo); leave it out for text")
+        return
+    if recipe.data.document_mask:
+        raise UserError("data.document_mask is for text: records never attend to each other; leave it out")
+    if recipe.duration.tokens is not None:
+        raise UserError("duration.tokens: rows of records hold fewer tokens than data.seq_len; state epochs or steps")
+
+
 def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
-    """All stores of a run: those of the train split, and those that validation and test have of their own."""
+    """All stores of a run: those of the train split, those that validation and test have of their own, and eval's."""
     own: list[SplitName] = [split for split in ("valid", "test") if getattr(recipe.data, split)]
-    return [part.store for part in (*parts, *(part for split in own for part in open_split(recipe.data, split)))]
+    held_out = [part for split in own for part in open_split(recipe.data, split)]
+    sets = [whole_part(store) for stores in recipe.eval.sets.values() for store in stores]
+    return [part.store for part in (*parts, *held_out, *sets)]
 
 
 def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
@@ -145,18 +173,19 @@ def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[s
 
 def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
     """Samples of the train split, of which there must be enough for one global batch."""
-    seq_len = recipe.data.seq_len
+    data = recipe.data
     if not parts:
-        raise UserError(f"data.split {recipe.data.split}: leaves no document to train on")
-    if empty := [str(part.store.path) for part in parts if not part.samples(seq_len)]:
-        raise UserError(f"{empty[0]}: its train split is shorter than one sample of {seq_len} + 1 tokens")
-    samples = sum(part.samples(seq_len) for part in parts)
-    if samples < global_batch:
+        raise UserError(f"data.split {data.split}: leaves no document to train on")
+    sizes = [len(samples_of(part, data.seq_len, data.document_mask, data.packing)) for part in parts]
+    if 0 in sizes:
+        short = parts[sizes.index(0)].store.path
+        raise UserError(f"{short}: its train split is shorter than one sample of {data.seq_len} + 1 tokens")
+    if sum(sizes) < global_batch:
         raise UserError(
-            f"the train split holds {samples} samples of {seq_len} tokens, one global batch takes {global_batch}; "
-            f"use batch.global={max(1, samples)} or less, a shorter data.seq_len, or more data"
+            f"the train split holds {sum(sizes)} samples of {data.seq_len} tokens, one global batch takes "
+            f"{global_batch}; use batch.global={max(1, sum(sizes))} or less, a shorter data.seq_len, or more data"
         )
-    return samples
+    return sum(sizes)
 
 
 def _total_steps(recipe: Recipe, samples: int, global_batch: int) -> int:

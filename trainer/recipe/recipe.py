@@ -53,7 +53,9 @@ class Data(_Section):
     seq_len: Count = 1024
     """Tokens of one sample."""
     document_mask: bool = False
-    """Whether attention stops at document boundaries."""
+    """Whether attention stops at document boundaries. It always does between records."""
+    packing: Literal["best_fit", "none"] | None = None
+    """Of records: several in a sample as they fit best (best_fit, if left out), or one in each (none)."""
 
     @model_validator(mode="after")
     def _one_source_of_validation(self) -> Data:
@@ -151,6 +153,14 @@ class Eval(_Section):
     """Steps between evaluations on the valid split; 0: never."""
     batches: Count = 10
     """Global batches of each evaluation."""
+    sets: dict[str, list[WeightedStore]] = Field(default_factory=dict)
+    """Further stores to evaluate on, by name, beside the valid split."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Eval:
+        if taken := sorted({"train", "valid", "test"} & self.sets.keys()):
+            raise ValueError(f"sets.{taken[0]}: the name of a split of data; choose another")
+        return self
 
 
 class Save(_Section):

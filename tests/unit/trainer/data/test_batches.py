@@ -12,16 +12,9 @@ import torch
 
 from tests.tiny import EOD, GPT2, LLAMA, NO_DROPOUT, VOCAB, tiny_recipe, tiny_store
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.data.batches import (
-    BatchShape,
-    BatchStream,
-    Windows,
-    evaluation_batches,
-    make_batch,
-    open_windows,
-    sample_order,
-)
+from zeropipe.trainer.data.batches import BatchShape, BatchStream, evaluation_batches, make_batch
 from zeropipe.trainer.data.labels import IGNORE
+from zeropipe.trainer.data.samples import Windows, open_samples, sample_order
 from zeropipe.trainer.modeling.build import build_model
 from zeropipe.trainer.modeling.causal import CausalLM
 from zeropipe.trainer.ranks.ranks import Ranks
@@ -50,7 +43,7 @@ def test_splits_are_whole_documents_and_cover_the_store_once(store, stream):
     ends = np.flatnonzero(stream == EOD) + 1
     bounds = [0, ends[95], ends[113], ends[119]]  # 80, 15 and 5 % of 120 documents
     for split, start, stop in zip(("train", "valid", "test"), bounds, bounds[1:], strict=False):
-        (windows,) = open_windows(recipe(store), split)
+        (windows,) = open_samples(recipe(store), split)
         assert (windows.part.start, windows.part.stop) == (start, stop)
         assert len(windows) == (stop - start - 1) // SEQ
         for sample in (0, len(windows) - 1):
@@ -59,8 +52,8 @@ def test_splits_are_whole_documents_and_cover_the_store_once(store, stream):
 
 
 def test_a_batch_predicts_the_next_token_everywhere(store, stream):
-    windows = open_windows(recipe(store), "train")
-    batch = make_batch([(windows[0], 2), None, (windows[0], 0)], SHAPE)
+    windows = open_samples(recipe(store), "train")
+    batch = make_batch([(windows[0], 2), (windows[0], None), (windows[0], 0)], SHAPE)
     assert batch.input_ids[0].tolist() == stream[2 * SEQ : 3 * SEQ].tolist()
     assert batch.labels[0].tolist() == stream[2 * SEQ + 1 : 3 * SEQ + 1].tolist()
     assert (batch.labels[1] == IGNORE).all() and batch.tokens == 2 * SEQ
@@ -68,7 +61,7 @@ def test_a_batch_predicts_the_next_token_everywhere(store, stream):
 
 
 def test_every_sample_once_an_epoch_whatever_the_ranks(store):
-    windows = open_windows(recipe(store), "train")
+    windows = open_samples(recipe(store), "train")
     order = sample_order(recipe(store), windows)
     steps = len(windows[0]) // 8
 
@@ -95,7 +88,7 @@ def test_every_sample_once_an_epoch_whatever_the_ranks(store):
 
 
 def test_a_stream_goes_on_from_any_place(store):
-    windows = open_windows(recipe(store), "train")
+    windows = open_samples(recipe(store), "train")
     order, shape = sample_order(recipe(store), windows), BatchShape(4, 1, 4, SEQ, VOCAB)
     whole, part = (BatchStream(windows, order, shape, Ranks()) for _ in range(2))
     steps = [whole.next_step() for _ in range(5)]
@@ -110,7 +103,7 @@ def test_a_stream_goes_on_from_any_place(store):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_covers_a_split_once(store, world):
-    windows = open_windows(recipe(store), "valid")
+    windows = open_samples(recipe(store), "valid")
     shape = BatchShape(2, 2, 4 * world, SEQ, VOCAB)
     rows, counts = [], set()
     for rank in range(world):
@@ -124,11 +117,11 @@ def test_evaluation_covers_a_split_once(store, world):
 @pytest.mark.parametrize("model", [{**GPT2, **NO_DROPOUT}, LLAMA], ids=["gpt2", "llama"])
 def test_packed_documents_train_as_each_alone(store, model):
     """Logits and gradients of one packed batch equal those of its documents, each in a batch of its own."""
-    windows = open_windows(recipe(store, document_mask=True), "train")[0]
+    windows = open_samples(recipe(store, document_mask=True), "train")[0]
     config = {**model, "vocab_size": VOCAB, "bos_token_id": EOD, "eos_token_id": EOD}
     net = CausalLM(build_model(config, None, 5, torch.float32, Ranks()), VOCAB, Ranks()).double()
     samples = [(windows, n) for n in range(4)]
-    packed = make_batch(samples, replace(SHAPE, document_mask=True))
+    packed = make_batch(samples, SHAPE)
     logits = net(packed.input_ids, None, packed.position_ids)
     net(packed.input_ids, packed.labels, packed.position_ids).sum().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -149,7 +142,7 @@ def test_packed_documents_train_as_each_alone(store, model):
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
     assert boundaries >= 4  # or the test says nothing
-    plain = make_batch(samples, SHAPE)
+    plain = make_batch([(replace(windows, document_mask=False), n) for _, n in samples], SHAPE)
     assert not torch.allclose(net(plain.input_ids), logits, atol=1e-4)  # without the mask documents see each other
 
 
@@ -158,19 +151,19 @@ def test_windows_read_across_shards(store):
 
 
 def test_the_order_depends_on_the_data(store):
-    (windows,) = open_windows(recipe(store), "train")
+    (windows,) = open_samples(recipe(store), "train")
     shorter = replace(windows, seq_len=SEQ // 2)
     assert windows.fingerprint != shorter.fingerprint
 
 
 def test_a_negative_token_is_named(store, monkeypatch):
-    windows = open_windows(recipe(store), "train")
+    windows = open_samples(recipe(store), "train")
     monkeypatch.setattr(Windows, "tokens", lambda self, sample: np.array([*range(SEQ), -3]))
     with pytest.raises(UserError, match=r"sample 0 holds token -3, but the model's vocabulary has 500"):
         make_batch([(windows[0], 0)], SHAPE)
 
 
 def test_a_token_beyond_the_vocabulary_is_named(store):
-    windows = open_windows(recipe(store), "train")
+    windows = open_samples(recipe(store), "train")
     with pytest.raises(UserError, match=r"store: sample 0 holds token \d+, but the model's vocabulary has 40;"):
         make_batch([(windows[0], 0)], replace(SHAPE, vocab_size=40))

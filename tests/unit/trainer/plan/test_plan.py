@@ -181,7 +181,7 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
     ("experts", 1, {"expert_parallel": {"enabled": True}}, {}, "expert_parallel: not supported yet; leave it out"),
     ("datastates", 1, {"datastates_ckpt": {"host_cache_size": 16}}, {}, "datastates_ckpt: .*leave it out"),
     ("writer", 1, {"checkpoint": {"writer": {"type": "fast"}}}, {}, "checkpoint.writer: .*leave it out"),
-    ("objective", 1, {}, {"objective": "sft"}, "no objective 'sft'; there are: causal_lm"),
+    ("objective", 1, {}, {"objective": "rlhf"}, "no objective 'rlhf'; there are: causal_lm, sft, dpo"),
     ("adapter", 1, {}, {"adapter": {"type": "lora", "r": 8}}, "no adapter 'lora'; there are: "),
     ("device", 1, zero(2, offload_optimizer={"device": "gpu"}), {}, "offload_optimizer.device 'gpu': use cpu or none"),
     (

@@ -1,0 +1,119 @@
+"""The model before training, as preferences compare with it: the log-probability that it gives each text.
+
+Computed once by the engine itself, before the first step, of the texts that the run will read, and kept in the run
+directory; so no layout holds a second model, and a resumed run goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from ...data_prep.durable import write_durably
+from ...data_prep.errors import UserError
+from ..data.batches import batches_of
+from ..data.samples import Packs, Samples, sample_order
+from ..objectives.dpo import text_sums
+from ..plan.plan import Plan
+from ..ranks.ranks import Ranks
+from ..run.data import RunData
+from .base import Engine
+
+FILE = "reference.safetensors"  # by fingerprint of the samples: fp32 [records, 2], NaN where nothing was asked for
+CHUNK = 1 << 18  # samples of the order looked at together
+_DOING = "the log-probabilities before training cannot be kept"
+
+
+def with_reference(data: RunData, engine: Engine) -> RunData:
+    """The data with the log-probabilities that an engine which was not trained yet gives, if its objective wants them.
+
+    Collective.
+
+    Raises:
+        UserError: on every rank, where a file or the data cannot be read or written.
+    """
+    if not engine.objective.reference:
+        return data
+    ranks, file, initial = engine.ranks, engine.plan.recipe.output / FILE, initial_identity(engine.plan)
+    known = ranks.together(lambda: _read(file, initial), _DOING, file)
+    found = dict(known)
+    for packs, rows in ranks.together(lambda: _rows_to_read(data)):
+        array = known.get(packs.fingerprint, np.full((len(packs.lengths), 2), np.nan, np.float32))
+        lacking = [(packs, int(row)) for row in rows if np.isnan(array[packs.rows[row]]).any()]
+        found[packs.fingerprint] = _complete(array, lacking, data, engine) if lacking else array
+    if any(array is not known.get(key) for key, array in found.items()):
+        content = safetensors.numpy.save(found, {"initial": initial})
+        ranks.together(lambda: write_durably(file, content) if ranks.is_main else None, _DOING, file)
+    return data.with_samples(lambda samples: _attached(samples, found))
+
+
+def initial_identity(plan: Plan) -> str:
+    """What the weights before training follow from."""
+    init = plan.recipe.model.init
+    files = [] if init == "random" else sorted(path for path in Path(init).rglob("*.safetensors"))
+    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    seed = plan.recipe.seed if init == "random" else None
+    return json.dumps([init, seed, sizes, plan.model_config, plan.precision.name], sort_keys=True, default=str)
+
+
+def _read(file: Path, initial: str) -> dict[str, np.ndarray]:
+    """What an earlier process of the run has left; nothing if it began from other weights."""
+    if not file.exists():
+        return {}
+    try:
+        with safe_open(file, "np") as content:
+            if content.metadata().get("initial") != initial:
+                return {}
+            return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); remove it, and it is computed again") from None
+
+
+def _rows_to_read(data: RunData) -> list[tuple[Packs, np.ndarray]]:
+    """The rows of each part that the run trains on or is evaluated on, ascending."""
+    plan, order = data.plan, sample_order(data.plan.recipe, data.train)
+    total = plan.total_steps * plan.global_batch
+    drawn = [np.zeros(len(samples), bool) for samples in data.train]
+    for first in range(0, total, CHUNK):
+        sources, rows = order.sample(np.arange(first, min(first + CHUNK, total)))
+        for own, mark in enumerate(drawn):
+            mark[rows[sources == own]] = True
+    wanted = [(samples, np.flatnonzero(mark)) for samples, mark in zip(data.train, drawn, strict=True)]
+    if plan.recipe.eval.every:
+        for held_out in data.held_out.values():
+            left = plan.recipe.eval.batches * plan.global_batch
+            for samples in held_out:
+                wanted.append((samples, np.arange(min(left, len(samples)))))
+                left = max(0, left - len(samples))
+    return [(samples, rows) for samples, rows in wanted if isinstance(samples, Packs)]
+
+
+def _complete(array: np.ndarray, lacking: Sequence[tuple[Packs, int]], data: RunData, engine: Engine) -> np.ndarray:
+    """A part's log-probabilities with those of some rows added. Collective."""
+    ranks = engine.ranks
+    numbers, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for batch in ranks.together(lambda: list(batches_of(lacking, data.shape, ranks))):
+        losses = engine.token_losses(batch)
+        if losses is not None and _speaks(ranks):
+            sums = text_sums(batch.to(ranks.device), -losses)
+            numbers.append(batch.extras["numbers"].numpy())
+            values.append(sums.float().cpu().numpy())
+    array = array.copy()
+    for others, theirs in ranks.gather_objects((np.concatenate(numbers), np.concatenate(values))):
+        array[others // 2, others % 2] = theirs
+    return array
+
+
+def _speaks(ranks: Ranks) -> bool:
+    """Ranks of a tensor or sequence group compute the same."""
+    return ranks.tensor == ranks.sequence == 0
+
+
+def _attached(samples: Samples, found: dict[str, np.ndarray]) -> Samples:
+    return replace(samples, reference=found[samples.fingerprint]) if isinstance(samples, Packs) else samples
