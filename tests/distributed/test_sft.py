@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import (
-    EOD,
     GPT2,
     LLAMA,
     NO_DROPOUT,
