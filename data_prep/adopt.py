@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
-from .index import runs
-from .manifest import FileRecord, Manifest, ShardRecord, file_record
+from .index import flagged, runs
+from .manifest import FileRecord, Manifest, RecordsInfo, ShardRecord, file_record
 from .store import Shard, TokenStore
 from .tokenizer import adopt_tokenizer
 from .verify import require_whole
@@ -74,13 +74,15 @@ def merge(paths: Sequence[str], output: Path, overwrite: bool = False) -> TokenS
             mine, other = getattr(first, what), getattr(store, what)
             if mine != other:
                 raise UserError(f"{store.path} cannot be merged with {first.path}: its {what} is {other}, not {mine}")
+        _require_same_records(first, store)
         if _tokenizer_of(store) != _tokenizer_of(first):
             raise UserError(f"{store.path} cannot be merged with {first.path}: it was made with another tokenizer")
 
     def make(target: Path) -> Manifest:
         if first.tokenizer is not None:
             shutil.copytree(first.tokenizer, target / "tokenizer")
-        with ShardWriter(target, first.dtype, 0, single="shard-00000") as writer:
+        dtype = first.dtype if first.records is None else flagged(first.dtype)
+        with ShardWriter(target, dtype, 0, single="shard-00000") as writer:
             for store in stores:
                 for shard in store.shards:
                     _append(shard.read_in_order(), writer)
@@ -95,6 +97,7 @@ def merge(paths: Sequence[str], output: Path, overwrite: bool = False) -> TokenS
             counts={},
             settings={"merge": list(map(str, paths))},
             sources=[],
+            records=_merged_records(stores),
         )
 
     return _make_store(output, overwrite, make)
@@ -107,7 +110,36 @@ def _append(shard: Shard, writer: ShardWriter) -> None:
         starts = np.array([shard.document_start(document) for document in range(low, high + 1)])
         lengths = np.diff(starts)
         for first, stop in runs(lengths, COPY_TOKENS):
-            writer.append(shard.tokens[starts[first] : starts[stop]], lengths[first:stop])
+            tokens = shard.tokens[starts[first] : starts[stop]]
+            if shard.flags is not None:
+                rows = np.empty(len(tokens), writer.dtype)
+                rows["token"], rows["flags"] = tokens, shard.flags[starts[first] : starts[stop]]
+                tokens = rows
+            writer.append(tokens, lengths[first:stop])
+
+
+def _require_same_records(first: TokenStore, store: TokenStore) -> None:
+    """UserError unless both hold text, or records of one kind made by the same chat template."""
+    kinds = [one.records.kind if one.records else "text" for one in (first, store)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{store.path} cannot be merged with {first.path}: it holds {kinds[1]}, not {kinds[0]}")
+    templates = [one.records.settings.get("chat_template") if one.records else None for one in (first, store)]
+    if templates[0] != templates[1]:
+        raise UserError(f"{store.path} cannot be merged with {first.path}: it was made with another chat template")
+
+
+def _merged_records(stores: Sequence[TokenStore]) -> RecordsInfo | None:
+    """What the merged records are; settings in which they differ are not told."""
+    infos = [store.records for store in stores if store.records is not None]
+    if not infos:
+        return None
+    same = {
+        key: value
+        for key, value in infos[0].settings.items()
+        if all(info.settings.get(key) == value for info in infos[1:])
+    }
+    stops = sorted({number for info in infos for number in info.stop_ids})
+    return RecordsInfo(infos[0].kind, max(info.longest for info in infos), stops, same)
 
 
 def _make_store(output: Path, overwrite: bool, make: Callable[[Path], Manifest]) -> TokenStore:

@@ -34,6 +34,7 @@ class Totals:
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    longest: int = 0  # tokens of one document
     duplicates: int = 0
     beyond_limit: int = 0
 
@@ -103,6 +104,7 @@ class Assembler:
         self.totals.documents += int(keep.sum())
         self.totals.tokens += int(meta["tokens"].sum(dtype=np.int64, where=keep))
         self.totals.text_bytes += int(meta["bytes"].sum(where=keep))
+        self.totals.longest = max(self.totals.longest, int(meta["tokens"].max(where=keep, initial=0)))
 
     def _write_part(self, record: TaskRecord, keep: np.ndarray) -> None:
         """Appends the kept documents of a part, block by block: a part may be a huge compressed file's."""

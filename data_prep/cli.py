@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import re
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ from .errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from .options import Options
+    from .records.settings import RecordOptions
     from .store import TokenStore
 
+RECORDS = ("sft", "dpo", "auto")
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -47,7 +50,11 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     source.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, globs, folders, saved data sets")
     source.add_argument("--builtin", metavar="NAME", help="stdlib: the source code of this Python's standard library")
     source.add_argument("--import", nargs="+", dest="imports", default=[], metavar="PREFIX", help="Megatron .bin/.idx")
-    source.add_argument("--format", choices=("jsonl", "text", "parquet", "arrow"), help="instead of going by suffix")
+    source.add_argument(
+        "--format",
+        choices=("jsonl", "text", "parquet", "arrow", *RECORDS),
+        help="of the files, instead of going by suffix; or what they hold: sft, dpo, auto (records to learn from)",
+    )
     source.add_argument("--text-key", default="text", metavar="KEY", help="of the text, `a.b` for nested ones (text)")
     source.add_argument(
         "--text-unit", choices=("file", "paragraph", "line"), default="file", help="what a document is in a text file"
@@ -57,6 +64,7 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
         "--limit-bytes", type=positive_byte_count, metavar="SIZE", help="read about this much of the input"
     )
     source.add_argument("--limit-documents", type=count, metavar="N", help="keep the first N documents")
+    _register_records(parser.add_argument_group("records (--format sft, dpo or auto: as the first record is)"))
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="PATH", help="Hugging Face folder or tokenizer.json")
     tokenizer.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE of N tokens")
@@ -93,6 +101,36 @@ def _register_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.set_defaults(run=run_prepare)
 
 
+def _register_records(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--chat-template", type=Path, metavar="FILE", help="jinja2, instead of the tokenizer's own")
+    group.add_argument(
+        "--train-on",
+        choices=("assistant", "last_assistant", "all"),
+        help="what is learnt: the answers and the token that ends each (default), the last answer, or every token",
+    )
+    group.add_argument("--train-on-inputs", action="store_true", help="the same as --train-on all")
+    group.add_argument(
+        "--train-trailing", action="store_true", help="learn also what the template writes after an answer's last token"
+    )
+    group.add_argument("--seq-len", type=positive_count, metavar="N", help="most tokens of a record, a pair's together")
+    group.add_argument("--excess", choices=("drop", "truncate", "error"), help="what becomes of longer records (drop)")
+    group.add_argument("--template-date", type=iso_date, metavar="DATE", help="for templates that write today's date")
+
+
+def iso_date(text: str) -> str:
+    """A day as 2026-01-31."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: not a date; write it like 2026-01-31") from None
+
+
+def positive_count(text: str) -> int:
+    if (number := count(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be more than 0")
+    return number
+
+
 def byte_count(text: str) -> int:
     """Bytes: `500`, `64M`, `4Gi`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
@@ -114,18 +152,46 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _records(args: argparse.Namespace) -> RecordOptions | None:
+    """What is asked of records; None if text is read. UserError on options that go with the other."""
+    from .records.settings import RecordOptions
+
+    names = ("chat_template", "train_on", "train_on_inputs", "train_trailing", "seq_len", "excess", "template_date")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    if args.format not in RECORDS:
+        if given:
+            raise UserError(f"{', '.join(given)}: for records: say what they are with --format sft, dpo or auto")
+        return None
+    if args.imports:
+        raise UserError(f"--format {args.format}: --import takes token files, in which there are no records")
+    if args.train_on_inputs and args.train_on not in (None, "all"):
+        raise UserError(f"--train-on-inputs is --train-on all, but --train-on {args.train_on} is given")
+    if args.excess and args.seq_len is None:
+        raise UserError(f"--excess {args.excess}: for records longer than what? give --seq-len too")
+    return RecordOptions(
+        kind=args.format,
+        chat_template=args.chat_template,
+        train_on="all" if args.train_on_inputs else args.train_on or "assistant",
+        train_trailing=args.train_trailing,
+        seq_len=args.seq_len,
+        excess=args.excess or "drop",
+        date=args.template_date,
+    )
+
+
 def _options(args: argparse.Namespace) -> Options:
     from .assemble import Assembly
     from .options import Options, default_workers
     from .sources import SourceOptions
     from .tasks import Filters
 
+    records = _records(args)
     unit = {"file": "text", "paragraph": "paragraphs", "line": "lines"}[args.text_unit]
     return Options(
         output=args.output,
         inputs=tuple(args.input),
         builtin=args.builtin,
-        source=SourceOptions(args.format, unit, args.limit_bytes, args.task_size),
+        source=SourceOptions(None if records else args.format, unit, args.limit_bytes, args.task_size),
         text_key=args.text_key,
         on_error=args.on_error,
         filters=Filters(args.min_bytes, args.max_bytes, args.keep_regex, args.drop_regex),
@@ -133,6 +199,7 @@ def _options(args: argparse.Namespace) -> Options:
         train_tokenizer=args.train_tokenizer,
         train_bytes=args.train_bytes,
         eod_token=args.eod_token,
+        records=records,
         assembly=Assembly(args.deduplicate, args.limit_documents, args.shuffle),
         shard_bytes=args.shard_size,
         workers=default_workers() if args.workers is None else args.workers,
@@ -146,6 +213,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     if args.imports:
         if args.input or args.builtin or args.train_tokenizer:
             raise UserError("--import takes token files that exist: it goes with neither --input nor --train-tokenizer")
+        _records(args)
         from .adopt import import_prefixes
 
         return _summarise(import_prefixes(args.imports, args.output, args.tokenizer, args.eod_token, args.overwrite))

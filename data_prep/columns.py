@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import UserError
-from .slices import BadDocument, Slice
+from .slices import BadDocument, Place, Slice
 
 ROWS = 256  # read at a time
 
@@ -29,7 +30,7 @@ def split_parquet(file: Slice, task_bytes: int) -> Iterator[Slice]:
 def read_columns(part: Slice, text_key: str, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
     """The documents of a slice. A null is a bad document; a column that is missing or no text is a UserError."""
     batches = _parquet_batches(part, text_key) if part.format == "parquet" else _arrow_batches(part)
-    row = 0
+    row = _rows_before(part)
     for batch in batches:
         for text in _text(batch, part.path, text_key):
             row += 1
@@ -39,6 +40,37 @@ def read_columns(part: Slice, text_key: str, bad: Callable[[BadDocument], None])
                 yield text
             else:
                 bad(BadDocument(part.path, f"row {row}: invalid UTF-8 in {text_key!r}"))
+
+
+def read_rows(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The rows of a slice as records, nested columns as lists and objects, with where they are."""
+    row = _rows_before(part)
+    for batch in _parquet_batches(part) if part.format == "parquet" else _arrow_batches(part):
+        for number, record in enumerate(_records_of(batch), start=row + 1):
+            place = Place(part.path, row=number)
+            if record is None:
+                bad(place.bad("invalid UTF-8 in its text"))
+            else:
+                yield place, record
+        row += batch.num_rows
+
+
+def _records_of(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one whose strings are no UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [record for row in range(batch.num_rows) for record in _records_of(batch.slice(row, 1))]
+
+
+def _rows_before(part: Slice) -> int:
+    """Rows of a parquet file before those of the slice."""
+    if part.format != "parquet" or not part.start:
+        return 0
+    with _open_parquet(part.path) as file:
+        return sum(file.metadata.row_group(group).num_rows for group in range(part.start))
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -56,14 +88,17 @@ def _open_parquet(path: str) -> pq.ParquetFile:
         raise UserError(f"{path}: not a whole parquet file: {error}") from None
 
 
-def _parquet_batches(part: Slice, text_key: str) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(part: Slice, text_key: str | None = None) -> Iterator[pa.RecordBatch]:
+    """Batches of rows, of one column or, without a key, of all."""
     with _open_parquet(part.path) as file:
         groups = range(part.start, file.metadata.num_row_groups if part.stop is None else part.stop)
         names = file.schema_arrow.names
-        top = text_key if text_key in names else text_key.split(".")[0]
-        _require(top in names, part.path, text_key, file.schema_arrow)
+        if text_key is not None:
+            top = text_key if text_key in names else text_key.split(".")[0]
+            _require(top in names, part.path, text_key, file.schema_arrow)
         try:
-            yield from file.iter_batches(ROWS, list(groups), columns=[text_key], use_threads=False)
+            columns = None if text_key is None else [text_key]
+            yield from file.iter_batches(ROWS, list(groups), columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{part.path}: damaged parquet data: {error}") from None
 

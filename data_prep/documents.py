@@ -8,12 +8,13 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 import orjson
 
 from .errors import UserError
-from .slices import BadDocument, Slice
+from .slices import BadDocument, Place, Slice
 
 _BUFFER = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -24,7 +25,7 @@ def read_documents(part: Slice, text_key: str, bad: Callable[[BadDocument], None
 
     A file that cannot be read at all (missing, damaged compression) is a UserError.
     """
-    try:
+    with _whole(part):
         if part.format in ("parquet", "arrow"):
             from .columns import read_columns
 
@@ -33,6 +34,29 @@ def read_documents(part: Slice, text_key: str, bad: Callable[[BadDocument], None
             yield from _json_lines(part, text_key, bad)
         else:
             yield from _text(part, bad)
+
+
+def read_records(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The records of a slice, whole, with where they are. Otherwise as `read_documents`."""
+    with _whole(part):
+        if part.format in ("parquet", "arrow"):
+            from .columns import read_rows
+
+            yield from read_rows(part, bad)
+        elif part.format == "jsonl":
+            yield from _json_records(part, bad)
+        else:
+            raise UserError(
+                f"{part.path}: read as {part.format}, which holds no records: they come from jsonl, parquet, Arrow "
+                "files or saved data sets"
+            )
+
+
+@contextmanager
+def _whole(part: Slice) -> Iterator[None]:
+    """Turns what a file that cannot be read raises into a UserError."""
+    try:
+        yield
     except OSError as error:
         # gzip.BadGzipFile is an OSError without an errno
         raise UserError(f"{part.path}: cannot read it: {error.strerror or error}") from None
@@ -40,6 +64,22 @@ def read_documents(part: Slice, text_key: str, bad: Callable[[BadDocument], None
         if part.compression is None:
             raise
         raise UserError(f"{part.path}: the {part.compression} data is truncated or damaged ({error})") from None
+
+
+def _json_records(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Place, dict[str, Any]]]:
+    for number, (offset, line) in enumerate(_lines(part), start=1):
+        if not line.strip():
+            continue
+        place = Place(part.path, offset=offset) if part.start else Place(part.path, line=number)
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            bad(place.bad(_json_reason(line, error)))
+            continue
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            bad(place.bad(f"{kind_of(record)} where an object was expected"))
 
 
 def _json_lines(part: Slice, text_key: str, bad: Callable[[BadDocument], None]) -> Iterator[bytes]:
@@ -54,7 +94,7 @@ def _json_lines(part: Slice, text_key: str, bad: Callable[[BadDocument], None]) 
             if type(text) is str:
                 yield text.encode()
                 continue
-            reason = f"the value of {text_key!r} is {_kind(text)}, a string was expected"
+            reason = f"the value of {text_key!r} is {kind_of(text)}, a string was expected"
         except orjson.JSONDecodeError as error:
             reason = _json_reason(line, error)
         except (KeyError, TypeError):
@@ -81,9 +121,9 @@ def nested(record: Any, text_key: str) -> Any:
 def key_reason(record: Any, text_key: str, text: Any) -> str:
     """Why a record has no text at a key, in words."""
     if not isinstance(record, dict):
-        return f"{_kind(record)} where an object with the key {text_key!r} was expected"
+        return f"{kind_of(record)} where an object with the key {text_key!r} was expected"
     if text is not None:
-        return f"the value of {text_key!r} is {_kind(text)}, a string was expected"
+        return f"the value of {text_key!r} is {kind_of(text)}, a string was expected"
     keys = ", ".join(repr(key) for key in key_paths(record)) or "none"
     return f"no text at the key {text_key!r}; the keys there are: {keys}; name one with --text-key"
 
@@ -97,7 +137,8 @@ def key_paths(record: dict[str, Any], prefix: str = "") -> list[str]:
     return paths[:20]
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

@@ -1,7 +1,7 @@
 """Text to token ids. gigatoken does the work where it gives what Hugging Face tokenizers gives; else the latter does.
 
-Special tokens are never recognised in text: a document that contains the characters `<|endoftext|>` must not be able
-to end itself.
+Special tokens are not recognised in a corpus: a document that contains the characters `<|endoftext|>` must not be able
+to end itself. What a chat template wrote is encoded with them (`special`).
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Reference:
 
     name = "tokenizers"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, special: bool = False) -> None:
+        """`special`: special tokens are recognised in the text."""
         self._tokenizer = read_tokenizer(folder)
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = not special
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -65,14 +66,14 @@ class Fast:
 
     name = "gigatoken"
 
-    def __init__(self, folder: Path, cache_memory: int) -> None:
+    def __init__(self, folder: Path, cache_memory: int, special: bool = False) -> None:
         """`cache_memory`: bytes that this process may grow by before the caches are emptied."""
-        self._definition = _without_special_tokens((folder / "tokenizer.json").read_bytes())
+        self._definition = _definition((folder / "tokenizer.json").read_bytes(), special)
         try:
             self._renew()
         except Exception as error:  # several kinds, for what it does not support
             raise EncodersDiffer(f"gigatoken does not support this tokenizer ({error})") from None
-        self._reference = Reference(folder)
+        self._reference = Reference(folder, special)
         self._memory = resident_memory() + cache_memory
         self._unchecked: int | None = None  # bytes since the last check
 
@@ -115,10 +116,11 @@ def make_encoder(name: str, folder: Path, cache_memory: int) -> Fast | Reference
     return Fast(folder, cache_memory) if name == Fast.name else Reference(folder)
 
 
-def _without_special_tokens(definition: bytes) -> bytes:
-    """A tokenizer.json in which no special token is matched in text. Their ids stay in the vocabulary."""
-    content = orjson.loads(definition)
-    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+def _definition(raw: bytes, special: bool) -> bytes:
+    """A tokenizer.json that adds nothing, and in which special tokens are matched in text or, as ids, just known."""
+    content = orjson.loads(raw)
+    if not special:
+        content["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     content["post_processor"] = content["truncation"] = content["padding"] = None
     return orjson.dumps(content)
 

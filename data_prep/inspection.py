@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from .errors import UserError
@@ -19,8 +20,13 @@ def describe_store(store: TokenStore) -> list[str]:
     ]
     if store.text_bytes:
         lines.append(f"{store.text_bytes:,} bytes of text, {store.text_bytes / store.num_tokens:.3f} per token")
-    if store.manifest:
+    if store.records is not None:
+        from .records.display import describe_records
+
+        lines += describe_records(store.records, read_tokenizer(store.tokenizer) if store.tokenizer else None)
+    elif store.manifest:
         lines.append(f"end of document: {store.manifest.eod_token!r} ({store.eod_id})")
+    if store.manifest:
         counts = ", ".join(f"{number:,} {name}" for name, number in store.manifest.counts.items())
         lines += [f"documents: {counts}"] if counts else []
     return lines
@@ -35,6 +41,12 @@ def show(path: str, documents: list[int], limit: int, tokenizer: str | None) -> 
     for number in documents or range(min(3, store.num_documents)):
         if not 0 <= number < store.num_documents:
             raise UserError(f"{path}: no document {number}: they are numbered 0 to {store.num_documents - 1}")
+        if store.records is not None:
+            from .records.display import BRACKETS, LIGHT, show_record
+
+            print(f"\nrecord {number}")
+            print("\n".join(show_record(store, number, limit, decoder, LIGHT if sys.stdout.isatty() else BRACKETS)))
+            continue
         start, stop = store.document_start(number), store.document_start(number + 1)
         ids = store.read(start, min(stop, start + limit)).tolist()
         cut = f", the first {limit}" if stop - start > limit else ""

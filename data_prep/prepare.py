@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from .documents import read_documents
 from .durable import write_durably
 from .encoding import EncodersDiffer, Fast, Reference
 from .errors import UserError
-from .index import token_dtype
+from .index import flagged, token_dtype
 from .manifest import Manifest, file_record
 from .options import Options, identity, refuse_early, settings
 from .progress import ProgressLine
@@ -30,6 +31,9 @@ from .workers import run_executor, run_here, run_processes
 from .workspace import Workspace, disk_errors
 from .writer import ShardWriter
 
+if TYPE_CHECKING:
+    from .records.formats import Sample
+
 
 def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
     """Makes the store, or goes on making it where a killed run stopped. UserError on anything wrong in the input.
@@ -38,6 +42,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
     """
     refuse_early(options)
     tasks = plan_tasks(options.inputs, options.builtin, options.source)
+    options, first = _settled(options, tasks)
     work = Workspace(options.output)
     with work.locked(), disk_errors(options.output):
         if work.was_published(settings(options)):
@@ -50,7 +55,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
         if resumed:
             progress.inform(f"going on with the unfinished work in {work.root}")
         vocabulary = _ensure_tokenizer(options, tasks, work, progress)
-        job = _job(options, vocabulary, work)
+        job = _job(options, vocabulary, work, first)
         try:
             assembler = _run(options, job, tasks, work, progress, executor)
         except EncodersDiffer as reason:
@@ -59,17 +64,27 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
             work.encoder = Reference.name
             assembler = _run(options, replace(job, encoder=Reference.name), tasks, work, progress, executor)
         progress.finish()
-        _warn_of_invalid(assembler, progress)
+        _tell(assembler, progress)
         if assembler.totals.documents == 0:
             work.clear()
             raise UserError(_empty(options, assembler))
-        _complete_store(options, tasks, vocabulary, assembler, work)
+        _complete_store(options, tasks, vocabulary, job, assembler, work)
         work.publish(Manifest.load(work.store).fingerprint)
     return TokenStore.open(options.output)
 
 
-def _job(options: Options, vocabulary: Vocabulary, work: Workspace) -> Job:
-    return Job(
+def _settled(options: Options, tasks: Sequence[Task]) -> tuple[Options, Sample | None]:
+    """For records: the options with their kind settled, and the first record, if there is one."""
+    if options.records is None:
+        return options, None
+    from .records.start import settle_kind
+
+    records, first = settle_kind(options.records, tasks, options.on_error)
+    return replace(options, records=records), first
+
+
+def _job(options: Options, vocabulary: Vocabulary, work: Workspace, first: Sample | None) -> Job:
+    job = Job(
         parts=str(work.parts),
         tokenizer=str(work.tokenizer),
         encoder=work.encoder or Fast.name,
@@ -80,6 +95,16 @@ def _job(options: Options, vocabulary: Vocabulary, work: Workspace) -> Job:
         filters=options.filters,
         cache_memory=options.cache_memory,
     )
+    if options.records is None:
+        return job
+    from .records.start import check_template, first_day, record_job
+
+    assert options.tokenizer is not None
+    source = options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent
+    today = work.remembered("date", first_day())
+    job = replace(job, eod_id=None, records=record_job(options.records, source, work.tokenizer, today))
+    check_template(job, first)
+    return job
 
 
 def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, progress: ProgressLine) -> Vocabulary:
@@ -89,7 +114,7 @@ def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, 
     making = work.root / "tokenizer.making"
     shutil.rmtree(making, ignore_errors=True)
     if options.tokenizer is not None:
-        vocabulary = adopt_tokenizer(options.tokenizer, making, options.eod_token)
+        vocabulary = _adopted(options, options.tokenizer, making)
     else:
         assert options.train_tokenizer is not None
         progress.inform(f"training a tokenizer of {options.train_tokenizer:,} tokens")
@@ -97,6 +122,18 @@ def _ensure_tokenizer(options: Options, tasks: Sequence[Task], work: Workspace, 
         vocabulary = train_tokenizer(texts, options.train_tokenizer, making, options.eod_token)
     write_durably(note, json.dumps(asdict(vocabulary)))
     making.rename(work.tokenizer)
+    return vocabulary
+
+
+def _adopted(options: Options, source: Path, making: Path) -> Vocabulary:
+    """The user's tokenizer; for records with the chat template that is used, and refused if it ends no text."""
+    if options.records is None:
+        return adopt_tokenizer(source, making, options.eod_token)
+    from .records.start import put_template, require_tokenizer
+
+    require_tokenizer(source if source.is_dir() else source.parent)
+    vocabulary = adopt_tokenizer(source, making, None)
+    put_template(options.records, making)
     return vocabulary
 
 
@@ -135,7 +172,8 @@ def _run(
     work.store.mkdir()
     costs = {task.number: task.cost for task in tasks}
     pending = []
-    with ShardWriter(work.store, np.dtype(job.dtype), options.shard_bytes) as writer:
+    dtype = np.dtype(job.dtype) if job.records is None else flagged(np.dtype(job.dtype))
+    with ShardWriter(work.store, dtype, options.shard_bytes) as writer:
         assembler = Assembler(work.parts, options.assembly, writer)
         for task in tasks:
             record = finished(work.parts, task)
@@ -166,16 +204,20 @@ def _records(
 
 
 def _complete_store(
-    options: Options, tasks: Sequence[Task], vocabulary: Vocabulary, assembler: Assembler, work: Workspace
+    options: Options, tasks: Sequence[Task], vocabulary: Vocabulary, job: Job, assembler: Assembler, work: Workspace
 ) -> None:
     """Adds the tokenizer and the manifest to the shards in the work folder."""
     shutil.copytree(work.tokenizer, work.store / "tokenizer")
-    totals = assembler.totals
+    totals, records = assembler.totals, None
+    if job.records is not None:
+        from .records.start import records_info
+
+        records = records_info(job, assembler.records, totals.longest)
     Manifest(
-        dtype=assembler.writer.dtype.name,
+        dtype=np.dtype(job.dtype).name,
         vocab_size=vocabulary.size,
-        eod_token=vocabulary.eod_token,
-        eod_id=vocabulary.eod_id,
+        eod_token=None if records else vocabulary.eod_token,
+        eod_id=job.eod_id,
         num_documents=totals.documents,
         num_tokens=totals.tokens,
         text_bytes=totals.text_bytes,
@@ -184,17 +226,21 @@ def _complete_store(
         counts=_counts(assembler),
         settings=settings(options),
         sources=_sources(tasks),
+        records=records,
     ).save(work.store)
 
 
 def _counts(assembler: Assembler) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for record in assembler.records:
-        counts += record.counts
+    counts = _counted(assembler)
     counts["duplicates"] = assembler.totals.duplicates
     counts["beyond --limit-documents"] = assembler.totals.beyond_limit
     counts["kept"] = assembler.totals.documents
     return {name: counts[name] for name in sorted(counts) if counts[name]}
+
+
+def _counted(assembler: Assembler) -> Counter[str]:
+    """What the tasks counted, all together."""
+    return sum((record.counts for record in assembler.records), start=Counter())
 
 
 def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -205,9 +251,14 @@ def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"path": path, "bytes": size} for path, size in sizes.items()]
 
 
-def _warn_of_invalid(assembler: Assembler, progress: ProgressLine) -> None:
-    invalid = sum(record.counts["invalid"] for record in assembler.records)
-    if invalid:
+def _tell(assembler: Assembler, progress: ProgressLine) -> None:
+    """Says what the user should know of the documents that were read."""
+    from .records.start import remarks
+
+    counts = _counted(assembler)
+    for remark in remarks(counts):
+        progress.say(remark)
+    if invalid := counts["invalid"]:
         examples = [example for record in assembler.records for example in record.examples]
         progress.say(f"{invalid:,} invalid documents were passed over, such as {'; '.join(examples[:3])}")
 

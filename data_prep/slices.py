@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
 
@@ -46,6 +46,20 @@ class BadDocument(UserError):
 
 def _bad_document(path: str, reason: str, offset: int | None, line: int | None) -> BadDocument:
     return BadDocument(path, reason, offset=offset, line=line)
+
+
+class Place(NamedTuple):
+    """Where a record begins: its line, its offset in a file read from the middle, or its row."""
+
+    path: str
+    line: int | None = None
+    offset: int | None = None
+    row: int | None = None
+
+    def bad(self, reason: str) -> BadDocument:
+        """What to say of a record there that is none."""
+        reason = reason if self.row is None else f"row {self.row}: {reason}"
+        return BadDocument(self.path, reason, offset=self.offset, line=self.line)
 
 
 def line_number(path: str, offset: int) -> int:

@@ -10,10 +10,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -23,6 +24,9 @@ from .encoding import make_encoder
 from .errors import UserError
 from .slices import BadDocument
 from .sources import Task
+
+if TYPE_CHECKING:
+    from .records.settings import RecordJob
 
 META = np.dtype([("tokens", "<i4"), ("bytes", "<i8"), ("digest", "<u8", 2)])
 BATCH_BYTES = 2 << 20
@@ -48,11 +52,12 @@ class Job:
     tokenizer: str
     encoder: str
     dtype: str
-    eod_id: int
+    eod_id: int | None  # ends each document
     text_key: str
     on_error: str  # stop | skip
     filters: Filters
     cache_memory: int  # bytes that a worker may grow by, before its encoder's caches are emptied
+    records: RecordJob | None = None  # what is read are records, not texts
 
 
 @dataclass
@@ -67,6 +72,7 @@ class TaskRecord:
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    stop_ids: list[int] = field(default_factory=list)  # of records: tokens that end generation, as far as learnt
 
 
 OnBatch = Callable[[int, int, int], None]  # documents, tokens and bytes of text added
@@ -77,10 +83,14 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.encoder = make_encoder(job.encoder, Path(job.tokenizer), job.cache_memory)
-        self.eod = np.array([job.eod_id])
         self.keep = compile_pattern("--keep-regex", job.filters.keep)
         self.drop = compile_pattern("--drop-regex", job.filters.drop)
+        self._filtered = job.filters != Filters()
+        self._open()
+
+    def _open(self) -> None:
+        self.encoder = make_encoder(self.job.encoder, Path(self.job.tokenizer), self.job.cache_memory)
+        self.eod = np.array([self.job.eod_id])
 
     def run(self, task: Task, progress: OnBatch = lambda documents, tokens, text_bytes: None) -> TaskRecord:
         """Makes the part of a task. Calls `progress` after each batch with what was added."""
@@ -90,12 +100,13 @@ class Worker:
         with temporary["bin"].open("wb") as tokens_file, temporary["meta"].open("wb") as meta_file:
             digests = {"bin": xxhash.xxh3_128(), "meta": xxhash.xxh3_128()}
             for batch in self._batches(task, record):
-                tokens, meta = self._encode(batch)
+                tokens, meta = self._encode(batch, record)
                 for kind, file, data in (("bin", tokens_file, tokens), ("meta", meta_file, meta)):
                     _write(file, data, digests[kind])
                 record.documents += len(meta)
                 record.tokens += len(tokens)
-                progress(len(meta), len(tokens), int(meta["bytes"].sum()))
+                record.text_bytes += (added := int(meta["bytes"].sum()))
+                progress(len(meta), len(tokens), added)
         record.digests = {kind: digest.hexdigest() for kind, digest in digests.items()}
         for kind in digests:
             temporary[kind].replace(files[kind])
@@ -103,42 +114,45 @@ class Worker:
         temporary["json"].replace(files["json"])
         return record
 
-    def _batches(self, task: Task, record: TaskRecord) -> Iterator[list[bytes]]:
-        batch: list[bytes] = []
+    def _batches(self, task: Task, record: TaskRecord) -> Iterator[list[Any]]:
+        batch: list[Any] = []
         size = 0
         for document in self._documents(task, record):
             batch.append(document)
             size += len(document)
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                record.text_bytes += size
                 yield batch
                 batch, size = [], 0
         if batch:
-            record.text_bytes += size
             yield batch
 
-    def _documents(self, task: Task, record: TaskRecord) -> Iterator[bytes]:
-        """The documents to keep; counts the others by why they are not."""
-
-        def bad(problem: BadDocument) -> None:
-            if self.job.on_error == "stop":
-                raise problem
-            record.counts["invalid"] += 1
-            if len(record.examples) < EXAMPLES:
-                record.examples.append(problem.describe())
-
-        filters, counts, active = self.job.filters, record.counts, self.job.filters != Filters()
+    def _documents(self, task: Task, record: TaskRecord) -> Iterator[Any]:
+        """The documents to keep, of which `len` is the size in bytes; counts the others by why they are not."""
+        counts = record.counts
         for part in task.slices:
-            for document in read_documents(part, self.job.text_key, bad):
+            for document in read_documents(part, self.job.text_key, partial(self._bad, record)):
                 counts["read"] += 1
                 if not document:
                     counts["empty"] += 1
-                elif active and (reason := self._dropped(document, filters)):
-                    counts[reason] += 1
-                else:
+                elif not self._dropped(document, counts):
                     yield document
 
-    def _dropped(self, document: bytes, filters: Filters) -> str | None:
+    def _bad(self, record: TaskRecord, problem: BadDocument) -> None:
+        """Raises what is wrong with a document, or counts it."""
+        if self.job.on_error == "stop":
+            raise problem
+        record.counts["invalid"] += 1
+        if len(record.examples) < EXAMPLES:
+            record.examples.append(problem.describe())
+
+    def _dropped(self, document: bytes, counts: Counter[str]) -> bool:
+        """Whether the filters drop it; then it is counted."""
+        reason = self._reason(document, self.job.filters) if self._filtered else None
+        if reason:
+            counts[reason] += 1
+        return reason is not None
+
+    def _reason(self, document: bytes, filters: Filters) -> str | None:
         if len(document) < filters.min_bytes:
             return "too short"
         if filters.max_bytes is not None and len(document) > filters.max_bytes:
@@ -149,18 +163,23 @@ class Worker:
             return "matching --drop-regex"
         return None
 
-    def _encode(self, batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, batch: list[Any], record: TaskRecord) -> tuple[np.ndarray, np.ndarray]:
         """Tokens with an end-of-document token after each document, in the store's type; and the documents' META."""
+        del record  # of records only more is noted there
         rows = self.encoder.encode(batch)
         pieces = [self.eod] * (2 * len(rows))
         pieces[::2] = rows
         tokens = np.concatenate(pieces, dtype=self.job.dtype, casting="unsafe")  # all are below the vocabulary size
-        meta = np.empty(len(batch), META)
-        meta["tokens"] = [len(row) + 1 for row in rows]
-        meta["bytes"] = [len(document) for document in batch]
-        digests = b"".join([xxhash.xxh3_128_digest(document) for document in batch])
-        meta["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
-        return tokens, meta
+        return tokens, describe([len(row) + 1 for row in rows], [len(document) for document in batch], batch)
+
+
+def describe(tokens: list[int], sizes: list[int], documents: Sequence[Any]) -> np.ndarray:
+    """META of documents: their tokens, bytes of text, and what they are compared by."""
+    meta = np.empty(len(documents), META)
+    meta["tokens"], meta["bytes"] = tokens, sizes
+    digests = b"".join([xxhash.xxh3_128_digest(document) for document in documents])
+    meta["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+    return meta
 
 
 def _write(file: BinaryIO, data: np.ndarray, digest: Any) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 KEPT = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -175,6 +176,19 @@ def end_of_document(folder: Path, tokenizer: Tokenizer, eod_token: str | None) -
 
 def eos_token(folder: Path) -> str | None:
     """The end-of-sequence token that the folder's configuration names, if it names one."""
+    return named_tokens(folder).get("eos_token")
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token` and their like, as far as the folder's configuration names them."""
+    config = tokenizer_config(folder)
+    found = {name: config.get(name) for name in NAMED}
+    contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, or, where it is silent, special_tokens_map.json."""
     config: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
@@ -182,5 +196,4 @@ def eos_token(folder: Path) -> str | None:
                 config = json.loads((folder / name).read_text("utf-8")) | config
             except ValueError as error:
                 raise UserError(f"{folder / name}: not valid JSON: {error}") from None
-    token = config.get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    return config

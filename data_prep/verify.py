@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError
-from .manifest import Manifest, file_record
-from .store import Shard, TokenStore
+from .manifest import Manifest, RecordsInfo, file_record
+from .store import BEGINS, TRAINED, Shard, TokenStore
 
+_RECORDS = 1 << 16  # looked at together
 _BLOCK = 4 << 20  # index entries or tokens looked at together
 
 
@@ -27,6 +28,8 @@ def verify(path: str | Path, vocab_size: int | None = None) -> list[str]:
         structure = list(index_problems(shard))
         problems += structure
         problems += token_problems(shard, vocabulary, None if structure else store.eod_id)
+        if store.records is not None and not structure:
+            problems += flag_problems(shard, store.records)
     if store.manifest is not None:
         problems += _digest_problems(store.path, store.manifest)
     return problems
@@ -87,6 +90,36 @@ def token_problems(shard: Shard, vocab_size: int | None, eod_id: int | None) -> 
             if (wrong := np.flatnonzero(shard.tokens[lasts] != eod_id)).size:
                 yield f"{shard.bin}: document {start + wrong[0]} does not end in the end-of-document token {eod_id}"
                 break
+
+
+def flag_problems(shard: Shard, records: RecordsInfo) -> Iterator[str]:
+    """The first record that is not what its kind is: its texts, the flags of each, and its length."""
+    path, texts = shard.prefix.with_name(f"{shard.prefix.name}.mask"), {"sft": 1, "dpo": 2}[records.kind]
+    for start in range(0, shard.num_documents, _RECORDS):
+        stop = min(start + _RECORDS, shard.num_documents)
+        starts = np.array([shard.document_start(record) for record in range(start, stop + 1)])
+        flags = np.asarray(shard.flags)[starts[0] : starts[-1]]
+        begins = np.flatnonzero(flags & BEGINS)
+        own = np.searchsorted(begins, starts - starts[0])  # texts before each record
+        learnt = np.concatenate([[0], np.cumsum((flags & TRAINED) != 0)])
+        idle = np.diff(learnt[[*begins, len(flags)]]) == 0  # of each text
+        checks = {
+            "holds flags that are not known": _records_with(flags > (TRAINED | BEGINS), starts),
+            "does not begin with the first token of a text": (flags[starts[:-1] - starts[0]] & BEGINS) == 0,
+            f"does not hold {texts} text{'s' * (texts > 1)}, as {records.kind} does": np.diff(own) != texts,
+            "has a text of which nothing is learnt": np.diff(np.concatenate([[0], np.cumsum(idle)])[own]) > 0,
+            f"is longer than the {records.longest} tokens that the manifest tells": np.diff(starts) > records.longest,
+        }
+        for problem, wrong in checks.items():
+            if wrong.any():
+                yield f"{path}: record {start + int(np.flatnonzero(wrong)[0])} {problem}: damaged, prepare it again"
+                return
+
+
+def _records_with(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Of each record, whether a token of it is marked: bool [T] to bool [N]."""
+    sums = np.concatenate([[0], np.cumsum(tokens)])
+    return np.diff(sums[starts - starts[0]]) > 0
 
 
 def _digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:

@@ -21,11 +21,20 @@ from .tasks import Job, OnBatch, TaskRecord, Worker
 ATTEMPTS = 3  # of one task, before its workers' deaths count as its fault
 
 
+def make_worker(job: Job) -> Worker:
+    """The worker for a job's kind of input."""
+    if job.records is None:
+        return Worker(job)
+    from .records.work import RecordWorker
+
+    return RecordWorker(job)
+
+
 def run_here(job: Job, tasks: Sequence[Task], progress: OnBatch) -> Generator[TaskRecord]:
     """In this process, one after the other."""
     worker: Worker | None = None
     for task in tasks:
-        worker = worker or Worker(job)
+        worker = worker or make_worker(job)
         yield worker.run(task, progress)
 
 
@@ -50,7 +59,7 @@ def run_task(job: Job, task: Task) -> TaskRecord:
 @lru_cache(maxsize=1)
 def _worker(job: Job) -> Worker:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return Worker(job)
+    return make_worker(job)
 
 
 def run_processes(
@@ -155,7 +164,7 @@ def _serve(job: Job, pipe: Connection) -> None:
         while True:
             task = pipe.recv()
             try:
-                worker = worker or Worker(job)
+                worker = worker or make_worker(job)
                 answer: tuple[str, Any] = ("done", worker.run(task, progress))
             except Exception as error:
                 answer = ("error", error)

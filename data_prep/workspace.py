@@ -37,6 +37,13 @@ class Workspace:
     def encoder(self, name: str) -> None:
         write_durably(self.root / "encoder", name)
 
+    def remembered(self, name: str, value: str) -> str:
+        """What was noted under a name when the job first came by here; else notes the value."""
+        note = self.root / name
+        if not note.exists():
+            write_durably(note, value)
+        return note.read_text()
+
     def begin(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Makes the folder ready for a job; True if an earlier run of the same job left work to go on with.
 

@@ -1,0 +1,75 @@
+"""Before the work: what kind of records these are, and whether what is learnt ends in what generation stops at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..documents import read_records
+from ..errors import UserError
+from ..slices import BadDocument
+from ..sources import Task
+from ..store import TRAINED
+from ..tasks import Job
+from .drafts import Drafter
+from .flags import Flagger
+from .formats import Sample, recognise
+from .settings import BadRecord
+from .spans import ReferenceSpans, recognising_tokenizer, special_tokens
+from .template import ChatTemplate
+from .vocabulary import GENERATION_CONFIG, require_eos
+
+QUESTION = {"role": "user", "content": "Is it so?"}
+ANSWER = {"role": "assistant", "content": "Yes."}
+
+
+def first_sample(tasks: Sequence[Task], kind: str, on_error: str) -> Sample | None:
+    """The first record that is one, in the order of the input; None if there is none."""
+
+    def bad(problem: BadDocument) -> None:
+        if on_error == "stop":
+            raise problem
+
+    for part in (part for task in tasks for part in task.slices):
+        for place, record in read_records(part, bad):
+            try:
+                return recognise(record, kind)
+            except BadRecord as error:
+                bad(place.bad(str(error)))
+    return None
+
+
+def require_stop(job: Job, template: ChatTemplate) -> None:
+    """UserError unless an answer that is learnt ends with a token at which generation stops.
+
+    What is looked at is what the records will be: a question and its answer, by the same template and rules.
+    """
+    folder = Path(job.tokenizer)
+    tokenizer = recognising_tokenizer(folder)
+    eos, _ = require_eos(folder, tokenizer)
+    records = job.records
+    assert records is not None
+    prompted = Sample("probe", [[ANSWER]], [QUESTION])
+    whole = Sample("probe", [[QUESTION, ANSWER]])
+    drafter = Drafter(records, eos, special_tokens(tokenizer), lambda: template)
+    try:
+        drafts = drafter.drafts(prompted if records.kind == "dpo" else whole)
+    except BadRecord as error:
+        raise UserError(f"{folder}: on a question and its answer: {error}") from None
+    texts = [ReferenceSpans(tokenizer).encode(draft.texts) for draft in drafts]
+    (row,) = Flagger(job, folder, tokenizer).rows(drafts, texts, Counter())
+    learnt = row["token"][(row["flags"] & TRAINED) != 0].tolist()
+    if not set(learnt) & set(records.stops):
+        stops = ", ".join(repr(tokenizer.id_to_token(number)) for number in records.stops)
+        ends = next((number for number in reversed(learnt) if tokenizer.id_to_token(number) in drafter.special), None)
+        end = (
+            repr(tokenizer.decode(learnt[-1:], skip_special_tokens=False))
+            if ends is None
+            else repr(tokenizer.id_to_token(ends))
+        )
+        raise UserError(
+            f"the chat template ends an answer with {end}, but generation stops at {stops}, which would not be learnt: "
+            f"the model would not stop. Name {end} as eos_token_id in {GENERATION_CONFIG} or as eos_token in "
+            "tokenizer_config.json beside the tokenizer, or give a template that ends answers so (--chat-template)"
+        )

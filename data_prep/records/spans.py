@@ -1,0 +1,133 @@
+"""Text to token ids with special tokens recognised, and from places in the text to the tokens that hold them.
+
+As in `encoding`: gigatoken where it gives what Hugging Face tokenizers give, else the latter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..encoding import NASTY, EncodersDiffer, Fast
+from ..tokenizer import named_tokens, read_tokenizer, tokenizer_config
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Encoded(NamedTuple):
+    """One text: its ids, integers [T], and the first token that holds a character, None if none does."""
+
+    ids: np.ndarray
+    token_at: Callable[[int], int | None]
+
+
+class ReferenceSpans:
+    """Hugging Face tokenizers."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Without the tokens that the tokenizer puts around a text."""
+        rows = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [Encoded(np.array(row.ids, np.int64), row.char_to_token) for row in rows]
+
+
+class FastSpans:
+    """gigatoken. It gives ids only, but the tokens of a byte-level vocabulary say how long they are."""
+
+    def __init__(self, folder: Path, cache_memory: int, tokenizer: Tokenizer) -> None:
+        self._lengths = _byte_lengths(tokenizer)
+        self._fast = Fast(folder, cache_memory, special=True)
+        texts = [*NASTY, *(f"a {token}\n\nb{token}{token} c" for token in special_tokens(tokenizer))]
+        for text, ours, theirs in zip(texts, self.encode(texts), ReferenceSpans(tokenizer).encode(texts), strict=True):
+            for place in range(len(text)):
+                if ours.token_at(place) != theirs.token_at(place):
+                    raise EncodersDiffer(f"gigatoken finds another token at {text[place : place + 20]!r}")
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """As `ReferenceSpans.encode`. Raises EncodersDiffer when a check fails."""
+        documents = [text.encode() for text in texts]
+        rows = self._fast.encode(documents)
+        return [
+            Encoded(ids, _Places(text, document, self._lengths[ids]).token_at)
+            for text, document, ids in zip(texts, documents, rows, strict=True)
+        ]
+
+
+class _Places:
+    """Where the tokens of a text end, in bytes."""
+
+    def __init__(self, text: str, document: bytes, lengths: np.ndarray) -> None:
+        """`lengths`: bytes of each token, int64 [T]."""
+        self._text = text
+        self._ascii = len(text) == len(document)
+        self._ends = np.cumsum(lengths)
+        if len(document) != (self._ends[-1] if len(lengths) else 0):
+            raise EncodersDiffer(f"the tokens of gigatoken do not add up to the text {text[:60]!r}")
+
+    def token_at(self, place: int) -> int | None:
+        place = place if self._ascii else len(self._text[:place].encode())
+        token = int(np.searchsorted(self._ends, place, side="right"))
+        return token if token < len(self._ends) else None
+
+
+def _byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text that each token stands for, by id, int64. EncodersDiffer unless they are always the same."""
+    definition = json.loads(tokenizer.to_str())
+    post_processor = json.dumps(definition["post_processor"])
+    added = {token["id"]: token for token in definition["added_tokens"]}
+    if (
+        (definition["decoder"] or {}).get("type") != "ByteLevel"
+        or definition["normalizer"] is not None
+        or '"trim_offsets": true' in post_processor
+        or any(token["lstrip"] or token["rstrip"] for token in added.values())
+    ):
+        raise EncodersDiffer("gigatoken does not serve records with this tokenizer: its tokens are not plain bytes")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    for token, number in vocabulary.items():
+        lengths[number] = len(added[number]["content"].encode()) if number in added else len(token)
+    return lengths
+
+
+def make_spans(name: str, folder: Path, cache_memory: int, tokenizer: Tokenizer) -> FastSpans | ReferenceSpans:
+    """The encoder of that name. EncodersDiffer if gigatoken does not support the tokenizer."""
+    return FastSpans(folder, cache_memory, tokenizer) if name == Fast.name else ReferenceSpans(tokenizer)
+
+
+def recognising_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer as transformers sets it up: special tokens are matched in text, `add_bos_token` is obeyed."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = read_tokenizer(folder)
+    tokenizer.encode_special_tokens = False
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config, names = tokenizer_config(folder), named_tokens(folder)
+    if "add_bos_token" in config or "add_eos_token" in config:
+        bos = names.get("bos_token") if config.get("add_bos_token") else None
+        eos = names.get("eos_token") if config.get("add_eos_token") else None
+        known = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
+        tokenizer.post_processor = TemplateProcessing(
+            single=" ".join([*([bos] if bos else []), "$A", *([eos] if eos else [])]), special_tokens=known
+        )
+    return tokenizer
+
+
+def surroundings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after a plain text, such as those of <s>."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The special tokens of a tokenizer, by id."""
+    return [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
