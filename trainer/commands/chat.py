@@ -77,12 +77,16 @@ def talk(conversation: Conversation, as_json: bool) -> None:
             if not interactive:
                 raise UserError(f"line {number} of standard input: {error}") from None
             _note(str(error))
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            _note("stopped")
 
 
 def _answer(conversation: Conversation, text: str, as_json: bool, interactive: bool) -> None:
     answer = conversation.say(text, _silent if as_json else _print_piece)
     if answer.stopped and not interactive:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # no terminal, so it is meant for the whole command
     if as_json:
         print(json.dumps(asdict(answer), ensure_ascii=False), flush=True)
     else:
