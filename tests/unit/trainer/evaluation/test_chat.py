@@ -73,6 +73,8 @@ def test_a_new_conversation_forgets_and_draws_the_same(start):
     assert len(conversation.messages) == 6 and len(set(first)) == 3
     conversation.reset()
     assert [conversation.say("two").text for _ in range(3)] == first
+    conversation.messages = []  # the same state, a later turn: other draws
+    assert conversation.say("two").text != first[0]
     other = start(Sampling(1.5, seed=4, max_new_tokens=12))
     assert [other.say("two").text for _ in range(3)] != first
 
