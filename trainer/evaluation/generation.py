@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...data_prep.errors import UserError
+from .chat_format import ChatFormat, opening
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,22 @@ class Generated:
     ended: bool  # by the model's end-of-text token, not by the limit
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling) -> list[Generated]:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    chat: ChatFormat | None = None,
+    system: str | None = None,
+) -> list[Generated]:
     """Continues every prompt, all in one batch, in the given order.
 
     Prompts are padded on the left and the padding is masked, so that each is continued as if it stood alone (to the
     rounding of the arithmetic). An empty prompt starts from the end-of-text token, as a document does in training.
+
+    Args:
+        chat: each prompt is a user's turn of a conversation of its own, and its continuation the answer.
+        system: the system prompt of these conversations.
 
     Raises:
         UserError: no tokenizer, no prompt, or a prompt that leaves no room in the model's context.
@@ -65,11 +77,33 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampl
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT (several times, if you like) or --prompt-file FILE")
     end = end_tokens(model, tokenizer)
-    rows = [_encode(tokenizer, prompt, end) for prompt in prompts]
+    if chat is None:
+        rows = [_encode(tokenizer, prompt, end) for prompt in prompts]
+    else:
+        rows = [chat.ids([*opening(system), {"role": "user", "content": prompt}]) for prompt in prompts]
+        end = [*dict.fromkeys([*end, *chat.end_of_turn()])]
     check_room(rows, model, sampling.max_new_tokens)
+    new = continued(model, rows, end, sampling, tokenizer.pad_token_id)
+    return [_decoded(tokenizer, prompt, row, end) for prompt, row in zip(prompts, new, strict=True)]
+
+
+def continued(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    end: Sequence[int],
+    sampling: Sampling,
+    pad: int | None,
+    streamer: Any = None,
+) -> list[list[int]]:
+    """The new token ids after each row, an end token and padding after it included.
+
+    Args:
+        pad: id to pad with, if there is one of its own; it is masked, so any would do.
+        streamer: transformers' kind, which is handed every token as it comes; for one row only.
+    """
     width = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    pad = pad if pad is not None else (end or [0])[0]
+    ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     torch.manual_seed(sampling.seed)  # of the device as well; `generate` draws from the global generator
     with torch.no_grad():
@@ -78,12 +112,12 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampl
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=end or None,
+            eos_token_id=list(end) or None,
             use_cache=True,
+            streamer=streamer,
             **sampling.arguments(),
         )
-    new = output[:, width:].tolist()
-    return [_decoded(tokenizer, prompt, row, end) for prompt, row in zip(prompts, new, strict=True)]
+    return output[:, width:].tolist()
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -103,9 +137,14 @@ def _encode(tokenizer: Any, prompt: str, end: Sequence[int]) -> list[int]:
     return ids or [end[0]]
 
 
+def context_of(model: Any) -> int | None:
+    """Positions that the model knows; None where its configuration names no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def check_room(rows: Sequence[Sequence[int]], model: Any, new_tokens: int) -> None:
     """Refuses what would run beyond the positions that the model knows."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_of(model)
     longest = max(map(len, rows))
     if limit is not None and longest + new_tokens > limit:
         raise UserError(

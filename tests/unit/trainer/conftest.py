@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.trainer.chatting import learned_folder
 from tests.unit.trainer.runs import make_store, train_run
 
 
@@ -17,3 +18,9 @@ def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2_run(text_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2 in fp32, ZeRO-1 on two ranks, 6 steps, saved and evaluated at 3 and 6."""
     return train_run(text_store, tmp_path_factory.mktemp("runs") / "gpt2", "gpt2", "zero1", world=2)
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder that answers the questions of `chatting.DIALOGUES`, in ChatML."""
+    return learned_folder(tmp_path_factory.mktemp("chat") / "learned")
