@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from zeropipe.trainer.modeling.penalty import NO_PENALTY, Penalty
 from zeropipe.trainer.objectives.base import LossSum
 from zeropipe.trainer.objectives.registry import OBJECTIVES
 
@@ -22,6 +23,7 @@ class WeightedTokens:
     per_token: ClassVar[bool] = False
     reads: ClassVar[str] = "text"
     reference: ClassVar[bool] = False
+    penalty: ClassVar[Penalty] = NO_PENALTY
 
     def __init__(self, even: float = 3.0) -> None:
         self.even = even

@@ -18,8 +18,8 @@ ORDER = [
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
 LIGHT_ROOMS = ("recipe", "families", "optim", "sinks", "objectives", "plan", "commands")  # without HEAVY
 LIGHT_FILES = (
-    "data.order", "data.splits", "data.ledger", "data.vocabulary", "modeling.partition", "modeling.chunks",
-    "run.exit_notes",
+    "data.order", "data.splits", "data.ledger", "data.vocabulary", "data.packing", "data.samples",
+    "modeling.partition", "modeling.chunks", "modeling.penalty", "run.exit_notes",
 )  # fmt: skip
 MOST_MODULES = 14
 

@@ -56,6 +56,7 @@ class Engine(ABC):
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
         self.objective: Objective = objective_of(plan.recipe.objective)
+        self.sparse = self.objective.reads != "text"  # whether many places carry no label
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
 

@@ -26,7 +26,7 @@ from ..run.data import RunData
 from .base import Engine
 
 FILE = "reference.safetensors"  # by fingerprint of the samples: fp32 [records, 2], NaN where nothing was asked for
-CHUNK = 1 << 18  # samples of the order looked at together
+AT_ONCE = 1 << 18  # samples of the order looked at together
 _DOING = "the log-probabilities before training cannot be kept"
 
 
@@ -80,8 +80,8 @@ def _rows_to_read(data: RunData) -> list[tuple[Packs, np.ndarray]]:
     plan, order = data.plan, sample_order(data.plan.recipe, data.train)
     total = plan.total_steps * plan.global_batch
     drawn = [np.zeros(len(samples), bool) for samples in data.train]
-    for first in range(0, total, CHUNK):
-        sources, rows = order.sample(np.arange(first, min(first + CHUNK, total)))
+    for first in range(0, total, AT_ONCE):
+        sources, rows = order.sample(np.arange(first, min(first + AT_ONCE, total)))
         for own, mark in enumerate(drawn):
             mark[rows[sources == own]] = True
     wanted = [(samples, np.flatnonzero(mark)) for samples, mark in zip(data.train, drawn, strict=True)]

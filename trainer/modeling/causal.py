@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
 from .cross_entropy import head_token_losses, token_losses, whole_logits
+from .penalty import NO_PENALTY, Penalty
 
 
 class CausalLM(nn.Module):
@@ -18,10 +19,15 @@ class CausalLM(nn.Module):
         model: with `get_output_embeddings()`; its vocabulary may be padded beyond `vocab_size`.
         vocab_size: true vocabulary; the padding gets no probability.
         ranks: each tensor-parallel rank holds some columns of the logits.
+        penalty: on every token in training.
+        sparse: whether many places carry no label.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int, ranks: Ranks) -> None:
+    def __init__(
+        self, model: nn.Module, vocab_size: int, ranks: Ranks, penalty: Penalty = NO_PENALTY, sparse: bool = False
+    ) -> None:
         super().__init__()
+        self.penalty, self.sparse = penalty, sparse
         self.model: Any = model
         self.vocab_size = vocab_size
         self.ranks: Any = ranks
@@ -40,11 +46,12 @@ class CausalLM(nn.Module):
         if labels is None:
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             return whole_logits(logits, self.vocab_size, self.ranks)
+        penalty = self.penalty if self.training else NO_PENALTY
         family = FAMILIES.get(self.model.config.model_type)
         if family is None or not family.plain_head:
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return token_losses(logits, labels, self.vocab_size, self.ranks)
+            return token_losses(logits, labels, self.vocab_size, self.ranks, penalty)
         body = self.model.base_model
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
-        return head_token_losses(head, hidden, labels, self.vocab_size, columns, self.ranks)
+        return head_token_losses(head, hidden, labels, self.vocab_size, columns, self.ranks, penalty, self.sparse)

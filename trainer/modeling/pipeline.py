@@ -25,6 +25,7 @@ from ..ranks.ranks import Ranks
 from .build import RandomValues, Values, make_parameter
 from .cross_entropy import head_token_losses
 from .partition import stage_bounds
+from .penalty import NO_PENALTY, Penalty
 from .tensor_parallel import parallelise
 
 Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
@@ -191,14 +192,23 @@ class StageLoss:
 
     Args:
         loss: a micro batch's tensors (labels first) and its token losses, to the scalar that is trained on.
+        penalty, sparse: as `CausalLM`.
     """
 
-    def __init__(self, builder: Builder, loss: Callable[[Sequence[Tensor], Tensor], Tensor], autocast: bool) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        loss: Callable[[Sequence[Tensor], Tensor], Tensor],
+        autocast: bool,
+        penalty: Penalty = NO_PENALTY,
+        sparse: bool = False,
+    ) -> None:
         self.builder, self.loss, self.autocast, self.scale = builder, loss, autocast, 1.0
+        self.penalty, self.sparse = penalty, sparse
         self.head: Callable[[Tensor], Tensor] | None = None  # of the last stage
 
     def __call__(self, hidden: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        return self.loss(tensors, self.token_losses(hidden, tensors[0])) * self.scale
+        return self.loss(tensors, self.token_losses(hidden, tensors[0], self.penalty)) * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This tensor rank's columns of all logits [batch, time, columns]."""
@@ -206,12 +216,12 @@ class StageLoss:
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
             return self.head(hidden)
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def token_losses(self, hidden: Tensor, labels: Tensor, penalty: Penalty = NO_PENALTY) -> Tensor:
         """Nats of every label [batch, time]."""
         assert self.head is not None
         sizes = self.builder.vocab_size, self.builder.config.vocab_size
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
-            return head_token_losses(self.head, hidden, labels, *sizes, self.builder.ranks)
+            return head_token_losses(self.head, hidden, labels, *sizes, self.builder.ranks, penalty, self.sparse)
 
 
 class Stages(PipelineModule):

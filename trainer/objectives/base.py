@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from ..modeling.penalty import Penalty
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -35,6 +37,7 @@ class Objective(Protocol):
     reads: ClassVar[str]  # kind of the stores it learns from: text, sft or dpo
     # whether it compares with the model before training, whose log-probabilities come as `Record.reference`
     reference: bool
+    penalty: Penalty  # on every token in training
 
     def collate(self, records: Sequence[Record]) -> Batch:
         """A micro batch on the CPU; what the loss needs beside labels goes into `Batch.extras`."""
@@ -49,6 +52,7 @@ class Objective(Protocol):
 
         Args:
             batch: as `collate` made it, on the device; a pipeline has its `input_ids` on the first stage alone.
-            token_losses: fp32 [rows, time], nats of every label, 0 where there is none (`IGNORE`).
+            token_losses: fp32 [rows, time], nats of every label, 0 where there is none (`IGNORE`); in training with
+                `penalty`.
         """
         ...

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ...data_prep.errors import UserError
+from ..modeling.penalty import NO_PENALTY, Penalty
 from .base import LossSum
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class DPO:
     )
     per_token: ClassVar[bool] = False
     reads: ClassVar[str] = "dpo"
+    penalty: ClassVar[Penalty] = NO_PENALTY
 
     def __init__(
         self, beta: float = 0.1, loss: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False
