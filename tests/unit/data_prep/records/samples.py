@@ -34,9 +34,17 @@ FAMILIES: dict[str, tuple[str | None, str]] = {
     "gptoss": (None, "<|return|>"),
     "glm4moe": (None, "<|user|>"),
 }
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<｜Assistant｜>", "<｜User｜>", "<｜end▁of▁sentence｜>", "<|start|>", "<|message|>", "<|return|>", "<|channel|>", "<|call|>"]
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "<|system|>",
+    "<|user|>", "<|assistant|>", "<|end|>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>",
+    "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+    "<｜Assistant｜>", "<｜User｜>", "<｜end▁of▁sentence｜>", "<|start|>", "<|message|>", "<|return|>", "<|channel|>",
+    "<|call|>",
+]  # fmt: skip
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -88,7 +96,11 @@ def make_folder(
     return folder
 
 
-WORDS = ["the", "quick", "brown", "fox", "don't", "3.14", "def", "return", "None", "", "\n", "\n\n", "café", "日本語", "👩\u200d👩\u200d👧", "é", "x=1;", "{{", '"a":', "[1,2]", "}}", "<b>", "|>", "<|", "&amp;\n\u200b", "\t", "“quoted”", "<think>", "end"]
+WORDS = [
+    "the", "quick", "brown", "fox", "don't", "3.14", "def", "return", "None", "", "\n", "\n\n", "caf\u00e9", "日本語",
+    "👩\u200d👩\u200d👧", "e\u0301", "x=1;", '{{ "a": [1,2] }}', "<b>", "|>", "<|", "&amp;", "\u200b", "\t", "“quoted”",
+    "<think>", "end",
+]  # fmt: skip
 
 
 def conversations(number: int, seed: int = 0, system: bool = True, most_turns: int = 3) -> list[list[dict[str, Any]]]:
