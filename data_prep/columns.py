@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import UserError
-from .slices import BadDocument, Place, Slice
+from .slices import BadDocument, Slice, Spot
 
 ROWS = 256  # read at a time
 
@@ -42,12 +42,12 @@ def read_columns(part: Slice, text_key: str, bad: Callable[[BadDocument], None])
                 bad(BadDocument(part.path, f"row {row}: invalid UTF-8 in {text_key!r}"))
 
 
-def read_rows(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Place, dict[str, Any]]]:
+def read_rows(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Spot, dict[str, Any]]]:
     """The rows of a slice as records, nested columns as lists and objects, with where they are."""
     row = _rows_before(part)
     for batch in _parquet_batches(part) if part.format == "parquet" else _arrow_batches(part):
         for number, record in enumerate(_records_of(batch), start=row + 1):
-            place = Place(part.path, row=number)
+            place = Spot(part.path, row=number)
             if record is None:
                 bad(place.bad("invalid UTF-8 in its text"))
             else:

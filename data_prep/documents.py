@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 import orjson
 
 from .errors import UserError
-from .slices import BadDocument, Place, Slice
+from .slices import BadDocument, Slice, Spot
 
 _BUFFER = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -36,7 +36,7 @@ def read_documents(part: Slice, text_key: str, bad: Callable[[BadDocument], None
             yield from _text(part, bad)
 
 
-def read_records(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Place, dict[str, Any]]]:
+def read_records(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Spot, dict[str, Any]]]:
     """The records of a slice, whole, with where they are. Otherwise as `read_documents`."""
     with _whole(part):
         if part.format in ("parquet", "arrow"):
@@ -66,11 +66,11 @@ def _whole(part: Slice) -> Iterator[None]:
         raise UserError(f"{part.path}: the {part.compression} data is truncated or damaged ({error})") from None
 
 
-def _json_records(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _json_records(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Spot, dict[str, Any]]]:
     for number, (offset, line) in enumerate(_lines(part), start=1):
         if not line.strip():
             continue
-        place = Place(part.path, offset=offset) if part.start else Place(part.path, line=number)
+        place = Spot(part.path, offset=offset) if part.start else Spot(part.path, line=number)
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:

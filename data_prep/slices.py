@@ -48,7 +48,7 @@ def _bad_document(path: str, reason: str, offset: int | None, line: int | None) 
     return BadDocument(path, reason, offset=offset, line=line)
 
 
-class Place(NamedTuple):
+class Spot(NamedTuple):
     """Where a record begins: its line, its offset in a file read from the middle, or its row."""
 
     path: str

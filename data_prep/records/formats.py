@@ -1,4 +1,4 @@
-"""What a record is, told by its keys: a conversation, a prompt with its completion, a text, or a pair to choose from."""
+"""What a record is, told by its keys: a conversation, a prompt with a completion, a text, or a pair to choose from."""
 
 from __future__ import annotations
 

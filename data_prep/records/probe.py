@@ -61,15 +61,13 @@ def require_stop(job: Job, template: ChatTemplate) -> None:
     (row,) = Flagger(job, folder, tokenizer).rows(drafts, texts, Counter())
     learnt = row["token"][(row["flags"] & TRAINED) != 0].tolist()
     if not set(learnt) & set(records.stops):
+        names = [tokenizer.id_to_token(number) for number in learnt]
+        end = next((name for name in reversed(names) if name in drafter.special), None)
         stops = ", ".join(repr(tokenizer.id_to_token(number)) for number in records.stops)
-        ends = next((number for number in reversed(learnt) if tokenizer.id_to_token(number) in drafter.special), None)
-        end = (
-            repr(tokenizer.decode(learnt[-1:], skip_special_tokens=False))
-            if ends is None
-            else repr(tokenizer.id_to_token(ends))
-        )
+        remedy = f"Give a template that ends answers with {stops} (--chat-template)"
+        if end is not None:
+            remedy += f", or name {end!r} as eos_token_id in {GENERATION_CONFIG} beside the tokenizer"
         raise UserError(
-            f"the chat template ends an answer with {end}, but generation stops at {stops}, which would not be learnt: "
-            f"the model would not stop. Name {end} as eos_token_id in {GENERATION_CONFIG} or as eos_token in "
-            "tokenizer_config.json beside the tokenizer, or give a template that ends answers so (--chat-template)"
+            f"the chat template ends an answer with {'no special token' if end is None else repr(end)}, but generation "
+            f"stops at {stops}, which would not be learnt: the model would not stop. {remedy}"
         )

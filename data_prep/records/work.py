@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..documents import read_records
-from ..slices import Place
+from ..slices import Spot
 from ..sources import Task
 from ..store import TRAINED
 from ..tasks import TaskRecord, Worker, describe
@@ -35,7 +35,7 @@ _SEPARATOR = "\x1e"  # between the texts of a record, for filters
 class Drafted:
     """A record whose texts are made but not encoded."""
 
-    place: Place
+    place: Spot
     drafts: list[Draft]
     size: int  # bytes of all its texts
 
