@@ -17,7 +17,7 @@ _KEYS = {
     "text": "text",
 }
 KNOWN_MAPPINGS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
-TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE = "chat_template.jinja"
 _EXCESS = {"drop": "drop", "truncate": "truncate", "raise": "error"}
 
 
@@ -130,8 +130,8 @@ def _template(section: Stated, sources: Sources, output: Path) -> str | None:
     if own is not None and Path(str(own)).is_file():
         return str(own)
     if own is not None:
-        sources.files[TEMPLATE_FILE] = str(own)
-        return str(output / TEMPLATE_FILE)
+        sources.files[_TEMPLATE] = str(own)
+        return str(output / _TEMPLATE)
     if named.startswith("tokenizer_default_fallback_"):
         section.leave("chat_template", "the tokenizer's own; if it has none, prepare says so")
     elif named not in ("tokenizer_default", "jinja"):
