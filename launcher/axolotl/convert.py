@@ -1,0 +1,70 @@
+"""The whole of an Axolotl file at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...data_prep.errors import UserError
+from ...trainer.plan.settings import read_settings
+from ...trainer.recipe.text_files import parse_yaml, read_text, yaml_lines
+from . import training
+from .data import read_data
+from .deepspeed import read_deepspeed
+from .reasons import REASONS
+from .stated import Notes, Stated
+
+
+def convert(config: Path, output: Path, devices: int) -> tuple[dict[str, str], list[list[str]], Notes]:
+    """The files to write into `output`, the commands to run, and what became of the other keys.
+
+    Raises:
+        UserError: no YAML, a value of the wrong kind, or a method that there is none of here; names file, line and key.
+    """
+    text, notes = read_text(config), Notes()
+    values = parse_yaml(text, str(config))
+    if not isinstance(values, dict):
+        raise UserError(f"{config}: an Axolotl file is a mapping of keys; got {type(values).__name__}")
+    stated = Stated(values, str(config), yaml_lines(text), notes)
+    name = config.stem
+    objective = training.read_objective(stated)
+    model = training.read_model(stated)
+    data = read_data(stated, "dpo" if objective else None, name, output)
+    micro, whole = training.read_batch(stated, devices)
+    optimizer = training.read_optimizer(stated)
+    recipe: dict[str, Any] = {
+        "name": name,
+        "seed": stated.whole("seed", 42),  # Axolotl's own default
+        "output": stated.text("output_dir", f"runs/{name}"),
+        "model": model,
+        "data": data.recipe,
+        "objective": objective or {"sft": "sft", "text": "causal_lm"}[data.kind],
+        "adapter": training.read_adapter(stated),
+        "batch": {"global": whole},
+        "duration": training.read_duration(stated),
+        "optimizer": optimizer,
+        "schedule": training.read_schedule(stated, optimizer["lr"]),
+        **training.read_cadence(stated, data.recipe.get("split") != "1"),
+    }
+    ds = read_deepspeed(stated, micro, config.parent)
+    read_settings(ds, f"{config}: the DeepSpeed JSON that comes of it")
+    stated.leave_rest(REASONS, "unknown to this import", iter(REASONS))
+    pair = [
+        str(output / "recipe.yaml"),
+        "--deepspeed_config",
+        str(output / "deepspeed.json"),
+        "--devices",
+        str(devices),
+    ]
+    commands = [*data.commands, ["zeropipe", "plan", *pair], ["zeropipe", "launch", *pair]]
+    head = [f"# From {config.name}, an Axolotl file.", *(f"#   {shlex.join(command)}" for command in commands)]
+    files = {
+        "recipe.yaml": "\n".join(head) + "\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "deepspeed.json": json.dumps(ds, indent=2) + "\n",
+        **data.files,
+    }
+    return files, commands, notes
