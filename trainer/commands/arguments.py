@@ -56,8 +56,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str | None, note
     """`model`, and in what and where it is computed, for verbs that only compute with one."""
     parser.add_argument("model", help=MODEL_HELP)
     add_checkpoint_argument(parser)
+    add_base_argument(parser)
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default=dtype, help=f"of the weights; default: {note}")
     parser.add_argument("--device", help="such as cuda:1 or cpu; default: the accelerator, if there is one")
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="FOLDER", help="of a run with an adapter, if its base has moved")
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [*args.prompt, *_prompts_of(args.prompt_file)]
     device = pick_device(args.device)
     dtype = args.dtype or ("float32" if device.type == "cpu" else None)
-    model, tokenizer = load_model(chosen_checkpoint(args.model, args.checkpoint), dtype)
+    model, tokenizer = load_model(chosen_checkpoint(args.model, args.checkpoint), dtype, args.base)
     if args.tokenizer is not None:
         tokenizer = load_tokenizer(args.tokenizer)
     results = continue_prompts(model.to(device), tokenizer, prompts, sampling)

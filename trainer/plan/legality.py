@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...data_prep.errors import UserError
+from ..adapters.base import rows_of
 from ..adapters.registry import adapter_of
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
@@ -52,7 +53,8 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         UserError: one line that lists every refusal, each with its alternatives.
     """
     refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout)]
+    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout, model)]
+    refusals += [*_rates(recipe, settings, model)]
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
@@ -148,10 +150,41 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
 
 
-def _adapter(recipe: Recipe, layout: Layout) -> Iterator[str]:
+def _adapter(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     adapter = adapter_of(recipe.adapter)
-    if adapter is not None and layout.tensor > 1 and not adapter.splits:
+    if adapter is None:
+        return
+    if layout.tensor > 1 and not adapter.splits:
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
+    if model["model_type"] in FAMILIES:
+        try:
+            adapter.check(parameter_table(model))
+        except UserError as error:
+            yield str(error)
+    elif recipe.model.init == "random":
+        yield (
+            f"an adapter on random weights of model_type {model['model_type']!r}: no table to make them again from; "
+            "set model.init to a Hugging Face folder"
+        )
+
+
+def _rates(recipe: Recipe, settings: Settings, model: Mapping[str, Any]) -> Iterator[str]:
+    """Learning rates of single groups of parameters."""
+    known = model["model_type"] in FAMILIES
+    try:
+        rows = rows_of(adapter_of(recipe.adapter))(parameter_table(model) if known else [])
+    except UserError:  # told by now
+        return
+    own = isinstance(recipe.adapter, dict) and recipe.adapter.get("lr_ratio", 1) != 1
+    if recipe.optimizer.embedding_lr is not None:
+        if not known:
+            there = f"there are tables for {', '.join(FAMILIES)}"
+            yield f"optimizer.embedding_lr of model_type {model['model_type']!r}: {there}"
+        elif not any(spec.trained and spec.kind == "vocab" for spec in rows):
+            yield "optimizer.embedding_lr: embedding and head are frozen; name them in modules_to_save, or leave it out"
+    if settings.scheduler is not None and (own or recipe.optimizer.embedding_lr is not None):
+        key = "adapter lr_ratio" if own else "optimizer.embedding_lr"
+        yield f"{key} with a scheduler in the DeepSpeed JSON, which moves all alike; use the recipe's schedule instead"
 
 
 def _divisors(number: int) -> str:

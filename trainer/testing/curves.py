@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..adapters.merged import initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
-from ..engine.initial import initial_values
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..modeling.build import RandomValues
