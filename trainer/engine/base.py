@@ -124,7 +124,9 @@ class Engine(ABC):
 
         def make(spec: ParamSpec, values: Tensor | None = None) -> nn.Parameter:
             source = drawn if values is None else lambda _: values
-            return make_parameter(spec, source, self.dtype, self.ranks).requires_grad_(spec.trained)
+            parameter = make_parameter(spec, source, self.dtype, self.ranks)
+            parameter.requires_grad = spec.trained
+            return parameter
 
         install(self.adapter, module, make)
 

@@ -88,9 +88,9 @@ def peft_config(adapter: Lora, checkpoint: Checkpoint, base: str) -> Any:
     from peft import LoraConfig
 
     options, specs = adapter.options, model_specs(checkpoint.state["model_config"])
+    saved = [name.rpartition(".")[0] for name in _saved(checkpoint)]
     modules = [name.removesuffix(".lora_A.weight") for name in checkpoint.names() if name.endswith(".lora_A.weight")]
     leaves = sorted({module.rpartition(".")[2] for module in modules})
-    config = checkpoint.state["model_config"]
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=None if base == "random" else base,
@@ -101,8 +101,7 @@ def peft_config(adapter: Lora, checkpoint: Checkpoint, base: str) -> Any:
         fan_in_fan_out=specs[f"{modules[0]}.weight"].conv,
         use_rslora=options.rslora,
         use_dora=options.dora,
-        modules_to_save=list(options.modules_to_save) or None,
-        ensure_weight_tying=bool(options.modules_to_save and config.get("tie_word_embeddings")),
+        modules_to_save=sorted(set(saved)) or None,
         inference_mode=True,
     )
 
@@ -114,14 +113,22 @@ def _alpha_factor(adapter: Lora) -> float:
     return math.sqrt(2) if adapter.options.rslora else 2
 
 
+def _saved(checkpoint: Checkpoint) -> dict[str, str]:
+    """The model's own parameters that were trained, by the names that peft needs: of a tied one, each of its names,
+    because peft ties what it saves for few families.
+    """
+    own = [name for name in checkpoint.names() if ".lora_" not in name]
+    with torch.device("meta"):
+        tied: dict[str, str] = build_plain(checkpoint.state["model_config"], "float32").all_tied_weights_keys or {}  # type: ignore
+    return {name: name for name in own} | {name: source for name, source in tied.items() if source in own}
+
+
 def _tensors(adapter: Lora, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """By peft's keys."""
-    found = {}
+    found = {_PREFIX + name: checkpoint.read(source) for name, source in _saved(checkpoint).items()}
     for name in checkpoint.names():
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
-        if not leaf.startswith("lora_"):
-            found[_PREFIX + name] = checkpoint.read(name)
-        elif leaf in _HELD:
+        if leaf in _HELD:
             tensor = checkpoint.read(name)
             if adapter.options.pissa and leaf in ("lora_A", "lora_B"):
                 initial = checkpoint.read(f"{module}.{leaf}0.weight")
