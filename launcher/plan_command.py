@@ -49,6 +49,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """Name and value of each line of the table."""
     recipe, config = plan.recipe, plan.model_config
     parameters = f"{plan.parameters:,} parameters" if plan.parameters else "parameters not known for this family"
+    if plan.parameters and plan.frozen:
+        parameters = f"{plan.parameters:,} parameters trained, {plan.frozen:,} frozen"
     vocabulary = f"vocabulary {plan.vocab_size:,}"
     if plan.padded_vocab_size != plan.vocab_size:
         vocabulary += f", trained as {plan.padded_vocab_size:,}"
@@ -107,7 +109,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     from ..trainer.plan.memory import memory_rows
 
     if plan.memory is None:
-        return [("memory", "not known for this family, or with this adapter")]
+        return [("memory", "not known for this family")]
     lines = [(f"  {name}", size) for name, size in memory_rows(plan.memory)]
     total = f"{format_bytes(plan.memory.peak)} at the peak on each device"
     if plan.memory.host:

@@ -130,8 +130,9 @@ def test_it_trains_as_plain_torch_does(kind, layout, tmp_path, truths):
     assert found["grad_norm"] == pytest.approx(truth.norms, rel=1e-5)
     assert min(truth.norms) > 0.3 or kind == "adapter", "clipping is not active"
     checkpoint = Checkpoint.open(tmp_path / "run")
-    assert set(checkpoint.names()) == set(truth.weights)
-    for name, weight in truth.weights.items():
+    trained = {name for name in truth.weights if kind != "adapter" or name.endswith(".scale")}
+    assert set(checkpoint.names()) == trained
+    for name, weight in ((name, truth.weights[name]) for name in trained):
         # of its norm: Adam blows up the rounding noise of single elements
         expected = torch.from_numpy(weight)
         assert torch.dist(checkpoint.read(name), expected) <= 1e-4 * expected.norm(), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from zeropipe.trainer.adapters.base import Make, Read
@@ -20,22 +22,31 @@ class Scale:
     def __init__(self, target: str = "mlp.down_proj") -> None:
         self.target = target
 
+    def check(self, table: Sequence[ParamSpec]) -> None:
+        assert len(self.rows(table)) > len(table)
+
+    def rows(self, table: Sequence[ParamSpec]) -> list[ParamSpec]:
+        return [row for spec in table for row in (replace(spec, trained=False), *self._own(spec))]
+
+    def _own(self, spec: ParamSpec) -> list[ParamSpec]:
+        if not spec.name.endswith(f"{self.target}.weight"):
+            return []
+        name = spec.name.removesuffix("weight") + "scale"
+        return [ParamSpec(name, spec.shape[:1], "replicated", init="ones", layer=spec.layer)]
+
     def inject(self, module: nn.Module, make: Make) -> None:
         for linear in module.modules():
             spec: ParamSpec | None = getattr(linear._parameters.get("weight"), "spec", None)
-            if spec is not None and spec.name.endswith(f"{self.target}.weight"):
-                name = spec.name.removesuffix("weight") + "scale"
-                linear.register_parameter("scale", make(ParamSpec(name, spec.shape[:1], "replicated", init="ones")))
+            for own in self._own(spec) if spec is not None else []:
+                linear.register_parameter("scale", make(own))
                 linear.register_forward_hook(lambda own, _inputs, output: output * own.scale)
 
     def owns(self, name: str) -> bool:
         return name.endswith(".scale")
 
-    def merge(self, name: str, read: Read) -> Tensor:
-        weight = read(name)
-        if name.endswith(f"{self.target}.weight"):
-            return weight * read(name.removesuffix("weight") + "scale")[:, None]
-        return weight
+    def merge(self, spec: ParamSpec, read: Read, stored: Container[str]) -> Tensor:
+        scale = spec.name.removesuffix("weight") + "scale"
+        return read(spec.name) * read(scale)[:, None] if scale in stored else read(spec.name)
 
 
 ADAPTERS.register("scale", Scale)

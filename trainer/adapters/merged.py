@@ -1,30 +1,72 @@
-"""The weights of a checkpoint as a plain model has them."""
+"""The weights of a folder, a run or a checkpoint as a plain model has them: what a run begins with, or exports."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
+from ..modeling.build import FolderValues, RandomValues, Values, model_specs
 from .base import Adapter
+from .bases import Base, locate
 from .registry import adapter_of
 
 
 class MergedWeights:
-    """A checkpoint's parameters with its adapter folded in, one at a time."""
+    """A checkpoint's parameters with its adapter folded into its base, one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, base: str | Path | None = None) -> None:
+        """`base`: where the base of the adapter is now, if it has moved.
+
+        Raises:
+            UserError: the base is not there, or is another.
+        """
         self._checkpoint = checkpoint
         self._adapter: Adapter | None = adapter_of(checkpoint.state.get("adapter", "none"))
+        self._stored = frozenset(checkpoint.names())
+        if self._adapter is not None:
+            self._specs = model_specs(checkpoint.state["model_config"])
+            self._base = base_values(checkpoint, base)
 
     def names(self) -> list[str]:
         """Hugging Face's parameter names, tied ones once, sorted."""
-        adapter = self._adapter
-        return [name for name in self._checkpoint.names() if adapter is None or not adapter.owns(name)]
+        return sorted(self._stored if self._adapter is None else self._specs)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.shape(name)
+        return self._checkpoint.shape(name) if self._adapter is None else self._specs[name].shape
 
     def read(self, name: str) -> Tensor:
         """The whole fp32 tensor, on the CPU."""
-        read = self._checkpoint.read
-        return read(name) if self._adapter is None else self._adapter.merge(name, read)
+        if self._adapter is None:
+            return self._checkpoint.read(name)
+        return self._adapter.merge(self._specs[name], self._read, self._stored)
+
+    def _read(self, name: str) -> Tensor:
+        return self._checkpoint.read(name) if name in self._stored else self._base(self._specs[name]).float()
+
+
+def base_values(checkpoint: Checkpoint, moved: str | Path | None = None) -> Values:
+    """The values of the base of a checkpoint's adapter.
+
+    Raises:
+        UserError: the base is not there, or is another.
+    """
+    recorded = Base(**checkpoint.state["base"])
+    init = locate(recorded, moved, f"{checkpoint.path}: ")
+    return initial_values(init) or RandomValues(checkpoint.state["seed"])
+
+
+def initial_values(init: str) -> Values | None:
+    """The values of `model.init`: None (random), a Hugging Face folder's, or those of a run's newest checkpoint.
+
+    Raises:
+        UserError: nothing there to read, or it is damaged.
+    """
+    if init == "random":
+        return None
+    folder = Path(init)
+    if (folder / "config.json").is_file():
+        return FolderValues(folder)
+    weights = MergedWeights(Checkpoint.open(folder))
+    return lambda spec: weights.read(spec.name)

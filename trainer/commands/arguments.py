@@ -60,8 +60,13 @@ def add_model_arguments(
     """`model`, and in what and where it is computed, for verbs that only compute with one."""
     parser.add_argument("model", help=models)
     add_checkpoint_argument(parser)
+    add_base_argument(parser)
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default=dtype, help=f"of the weights; default: {note}")
     parser.add_argument("--device", help="such as cuda:1 or cpu; default: the accelerator, if there is one")
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="FOLDER", help="of an adapter, a run's or peft's, if its base has moved")
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +83,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, new_tokens: int | No
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a model is talked with by, and an adapter's base."""
-    parser.add_argument("--base", metavar="MODEL", help="of a peft adapter; default: what adapter_config.json names")
+    """What a model is talked with by."""
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's or the folder's own")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt; default: the template's own, if any")
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja; default: the tokenizer's own")

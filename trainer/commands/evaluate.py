@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     source = chosen_checkpoint(args.model, args.checkpoint)
     device = pick_device(args.device)
     data = _eval_data(args, source)
-    model, _ = load_model(source, args.dtype)
+    model, _ = load_model(source, args.dtype, args.base)
     evaluation = evaluate_model(model.to(device), data, batches, _progress)
     print(json.dumps(as_json(evaluation)) if args.json else evaluation_text(evaluation))
     return 0

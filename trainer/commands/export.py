@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from ...data_prep.errors import UserError
 from ...data_prep.sizes import format_bytes
 from ..run.quiet import quiet
-from .arguments import MODEL_DTYPES, add_checkpoint_argument, add_verb
+from .arguments import MODEL_DTYPES, add_base_argument, add_checkpoint_argument, add_verb
 from .chosen import chosen_checkpoint
 
 
@@ -19,6 +20,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=MODEL_DTYPES, help="default: what the run computed with")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="largest file; default: 4")
     parser.add_argument("--device", help="that verifies, such as cpu for a model larger than one GPU")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, for peft; needs --output")
+    add_base_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
 
 
@@ -27,9 +30,18 @@ def run(args: argparse.Namespace) -> int:
     from ..export.huggingface import export as export_folder
 
     source = chosen_checkpoint(args.run_directory, args.checkpoint)
-    done = export_folder(source, args.output, args.dtype, args.overwrite, int(args.max_shard_gb * 10**9), args.device)
+    shard = int(args.max_shard_gb * 10**9)
+    if args.adapter:
+        from ..export.peft_adapter import export_adapter
+
+        if args.output is None:
+            raise UserError("--adapter: say --output FOLDER; RUN/export is for the whole model")
+        done = export_adapter(source, args.output, args.dtype, args.overwrite, args.device, args.base)
+    else:
+        done = export_folder(source, args.output, args.dtype, args.overwrite, shard, args.device, args.base)
     dtype = str(done.dtype).removeprefix("torch.")
-    print(f"exported step {done.step} as {dtype}, {format_bytes(done.bytes)}: {done.folder}")
+    what = "the adapter of step" if args.adapter else "step"
+    print(f"exported {what} {done.step} as {dtype}, {format_bytes(done.bytes)}: {done.folder}")
     if done.deviation is None:
         print("the checkpoint holds no probe, so the logits were not compared; every tensor was read back and is equal")
     else:

@@ -21,10 +21,11 @@ from ..checkpoint.deepspeed_state import Live
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.ledger import join, split
 from ..data.order import key64
+from ..families.specs import ParamSpec
 from ..modeling.build import RandomValues, make_parameter
 from ..objectives.base import LossSum, Objective
 from ..objectives.registry import objective_of
-from ..optim.groups import parameter_groups
+from ..optim.groups import RATE, parameter_groups
 from ..optim.schedule import learning_rate
 from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
@@ -113,7 +114,7 @@ class Engine(ABC):
     def _initialize(self, config: dict[str, Any], mpu: Mpu | None = None) -> Any:
         """DeepSpeed's engine for `module`, with the optimizer that the JSON names; `config` from `runtime_config`."""
         optimizer = self.plan.settings.optimizer
-        groups = parameter_groups(self.module, optimizer)
+        groups = parameter_groups(self.module, optimizer, self.plan.recipe.optimizer.embedding_rate)
         if optimizer.build is None:
             arguments: dict[str, Any] = {"model_parameters": groups}
         else:
@@ -123,13 +124,22 @@ class Engine(ABC):
 
     def _adapt(self, module: nn.Module) -> None:
         """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say."""
-        values = RandomValues(self.plan.recipe.seed)
-        install(self.adapter, module, lambda spec: make_parameter(spec, values, self.dtype, self.ranks))
+        drawn = RandomValues(self.plan.recipe.seed)
+
+        def make(spec: ParamSpec, values: Tensor | None = None) -> nn.Parameter:
+            source = drawn if values is None else lambda _: values
+            parameter = make_parameter(spec, source, self.dtype, self.ranks)
+            parameter.requires_grad = spec.trained
+            return parameter
+
+        install(self.adapter, module, make)
 
     @property
     def live(self) -> Live:
-        """What checkpoints read and write."""
-        return Live(self.deepspeed, self.named_parameters(), self.ranks)
+        """What checkpoints read and write: with an adapter, that alone."""
+        named, adapter = self.named_parameters(), self.adapter
+        kept = named if adapter is None else [(name, p) for name, p in named if adapter.owns(name)]
+        return Live(self.deepspeed, kept, self.ranks)
 
     def _vector(self, loss: LossSum | None) -> Tensor:
         """Loss sum and metric sums in float64, on the device: they are waited for once a step."""
@@ -145,10 +155,12 @@ class Engine(ABC):
     def _set_learning_rate(self, step: int) -> float:
         """The rate of this step. Where the JSON has a scheduler of its own, that one has set it."""
         groups = self.deepspeed.optimizer.param_groups
-        if self.deepspeed.lr_scheduler is None:
-            for group in groups:
-                group["lr"] = planned_rate(self.plan, step)
-        return groups[0]["lr"]
+        if self.deepspeed.lr_scheduler is not None:
+            return groups[0]["lr"]
+        rate = planned_rate(self.plan, step)
+        for group in groups:
+            group["lr"] = rate * group.get(RATE, 1.0)
+        return rate
 
     def _seed(self, step: int, micro: int) -> None:
         """Dropout's randomness follows from where it is drawn, so that there is no generator state to save.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...data_prep.errors import UserError
+from ..adapters.merged import initial_values
 from ..modeling.build import Values
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, accelerator
 from .base import Engine
-from .initial import initial_values
 
 
 def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..adapters.bases import Base, base_of, check_base
 from ..checkpoint.folder import check_same_run
 from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
@@ -23,6 +24,7 @@ class Checkpoints:
         self.engine, self.stream, self.log = engine, stream, log
         self.plan, self.recipe, self.ranks = engine.plan, engine.plan.recipe, engine.ranks
         self.identity = data.identity()
+        self.base = None if engine.adapter is None else base_of(self.recipe.model.init, self.recipe.seed, self.ranks)
         save = self.recipe.save
         self.writer: CheckpointWriter = SynchronousWriter(
             self.recipe.output, save.every, save.keep, self.plan.total_steps
@@ -40,6 +42,8 @@ class Checkpoints:
             self.log.start("start", 0)
             return state
         check_same_run(checkpoint.state, **self.identity)
+        if self.base is not None:
+            check_base(Base(**checkpoint.state["base"]), self.base, "resume: ")
         saved, source = load(self.engine.live, checkpoint), checkpoint.path
         state.step, state.samples_consumed = saved["step"], saved["samples_consumed"]
         state.tokens_consumed = saved["tokens_consumed"]
@@ -66,6 +70,7 @@ class Checkpoints:
             "tokens_consumed": state.tokens_consumed,
             "precision": self.plan.precision.name,
             **self.identity,
+            **({} if self.base is None else {"base": self.base.record()}),
         }
         self.writer.save(self.engine.live, record, self._probe())
 

@@ -27,9 +27,7 @@ def load_model_or_adapter(
     """
     path = Path(path)
     if not (path / _CONFIG).is_file():
-        if base is not None:
-            raise UserError(f"--base {base}: {path} holds no peft adapter ({_CONFIG}), so it has no base")
-        return load_model(path, dtype)
+        return load_model(path, dtype, base)
     if not (path / "adapter_model.safetensors").is_file():
         raise UserError(f"{path}: no adapter_model.safetensors there; pickled adapters are refused")
     folder = _base_of(path, base)

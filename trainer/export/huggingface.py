@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ def export(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     device: str | None = None,
+    base: str | Path | None = None,
 ) -> Exported:
     """Writes safetensors, config, tokenizer and generation config, and verifies what it wrote.
 
@@ -66,6 +68,7 @@ def export(
         overwrite: replace a folder that is there.
         shard_bytes: largest safetensors file.
         device: that computes the logits; None: the accelerator if there is one, which must hold the whole model.
+        base: where the base of the run's adapter is now, if it has moved.
 
     Raises:
         UserError: nothing to export, `output` is there already, or the reloaded model differs from training.
@@ -79,25 +82,27 @@ def export(
     precision = run_precision(checkpoint.path, checkpoint.state)
     chosen = torch_dtype(dtype or precision.weights)
     with publishing(target, overwrite) as folder:
-        write_model(checkpoint, folder, chosen, shard_bytes)
+        weights = MergedWeights(checkpoint, base)
+        write_model(checkpoint, weights, folder, chosen, shard_bytes)
         if (tokenizer := tokenizer_folder(checkpoint.path)) is not None:
             with completed(tokenizer) as whole:
                 copy_tokenizer(whole, folder)
-        verify_weights(checkpoint, folder, chosen)
+        verify_weights(weights, folder, chosen)
         probe = read_probe(checkpoint.path)
         deviation = bound = None
         if probe is not None:
             bound = max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
-            deviation = verify_logits(folder, *probe, bound, verifier)
+            deviation = verify_logits(partial(load_folder, folder, None), *probe, bound, verifier)
     files = sorted(p.name for p in target.iterdir())
     size = sum((target / name).stat().st_size for name in files)
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound)
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def write_model(
+    checkpoint: Checkpoint, weights: MergedWeights, folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
     code = str(dtype).removeprefix("torch.")
-    weights = MergedWeights(checkpoint)
     tensors = [FileTensor(name, weights.shape(name), code, partial(weights.read, name)) for name in weights.names()]
     files = in_groups(tensors, shard_bytes)
     where = {}
@@ -139,9 +144,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def verify_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
-    """Reads every tensor back and compares it with the checkpoint's, bit for bit."""
-    weights = MergedWeights(checkpoint)
+def verify_weights(weights: MergedWeights, folder: Path, dtype: torch.dtype) -> None:
+    """Reads every tensor back and compares it with what should have been written, bit for bit."""
     found = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
@@ -173,13 +177,13 @@ def read_probe(checkpoint: Path) -> tuple[Tensor, Tensor] | None:
         return handle.get_tensor("ids"), handle.get_tensor("logits")
 
 
-def verify_logits(folder: Path, ids: Tensor, expected: Tensor, bound: float, device: torch.device) -> float:
+def verify_logits(load: Callable[[], Any], ids: Tensor, expected: Tensor, bound: float, device: torch.device) -> float:
     """Deviation of the reloaded model's logits from `expected`, relative to the largest logit.
 
     Raises:
         UserError: it is more than `bound`; the message names the worst place.
     """
-    model = load_folder(folder, None).eval().to(device)
+    model = load().eval().to(device)
     with torch.no_grad():
         logits = model(input_ids=ids.to(device)).logits.float().cpu()
     if logits.shape != expected.shape:

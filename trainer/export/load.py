@@ -18,24 +18,29 @@ if TYPE_CHECKING:
     from ..checkpoint.reader import Checkpoint
 
 
-def load_model(path: str | Path, dtype: str | torch.dtype | None = None) -> tuple[Any, Any]:
+def load_model(
+    path: str | Path, dtype: str | torch.dtype | None = None, base: str | Path | None = None
+) -> tuple[Any, Any]:
     """The model in evaluation mode on the CPU, and its tokenizer (None where there is none).
 
     Args:
         path: a run directory (its newest whole checkpoint), a checkpoint, or a Hugging Face folder with safetensors.
         dtype: of the parameters; None: what the run computed with, or what the folder holds.
+        base: where the base of the run's adapter is now, if it has moved.
 
     Raises:
         UserError: nothing there to load, pickled weights, missing parameters, a damaged file.
     """
     path = Path(path)
     if is_hf_folder(path):
+        if base is not None:
+            raise UserError(f"--base {base}: {path} holds a whole model, which has no base")
         model = load_folder(path, dtype)
     else:
         from ..checkpoint.reader import Checkpoint
 
         checkpoint = Checkpoint.open(path)
-        model = load_checkpoint(checkpoint, dtype or run_precision(checkpoint.path, checkpoint.state).weights)
+        model = load_checkpoint(checkpoint, dtype or run_precision(checkpoint.path, checkpoint.state).weights, base)
     return model.eval(), load_tokenizer(path)
 
 
@@ -66,10 +71,10 @@ def load_folder(folder: Path, dtype: str | torch.dtype | None) -> Any:
     return model
 
 
-def load_checkpoint(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Any:
+def load_checkpoint(checkpoint: Checkpoint, dtype: str | torch.dtype, base: str | Path | None = None) -> Any:
     """A checkpoint's master weights, cast to `dtype`, in the plain Hugging Face model; one parameter at a time."""
     model = build_plain(checkpoint.state["model_config"], dtype)
-    expected, weights = dict(model.named_parameters()), MergedWeights(checkpoint)
+    expected, weights = dict(model.named_parameters()), MergedWeights(checkpoint, base)
     missing = sorted(set(expected) - set(weights.names()))
     if missing:
         raise UserError(f"{checkpoint.path}: the checkpoint lacks parameters of its own model: {missing}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data_prep.durable import publishing
+from ...data_prep.errors import UserError
 from ..checkpoint.reader import MASTER, Checkpoint
 
 _MOST_GROUPS = 1024
@@ -26,6 +27,10 @@ def write_universal(source: str | Path, output: str | Path, prefix: str = "", ov
         UserError: no whole checkpoint, or the output is there already.
     """
     checkpoint, output = Checkpoint.open(source), Path(output)
+    if checkpoint.state.get("adapter", "none") != "none":
+        raise UserError(
+            f"{source}: holds an adapter, not a model that DeepSpeed could go on from; use `zeropipe export`"
+        )
     with publishing(output, overwrite) as folder:
         tag = checkpoint.path.name
         _write(checkpoint, folder / tag, prefix)

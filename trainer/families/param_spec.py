@@ -11,7 +11,7 @@ from typing import Literal
 # replicated: computes with the whole residual stream, so that its gradient is whole too (row biases, positions)
 # unknown: nothing is said of it, which is an error under tensor parallelism
 Kind = Literal["vocab", "column", "row", "feeding", "replicated", "unknown"]
-Init = Literal["normal", "ones", "zeros"]
+Init = Literal["normal", "uniform", "ones", "zeros"]  # uniform: about zero, with the same `std`
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class ParamSpec:
     std: float = 0.02
     padded_rows: int | None = None  # rows of a vocabulary parameter as trained; the rows beyond `shape` are zero
     layer: int | None = None  # the block that holds it
+    conv: bool = False  # whether it is the weight of a Conv1D: [in, out]
+    trained: bool = True
+    rate: float = 1.0  # learning rate, relative to the optimizer's
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
@@ -100,7 +103,7 @@ def linear(
     name: str, into: int, out: int, bias: bool = False, std: float = 0.02, conv: bool = False
 ) -> list[ParamSpec]:
     """Rows of a linear layer; `conv`: a Conv1D, whose weight is [in, out]."""
-    rows = [ParamSpec(f"{name}.weight", (into, out) if conv else (out, into), std=std)]
+    rows = [ParamSpec(f"{name}.weight", (into, out) if conv else (out, into), std=std, conv=conv)]
     return [*rows, ParamSpec(f"{name}.bias", (out,), init="zeros")] if bias else rows
 
 

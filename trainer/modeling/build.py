@@ -7,6 +7,7 @@ before the next is made, so that no rank ever holds more than its share and one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...data_prep.errors import UserError
 from ..families.registry import family_of
@@ -82,10 +84,16 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
     if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}
     else:
-        specs = {name: ParamSpec(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        convs = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        specs = {name: ParamSpec(name, tuple(p.shape), conv=name in convs) for name, p in model.named_parameters()}
     expected = {name for name, _ in model.named_parameters()}
     assert specs.keys() == expected, f"the table and the model differ in {sorted(specs.keys() ^ expected)}"
     return model, specs
+
+
+def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
+    """Every parameter of a model by name, tied ones once; of any family that transformers knows."""
+    return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else _skeleton(config, 1)[1]
 
 
 def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -158,9 +166,11 @@ class RandomValues:
         self._seed = seed
 
     def __call__(self, spec: ParamSpec) -> Tensor:
-        if spec.init != "normal":
+        if spec.init in ("ones", "zeros"):
             return torch.ones(spec.shape) if spec.init == "ones" else torch.zeros(spec.shape)
         generator = torch.Generator().manual_seed(parameter_seed(self._seed, spec.name))
+        if spec.init == "uniform":
+            return (torch.rand(spec.shape, generator=generator) * 2 - 1) * (math.sqrt(3) * spec.std)
         return torch.randn(spec.shape, generator=generator) * spec.std
 
 

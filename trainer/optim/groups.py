@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..families.specs import ParamSpec
@@ -14,19 +15,33 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+RATE = "lr_ratio"  # key of a group: its learning rate over the schedule's; left out where it is 1
+
+
 def grouped(
-    things: Iterable[_T], spec_of: Callable[[_T], ParamSpec], optimizer: Optimizer
+    things: Iterable[_T], spec_of: Callable[[_T], ParamSpec], optimizer: Optimizer, embedding_rate: float = 1.0
 ) -> list[tuple[Group, list[_T]]]:
-    """The optimizer's groups that have members, in its order; members in the order of `things`."""
-    members: list[list[_T]] = [[] for _ in optimizer.groups]
+    """The optimizer's groups that have members, in its order, one for each learning rate; members in the order of
+    `things`.
+
+    Args:
+        embedding_rate: learning rate of embedding and head over that of the others.
+    """
+    members: dict[tuple[int, float], list[_T]] = {}
     for thing in things:
         spec = spec_of(thing)
-        members[next(number for number, group in enumerate(optimizer.groups) if group.takes(spec))].append(thing)
-    return [(group, own) for group, own in zip(optimizer.groups, members, strict=True) if own]
+        number = next(number for number, group in enumerate(optimizer.groups) if group.takes(spec))
+        rate = spec.rate * (embedding_rate if spec.kind == "vocab" else 1.0)
+        members.setdefault((number, rate), []).append(thing)
+    return [(_at_rate(optimizer.groups[number], rate), members[number, rate]) for number, rate in sorted(members)]
 
 
-def parameter_groups(module: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+def _at_rate(group: Group, rate: float) -> Group:
+    return group if rate == 1 else replace(group, options={**group.options, RATE: rate})
+
+
+def parameter_groups(module: nn.Module, optimizer: Optimizer, embedding_rate: float = 1.0) -> list[dict[str, Any]]:
     """Groups as torch's optimizers take them, of the parameters that are trained; each carries `.spec`."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = grouped(trained, lambda parameter: parameter.spec, optimizer)  # type: ignore[attr-defined]
+    groups = grouped(trained, lambda parameter: parameter.spec, optimizer, embedding_rate)  # type: ignore[attr-defined]
     return [{"params": own, **group.options} for group, own in groups]

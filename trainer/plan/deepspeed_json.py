@@ -141,6 +141,8 @@ def _batches(recipe: Recipe, stated: Settings, layout: Layout, clashes: list[str
 def _optimizer(recipe: Recipe, stated: Settings, resolved: dict[str, Any], clashes: list[str]) -> None:
     params = dict(stated.optimizer_params)
     for key in type(recipe.optimizer).model_fields:
+        if key == "embedding_lr":  # DeepSpeed knows it only as the rate of a group, which the engine sets
+            continue
         ours = getattr(recipe.optimizer, key)
         ours = list(ours) if isinstance(ours, tuple) else ours
         if key not in stated.optimizer.keys:

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...data_prep.errors import UserError
+from ..adapters.base import rows_of
 from ..adapters.registry import adapter_of
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
+from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
 from .layout import Layout
 from .model_config import longest_sequence
 from .settings import Settings
+from .stages import split_layers
 
 
 def layout_of(recipe: Recipe, settings: Settings, devices: int) -> Layout:
@@ -52,7 +55,9 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         UserError: one line that lists every refusal, each with its alternatives.
     """
     refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout)]
+    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout, model)]
+    if not refusals:
+        refusals += [*_groups(recipe, settings, layout, model)]
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
@@ -148,10 +153,52 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
 
 
-def _adapter(recipe: Recipe, layout: Layout) -> Iterator[str]:
+def _adapter(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     adapter = adapter_of(recipe.adapter)
-    if adapter is not None and layout.tensor > 1 and not adapter.splits:
+    if adapter is None:
+        return
+    if layout.tensor > 1 and not adapter.splits:
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
+    if model["model_type"] in FAMILIES:
+        try:
+            adapter.check(parameter_table(model))
+        except UserError as error:
+            yield str(error)
+    elif recipe.model.init == "random":
+        yield (
+            f"an adapter on random weights of model_type {model['model_type']!r}: no table to make them again from; "
+            "set model.init to a Hugging Face folder"
+        )
+
+
+def _groups(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """The optimizer's groups of parameters, and learning rates of their own."""
+    known, rows = model["model_type"] in FAMILIES, rows_of(adapter_of(recipe.adapter))
+    table = parameter_table(model, layout.tensor) if known else []
+    trained = [spec for spec in rows(table) if spec.trained]
+    own = isinstance(recipe.adapter, dict) and recipe.adapter.get("lr_ratio", 1) != 1
+    if recipe.optimizer.embedding_lr is not None:
+        if not known:
+            there = f"there are tables for {', '.join(FAMILIES)}"
+            yield f"optimizer.embedding_lr of model_type {model['model_type']!r}: {there}"
+        elif not any(spec.kind == "vocab" for spec in trained):
+            yield "optimizer.embedding_lr: embedding and head are frozen; name them in modules_to_save, or leave it out"
+    if settings.scheduler is not None and (own or recipe.optimizer.embedding_lr is not None):
+        key = "adapter lr_ratio" if own else "optimizer.embedding_lr"
+        yield f"{key} with a scheduler in the DeepSpeed JSON, which moves all alike; use the recipe's schedule instead"
+    if layout.pipeline == 1:
+        return
+    groups = set()
+    for stage in split_layers(table, layout.pipeline, recipe.parallel.partition):
+        own_rows = [spec for spec in rows(stage.specs) if spec.trained]
+        found = grouped(own_rows, lambda spec: spec, settings.optimizer, recipe.optimizer.embedding_rate)
+        groups.add(tuple(str(sorted(group.options.items())) for group, _ in found))
+    if len(groups) > 1:  # DeepSpeed reduces the gradients' norm group by group, over the stages too
+        yield (
+            f"pipeline {layout.pipeline}: its stages would differ in their groups of parameters (with and without "
+            "weight decay, by learning rate), and DeepSpeed would wait for ever; use fewer stages or another "
+            "parallel.partition, or leave out optimizer.embedding_lr and norms in modules_to_save"
+        )
 
 
 def _divisors(number: int) -> str:

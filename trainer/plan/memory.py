@@ -6,7 +6,7 @@ Weights, gradients and optimizer states are exact, the padding of flat buffers i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,17 +40,28 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rank trains: elements of each of its parameters, in the groups that the optimizer has."""
+    """Elements of each parameter of a rank: of those that it trains, in the groups that the optimizer has."""
 
     groups: tuple[tuple[int, ...], ...]
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        return tuple(size for group in self.groups for size in group)
 
     @property
     def all(self) -> tuple[int, ...]:
-        return tuple(size for group in self.groups for size in group)
+        return self.trained + self.frozen
 
 
 def estimate_memory(
-    model: Mapping[str, Any], layout: Layout, settings: Settings, seq_len: int, partition: str = "parameters"
+    model: Mapping[str, Any],
+    layout: Layout,
+    settings: Settings,
+    seq_len: int,
+    partition: str = "parameters",
+    rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
+    embedding_rate: float = 1.0,
 ) -> MemoryEstimate:
     """Memory of the heaviest rank.
 
@@ -58,13 +69,15 @@ def estimate_memory(
         model: complete configuration of a family that has a parameter table.
         settings: of the resolved JSON.
         partition: how a pipeline's layers are shared out.
+        rows: puts the rows of an adapter beside those of a stage.
+        embedding_rate: of embedding and head, which then are groups of their own.
     """
     assert settings.micro_batch is not None and settings.accumulation is not None
     table = parameter_table(model, layout.tensor)
     tokens = settings.micro_batch * seq_len // layout.sequence
     estimates = []
     for number, stage in enumerate(split_layers(table, layout.pipeline, partition)):
-        sizes = _sizes(stage.specs, layout.tensor, settings.optimizer)
+        sizes = _sizes(rows(stage.specs), layout.tensor, settings.optimizer, embedding_rate)
         states = _STATES[layout.zero_stage](sizes, layout, settings)
         activations = activation_bytes(
             model,
@@ -81,18 +94,23 @@ def estimate_memory(
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
 
 
-def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer) -> Sizes:
-    groups = grouped(specs, lambda spec: spec, optimizer)
-    return Sizes(tuple(tuple(math.prod(spec.local_shape(0, tensor)) for spec in own) for _, own in groups))
+def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float) -> Sizes:
+    def size(spec: ParamSpec) -> int:
+        return math.prod(spec.local_shape(0, tensor))
+
+    trained = [spec for spec in specs if spec.trained]
+    groups = grouped(trained, lambda spec: spec, optimizer, embedding_rate)
+    frozen = tuple(size(spec) for spec in specs if not spec.trained)
+    return Sizes(tuple(tuple(map(size, own)) for _, own in groups), frozen)
 
 
 def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     """Everything whole on every rank; the all-reduce copies gradients into flat buckets."""
-    elements, width = sum(sizes.all), settings.precision.width
+    elements, width = sum(sizes.trained), settings.precision.width
     master = 4 * elements if width == 2 else 0
     copies = width * min(elements, BUCKET) if layout.data * layout.sequence > 1 else 0
     return {
-        "parameters": width * elements,
+        "parameters": width * sum(sizes.all),
         "gradients": width * elements,
         "optimizer": settings.optimizer.state_bytes * elements + master,
         "buffers": 0,
@@ -112,14 +130,14 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     accumulates = settings.accumulation != 1
     bucket = width * settings.reduce_bucket_size
     buckets = bucket * (2 if settings.overlap_comm else 1)
-    whole = width * sum(sizes.all)
+    whole = width * sum(sizes.trained)
     gradients = whole if layout.zero_stage == 1 else width * owned * (1 + accumulates)
-    states = {"parameters": width * sum(flats), "buffers": buckets}
+    states = {"parameters": width * (sum(flats) + sum(sizes.frozen)), "buffers": buckets}
     if not layout.offload_optimizer:
         # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
         update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
         return {**states, "gradients": gradients, "optimizer": states_width * part, "update": update, "host": 0}
-    largest = max(sizes.all)
+    largest = max(sizes.trained)
     on_host = (states_width + 4 + width) * part + width * largest + (width * owned if accumulates else 0)
     states["buffers"] += width * largest
     gradients = whole if layout.zero_stage == 1 else width * owned
@@ -134,16 +152,17 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
+    resting = part + sum(_ceil(size, ranks) // ranks for size in sizes.frozen)
     persistent = sum(size for size in sizes.all if size <= settings.persistence_threshold) if ranks > 1 else 0
     states = states_width * part
     gradients = width * part
     bucket = width * settings.reduce_bucket_size
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
-    on_host = (width * part if layout.offload_param else 0) + (
+    on_host = (width * resting if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
     )
     return {
-        "parameters": width * (persistent + (0 if layout.offload_param else part)),
+        "parameters": width * (persistent + (0 if layout.offload_param else resting)),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
         "buffers": bucket + (width * _gathered(sizes, persistent, settings) if ranks > 1 else 0),

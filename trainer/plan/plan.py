@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ...data_prep.errors import UserError, did_you_mean
 from ...data_prep.store import TokenStore
+from ..adapters.base import rows_of
 from ..adapters.registry import adapter_of
 from ..data.samples import samples_of
 from ..data.splits import Part, SplitName, open_split, whole_part
@@ -51,6 +52,7 @@ class Plan:
     decay_steps: int
     settings: Settings  # of the resolved JSON
     parameters: int | None  # trained ones, vocabulary padded
+    frozen: int  # parameters of the base of an adapter, as far as they are known
     memory: MemoryEstimate | None  # None where there is no parameter table for the family
 
     @property
@@ -87,7 +89,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     total = _total_steps(recipe, samples, global_batch)
     warmup, decay = _schedule_steps(recipe, total)
     fill_scheduler(resolved, total, warmup)
-    parameters = _parameters(model, layout)
+    parameters, frozen = _parameters(recipe, model, layout)
     if parameters is not None and (layout.zero_stage > 0 or layout.pipeline > 1):
         # DeepSpeed allocates its bucket whole, 500 million elements unless told otherwise, however small the model is
         resolved["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
@@ -108,7 +110,8 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         decay_steps=decay,
         settings=settings,
         parameters=parameters,
-        memory=None if parameters is None or recipe.adapter != "none" else _memory(recipe, settings, layout, model),
+        frozen=frozen,
+        memory=None if parameters is None else _memory(recipe, settings, layout, model),
     )
 
 
@@ -159,16 +162,20 @@ def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
     return [part.store for part in (*parts, *held_out, *sets)]
 
 
-def _parameters(model: Mapping[str, Any], layout: Layout) -> int | None:
+def _parameters(recipe: Recipe, model: Mapping[str, Any], layout: Layout) -> tuple[int | None, int]:
+    """Trained and frozen ones."""
     if model["model_type"] not in FAMILIES:
-        return None
-    return sum(spec.numel for spec in parameter_table(model, layout.tensor))
+        return None, 0
+    rows = rows_of(adapter_of(recipe.adapter))(parameter_table(model, layout.tensor))
+    trained = sum(spec.numel for spec in rows if spec.trained)
+    return trained, sum(spec.numel for spec in rows) - trained
 
 
 def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-    return estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition)
+    rows, rate = rows_of(adapter_of(recipe.adapter)), recipe.optimizer.embedding_rate
+    return estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition, rows, rate)
 
 
 def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
@@ -226,6 +233,8 @@ def _resolved_recipe(recipe: Recipe, settings: Settings) -> Recipe:
     params = settings.optimizer_params
     values = {key: getattr(recipe, key) for key in type(recipe).model_fields if key in recipe.model_fields_set}
     values["optimizer"] = {key: params[key] for key in settings.optimizer.keys}
+    if recipe.optimizer.embedding_lr is not None:
+        values["optimizer"]["embedding_lr"] = recipe.optimizer.embedding_lr
     values["batch"] = {"global": settings.global_batch}
     if settings.scheduler is None:
         values["schedule"] = recipe.schedule

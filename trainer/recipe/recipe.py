@@ -122,6 +122,13 @@ class Hyperparameters(_Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none."""
+    embedding_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of embedding and head; `lr` if left out. The schedule's shape is the same."""
+
+    @property
+    def embedding_rate(self) -> float:
+        """Learning rate of embedding and head over that of the others."""
+        return 1.0 if self.embedding_lr is None else self.embedding_lr / self.lr
 
 
 class Schedule(_Section):

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..adapters.merged import initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
-from ..engine.initial import initial_values
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
 from ..modeling.build import RandomValues
@@ -34,12 +34,17 @@ def one_process(plan: Plan) -> Curve:
     ranks = init_distributed()
     model = plain_model(plan).to(ranks.device)
     params = plan.deepspeed["optimizer"]["params"]
-    groups, betas = decayed_groups(model.parameters(), params["weight_decay"]), tuple(params["betas"])
-    optimizer = torch.optim.AdamW(groups, lr=params["lr"], betas=betas, eps=params["eps"])
+    vocabulary = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    ids = {id(parameter) for parameter in vocabulary}
+    others = decayed_groups((p for p in model.parameters() if id(p) not in ids), params["weight_decay"])
+    own = decayed_groups((p for p in model.parameters() if id(p) in ids), params["weight_decay"])
+    ratios = [1.0] * len(others) + [plan.recipe.optimizer.embedding_rate] * len(own)
+    betas = tuple(params["betas"])
+    optimizer = torch.optim.AdamW([*others, *own], lr=params["lr"], betas=betas, eps=params["eps"])
 
     def set_rate(step: int) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = planned_rate(plan, step)
+        for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+            group["lr"] = planned_rate(plan, step) * ratio
 
     with RunData.open(plan).stream(ranks) as stream:
         batches = (whole_batch(stream.next_step(), ranks.device) for _ in range(plan.total_steps))

@@ -56,7 +56,7 @@ def parity(
     """Trains `steps` steps in fp32, without dropout, on every legal layout of 1, 2, 4 … `ranks` ranks of this machine.
 
     Raises:
-        UserError: the recipe cannot be planned on one rank, or its family has no table of parameters.
+        UserError: the recipe cannot be planned on one rank or has an adapter, or its family has no table of parameters.
     """
     from .curves import one_process
 
@@ -135,6 +135,10 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
     if family_of(first.model_config) is None:
         family = first.model_config["model_type"]
         raise UserError(f"model_type {family!r} has no table of parameters; there are tables for {', '.join(FAMILIES)}")
+    if recipe.adapter != "none":
+        raise UserError(
+            f"parity trains the whole model, which the adapter {recipe.adapter!r} does not; say adapter=none"
+        )
     plans = [first]
     for layout in _layouts(ranks):
         if layout == first.layout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from tests.tiny import plan_of, tiny_json, tiny_recipe, tiny_store
 from tests.toys.optimizer import MOMENTUM
 from zeropipe.data_prep.errors import UserError
+from zeropipe.trainer.families.specs import ParamSpec
 from zeropipe.trainer.optim.adamw import ADAMW
 from zeropipe.trainer.optim.groups import parameter_groups
 from zeropipe.trainer.optim.registry import OPTIMIZERS, optimizer_of
@@ -50,7 +50,7 @@ def test_a_cpu_takes_torchs_adam_unless_told_otherwise():
 def test_norms_and_biases_do_not_decay():
     module = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in range(4))
     for parameter, decays in zip(module, (False, True, True, False), strict=True):
-        parameter.spec = SimpleNamespace(decays=decays)  # type: ignore[attr-defined]
+        parameter.spec = ParamSpec("x", (2, 1) if decays else (2,))  # type: ignore[attr-defined]
     module[2].requires_grad_(False)
     matrices, rest = parameter_groups(module, ADAMW)
     assert matrices == {"params": [module[1]]}

@@ -17,6 +17,7 @@ from zeropipe.trainer.plan.stages import layers_of, split_layers
 from zeropipe.trainer.recipe.precision import PRECISIONS
 
 BUCKET = 50_000  # elements: as the JSONs below state it
+LORA = {"type": "lora", "r": 32}
 SLACK = 10_000  # bytes: step counters of Adam, losses, token ids and the like
 
 
@@ -64,26 +65,32 @@ def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("zero", "precision", "extra"),
+    ("zero", "precision", "extra", "sections"),
     [
-        ("zero0", "bf16_autocast", {}),
-        ("zero1", "bf16", {}),
-        ("zero2", "fp32", {}),
-        ("zero3", "fp32", {}),
-        ("zero2_offload", "fp32", {}),
-        ("zero3_offload", "bf16", {}),
-        ("zero3", "bf16", {"tensor_parallel": {"autotp_size": 2}}),
+        ("zero0", "bf16_autocast", {}, {}),
+        ("zero1", "bf16", {}, {}),
+        ("zero2", "fp32", {}, {}),
+        ("zero3", "fp32", {}, {}),
+        ("zero2_offload", "fp32", {}, {}),
+        ("zero3_offload", "bf16", {}, {}),
+        ("zero3", "bf16", {"tensor_parallel": {"autotp_size": 2}}, {}),
+        ("zero1", "fp32", {}, {"optimizer": {"embedding_lr": 1e-4}}),
+        ("zero0", "fp32", {}, {"adapter": {**LORA, "modules_to_save": ["ln_f"]}}),
+        ("zero1", "bf16", {}, {"adapter": {**LORA, "modules_to_save": ["wte"]}}),
+        ("zero2", "fp32", {}, {"adapter": {**LORA, "init": "pissa", "lr_ratio": 4.0}}),
+        ("zero3", "fp32", {}, {"adapter": {**LORA, "dora": True}}),
+        ("zero3_offload", "bf16", {}, {"adapter": {**LORA, "modules_to_save": ["wte"]}}),
     ],
 )
 def test_weights_gradients_and_states_are_what_two_ranks_hold(
-    tmp_path: Path, zero: str, precision: str, extra: dict[str, Any]
+    tmp_path: Path, zero: str, precision: str, extra: dict[str, Any], sections: dict[str, Any]
 ):
     store = tiny_store(tmp_path / "store", documents=60)
     ds = {**tiny_json(zero, micro=2), **extra}
     ds["zero_optimization"]["reduce_bucket_size"] = BUCKET
     if precision != "fp32":
         ds["bf16" if precision == "bf16" else "torch_autocast"] = {"enabled": True}
-    recipe = tiny_recipe(store, tmp_path / "run")
+    recipe = tiny_recipe(store, tmp_path / "run", **sections)
     planned = plan_of(recipe, ds, 2).memory
     assert planned is not None
     measured = run_ranks(2, measure, recipe, ds)

@@ -182,7 +182,7 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
     ("datastates", 1, {"datastates_ckpt": {"host_cache_size": 16}}, {}, "datastates_ckpt: .*leave it out"),
     ("writer", 1, {"checkpoint": {"writer": {"type": "fast"}}}, {}, "checkpoint.writer: .*leave it out"),
     ("objective", 1, {}, {"objective": "rlhf"}, "no objective 'rlhf'; there are: causal_lm, sft, dpo"),
-    ("adapter", 1, {}, {"adapter": {"type": "lora", "r": 8}}, "no adapter 'lora'; there are: "),
+    ("adapter", 1, {}, {"adapter": {"type": "lorra", "r": 8}}, "no adapter 'lorra', did you mean 'lora'?"),
     ("device", 1, zero(2, offload_optimizer={"device": "gpu"}), {}, "offload_optimizer.device 'gpu': use cpu or none"),
     (
         "min lr",
