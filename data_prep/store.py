@@ -96,6 +96,7 @@ class TokenStore:
         self.text_bytes = manifest.text_bytes if manifest else None
         self.records = manifest.records if manifest else None
         self.kind = self.records.kind if self.records else "text"  # text | sft | dpo
+        self.stop_ids = self.records.stop_ids if self.records else []  # tokens that end what is learnt
         self.tokenizer = path / "tokenizer" if manifest and manifest.tokenizer else None
         self.fingerprint: str = manifest.fingerprint if manifest else sampled_fingerprint(shards)
 

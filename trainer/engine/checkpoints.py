@@ -24,6 +24,7 @@ class Checkpoints:
         self.engine, self.stream, self.log = engine, stream, log
         self.plan, self.recipe, self.ranks = engine.plan, engine.plan.recipe, engine.ranks
         self.identity = data.identity()
+        self.stop_ids = sorted({token for samples in data.train for token in samples.part.store.stop_ids})
         self.base = None if engine.adapter is None else base_of(self.recipe.model.init, self.recipe.seed, self.ranks)
         save = self.recipe.save
         self.writer: CheckpointWriter = SynchronousWriter(
@@ -69,6 +70,7 @@ class Checkpoints:
             "samples_consumed": state.samples_consumed,
             "tokens_consumed": state.tokens_consumed,
             "precision": self.plan.precision.name,
+            "stop_ids": self.stop_ids,
             **self.identity,
             **({} if self.base is None else {"base": self.base.record()}),
         }

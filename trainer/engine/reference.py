@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError
+from ..adapters.bases import base_of
 from ..data.batches import batches_of
 from ..data.samples import Packs, Samples, sample_order
 from ..objectives.dpo import text_sums
@@ -40,7 +41,7 @@ def with_reference(data: RunData, engine: Engine) -> RunData:
     """
     if not engine.objective.reference:
         return data
-    ranks, file, initial = engine.ranks, engine.plan.recipe.output / FILE, initial_identity(engine.plan)
+    ranks, file, initial = engine.ranks, engine.plan.recipe.output / FILE, _identity(engine.plan, engine.ranks)
     known = ranks.together(lambda: _read(file, initial), _DOING, file)
     found = dict(known)
     for packs, rows in ranks.together(lambda: _rows_to_read(data)):
@@ -53,13 +54,10 @@ def with_reference(data: RunData, engine: Engine) -> RunData:
     return data.with_samples(lambda samples: _attached(samples, found))
 
 
-def initial_identity(plan: Plan) -> str:
-    """What the weights before training follow from."""
-    init = plan.recipe.model.init
-    files = [] if init == "random" else sorted(path for path in Path(init).rglob("*.safetensors"))
-    sizes = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    seed = plan.recipe.seed if init == "random" else None
-    return json.dumps([init, seed, sizes, plan.model_config, plan.precision.name], sort_keys=True, default=str)
+def _identity(plan: Plan, ranks: Ranks) -> str:
+    """What the log-probabilities follow from, beside the texts. Collective."""
+    base = base_of(plan.recipe.model.init, plan.recipe.seed, ranks)
+    return json.dumps([base.digest, plan.model_config, plan.precision.name], sort_keys=True)
 
 
 def _read(file: Path, initial: str) -> dict[str, np.ndarray]:

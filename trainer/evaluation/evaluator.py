@@ -13,20 +13,22 @@ from ..engine.base import Engine
 from ..metrics.record import RunLog
 from ..run.data import RunData
 from ..run.state import TrainState
+from .answers import Answers
 from .evaluate import EvalResult, token_bytes
 
 
 class Evaluator:
-    """Evaluates every `eval.every` steps and after the last, where there is something to evaluate on."""
+    """Evaluates and asks every `eval.every` steps and after the last, where there is something to evaluate on."""
 
     def __init__(self, engine: Engine, data: RunData, log: RunLog) -> None:
-        """Collective. Raises UserError on every rank if the tokenizer cannot be read."""
+        """Collective. Raises UserError on every rank if the tokenizer cannot be read, or a prompt is too long."""
         self.engine, self.data, self.log = engine, data, log
         plan = engine.plan
         self.lengths = {
             name: engine.ranks.together(lambda own=own: token_bytes(plan.recipe.tokenizer, own, plan.vocab_size))
             for name, own in data.held_out.items()
         }  # UTF-8 bytes of each token
+        self.answers = Answers(engine, data, log)
 
     def run_if_due(self, state: TrainState) -> None:
         """Collective.
@@ -44,6 +46,7 @@ class Evaluator:
             batches = self.engine.ranks.together(lambda samples=samples: self._batches(samples))
             result = self.evaluate(batches, self.lengths[name])
             self.log.eval(state.step, name, result.record(), f"eval at step {state.step}, {name}: {result}")
+        self.answers.write(state.step)
 
     def evaluate(self, batches: list[Batch], lengths: np.ndarray | None) -> EvalResult:
         """The objective's mean over all ranks' batches. Collective."""

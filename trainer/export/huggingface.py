@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,11 +116,11 @@ def write_model(
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    write_configs(checkpoint.state["model_config"], folder, dtype)
+    write_configs(checkpoint.state["model_config"], folder, dtype, checkpoint.state.get("stop_ids", []))
 
 
-def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json of the model in `dtype`."""
+def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype, stop_ids: Sequence[int] = ()) -> None:
+    """config.json and generation_config.json of the model in `dtype`; `stop_ids`: what it has learnt to end with."""
     from transformers import GenerationConfig
 
     config = hf_config(model_config)
@@ -129,6 +129,10 @@ def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype
     config.dtype = dtype
     config.save_pretrained(folder)
     generation = GenerationConfig.from_model_config(config)
+    if stop_ids:  # a base model's own end of text is not what ends a turn
+        stated = generation.eos_token_id
+        ends = [*stop_ids, *(stated if isinstance(stated, list) else [] if stated is None else [stated])]
+        generation.eos_token_id = [*dict.fromkeys(ends)]
     if generation.pad_token_id is None:  # batches of prompts need one; attention masks it
         end = generation.eos_token_id
         generation.pad_token_id = end[0] if isinstance(end, list) else end

@@ -162,6 +162,10 @@ class Eval(_Section):
     """Global batches of each evaluation."""
     sets: dict[str, list[WeightedStore]] = Field(default_factory=dict)
     """Further stores to evaluate on, by name, beside the valid split."""
+    prompts: list[str] = Field(default_factory=list)
+    """What the model is asked at each evaluation; its answers go into the log."""
+    answer_tokens: Count = 48
+    """The longest answer."""
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Eval:
