@@ -56,8 +56,13 @@ def read_adapter(stated: Stated) -> Any:
     adapter: dict[str, Any] = {"type": "qlora" if quantised else kind}
     if adapter["type"] != kind:
         stated.change("adapter", "with load_in_4bit it is qlora")
-    for key, name in (("lora_r", "r"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
-        if (value := stated.number(key)) is not None:
+    options = (
+        ("lora_r", "r", stated.whole),
+        ("lora_alpha", "alpha", stated.number),
+        ("lora_dropout", "dropout", stated.number),
+    )
+    for key, name, read in options:
+        if (value := read(key)) is not None:
             adapter[name] = value
     adapter["targets"] = _targets(stated)
     if saved := stated.names("lora_modules_to_save"):

@@ -1,6 +1,7 @@
 """Axolotl files as people write them: what comes of every key, and that none is lost."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import yaml
 
 from zeropipe.launcher.axolotl.convert import convert
 from zeropipe.launcher.cli import main, parse_command
+from zeropipe.trainer.adapters.registry import ADAPTERS
+from zeropipe.trainer.objectives.registry import OBJECTIVES
 from zeropipe.trainer.optim.registry import OPTIMIZERS
 from zeropipe.trainer.plan.settings import read_settings
 from zeropipe.trainer.recipe.recipe import Data, Recipe
@@ -141,22 +144,30 @@ def imported(folder, capsys):
         assert code == 0, captured.err
         recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
         ds = json.loads(Path("out/deepspeed.json").read_text())
-        must_be_legal(recipe, ds)
+        must_be_legal(recipe, ds, captured.out)
         return recipe, ds, captured.out
 
     return run
 
 
-def must_be_legal(recipe, ds):
-    if "packing" not in Data.model_fields:  # a key of fine-tuning's
+def must_be_legal(recipe, ds, printed):
+    """Everything of fine-tuning's is held to what reads it, as soon as that is there."""
+    read_settings(ds)
+    landed = "packing" in Data.model_fields
+    if not landed:
         recipe = {**recipe, "data": {key: value for key, value in recipe["data"].items() if key != "packing"}}
     Recipe.model_validate(recipe)
-    read_settings(ds)
+    for registry, stated in ((OBJECTIVES, recipe["objective"]), (ADAPTERS, recipe["adapter"])):
+        if (stated if isinstance(stated, str) else stated["type"]) in registry:
+            registry.make(stated)
+    for words in commands(printed):
+        if landed or "--format" not in words:
+            parse_command(words[1:])
 
 
 def commands(printed):
-    lines = printed[printed.index("next:") : printed.index("\n\nnot as")].splitlines()[1:]
-    return [line.split() for line in lines]
+    listed = printed[printed.index("next:") :].split("\n\n")[0]
+    return [shlex.split(line) for line in listed.splitlines()[1:]]
 
 
 def test_lora_on_conversations(imported):

@@ -57,7 +57,7 @@ def test_pruning_keeps_the_newest(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["eval"], ["generate"], ["export"], ["ckpt", "audit"], ["ckpt", "verify"], ["report"]]
+    "words", [["eval"], ["generate"], ["chat"], ["export"], ["ckpt", "audit"], ["ckpt", "verify"], ["report"]]
 )
 def test_a_path_without_a_run_is_named(words, tmp_path, capsys):
     extra = ["--prompt", "x"] if words == ["generate"] else []
