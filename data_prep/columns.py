@@ -43,7 +43,10 @@ def read_columns(part: Slice, text_key: str, bad: Callable[[BadDocument], None])
 
 
 def read_rows(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple[Spot, dict[str, Any]]]:
-    """The rows of a slice as records, nested columns as lists and objects, with where they are."""
+    """The rows of a slice as records, nested columns as lists and objects, with where they are.
+
+    Keys whose value is null are left out: in a column all objects have the same keys, whatever was written.
+    """
     row = _rows_before(part)
     for batch in _parquet_batches(part) if part.format == "parquet" else _arrow_batches(part):
         for number, record in enumerate(_records_of(batch), start=row + 1):
@@ -58,11 +61,17 @@ def read_rows(part: Slice, bad: Callable[[BadDocument], None]) -> Iterator[tuple
 def _records_of(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
     """The rows of a batch; None for one whose strings are no UTF-8."""
     try:
-        return batch.to_pylist()
+        return [_without_nulls(record) for record in batch.to_pylist()]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [None]
         return [record for row in range(batch.num_rows) for record in _records_of(batch.slice(row, 1))]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _rows_before(part: Slice) -> int:

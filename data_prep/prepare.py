@@ -64,7 +64,7 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
             work.encoder = Reference.name
             assembler = _run(options, replace(job, encoder=Reference.name), tasks, work, progress, executor)
         progress.finish()
-        _tell(assembler, progress)
+        _tell(job, assembler, progress)
         if assembler.totals.documents == 0:
             work.clear()
             raise UserError(_empty(options, assembler))
@@ -251,13 +251,14 @@ def _sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return [{"path": path, "bytes": size} for path, size in sizes.items()]
 
 
-def _tell(assembler: Assembler, progress: ProgressLine) -> None:
+def _tell(job: Job, assembler: Assembler, progress: ProgressLine) -> None:
     """Says what the user should know of the documents that were read."""
-    from .records.start import remarks
-
     counts = _counted(assembler)
-    for remark in remarks(counts):
-        progress.say(remark)
+    if job.records is not None:
+        from .records.start import remarks
+
+        for remark in remarks(counts):
+            progress.say(remark)
     if invalid := counts["invalid"]:
         examples = [example for record in assembler.records for example in record.examples]
         progress.say(f"{invalid:,} invalid documents were passed over, such as {'; '.join(examples[:3])}")

@@ -27,49 +27,74 @@ class Encoded(NamedTuple):
 
 
 class ReferenceSpans:
-    """Hugging Face tokenizers."""
+    """Hugging Face tokenizers. Where tokens say how long they are, it keeps no offsets, which is faster."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._lengths = _byte_lengths(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Without the tokens that the tokenizer puts around a text."""
+        if self._lengths is None:
+            return self._with_offsets(texts)
+        encoded = []
+        rows = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for text, row in zip(texts, rows, strict=True):
+            ids, document = np.array(row.ids, np.int64), text.encode()
+            ends = np.cumsum(self._lengths[ids])
+            if _adds_up(ends, document):
+                encoded.append(Encoded(ids, _Places(text, document, ends).token_at))
+            else:  # the vocabulary lacks a byte of it
+                encoded += self._with_offsets([text])
+        return encoded
+
+    def _with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
         rows = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [Encoded(np.array(row.ids, np.int64), row.char_to_token) for row in rows]
+
+    def check(self, other: FastSpans, texts: Sequence[str]) -> None:
+        """Raises EncodersDiffer where the other finds another token at a character."""
+        for text, ours, theirs in zip(texts, other.encode(texts), self._with_offsets(texts), strict=True):
+            for place in range(len(text)):
+                if ours.token_at(place) != theirs.token_at(place):
+                    raise EncodersDiffer(f"gigatoken finds another token at {text[place : place + 20]!r}")
 
 
 class FastSpans:
     """gigatoken. It gives ids only, but the tokens of a byte-level vocabulary say how long they are."""
 
     def __init__(self, folder: Path, cache_memory: int, tokenizer: Tokenizer) -> None:
-        self._lengths = _byte_lengths(tokenizer)
+        lengths = _byte_lengths(tokenizer)
+        if lengths is None:
+            raise EncodersDiffer("gigatoken does not serve records with this tokenizer: its tokens are not plain bytes")
+        self._lengths = lengths
         self._fast = Fast(folder, cache_memory, special=True)
         texts = [*NASTY, *(f"a {token}\n\nb{token}{token} c" for token in special_tokens(tokenizer))]
-        for text, ours, theirs in zip(texts, self.encode(texts), ReferenceSpans(tokenizer).encode(texts), strict=True):
-            for place in range(len(text)):
-                if ours.token_at(place) != theirs.token_at(place):
-                    raise EncodersDiffer(f"gigatoken finds another token at {text[place : place + 20]!r}")
+        ReferenceSpans(tokenizer).check(self, texts)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """As `ReferenceSpans.encode`. Raises EncodersDiffer when a check fails."""
         documents = [text.encode() for text in texts]
-        rows = self._fast.encode(documents)
-        return [
-            Encoded(ids, _Places(text, document, self._lengths[ids]).token_at)
-            for text, document, ids in zip(texts, documents, rows, strict=True)
-        ]
+        encoded = []
+        for text, document, ids in zip(texts, documents, self._fast.encode(documents), strict=True):
+            ends = np.cumsum(self._lengths[ids])
+            if not _adds_up(ends, document):
+                raise EncodersDiffer(f"the tokens of gigatoken do not add up to the text {text[:60]!r}")
+            encoded.append(Encoded(ids, _Places(text, document, ends).token_at))
+        return encoded
+
+
+def _adds_up(ends: np.ndarray, document: bytes) -> bool:
+    return len(document) == (ends[-1] if len(ends) else 0)
 
 
 class _Places:
-    """Where the tokens of a text end, in bytes."""
+    """Where the tokens of a text end, in bytes, int64 [T]."""
 
-    def __init__(self, text: str, document: bytes, lengths: np.ndarray) -> None:
-        """`lengths`: bytes of each token, int64 [T]."""
+    def __init__(self, text: str, document: bytes, ends: np.ndarray) -> None:
         self._text = text
         self._ascii = len(text) == len(document)
-        self._ends = np.cumsum(lengths)
-        if len(document) != (self._ends[-1] if len(lengths) else 0):
-            raise EncodersDiffer(f"the tokens of gigatoken do not add up to the text {text[:60]!r}")
+        self._ends = ends
 
     def token_at(self, place: int) -> int | None:
         place = place if self._ascii else len(self._text[:place].encode())
@@ -77,8 +102,8 @@ class _Places:
         return token if token < len(self._ends) else None
 
 
-def _byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each token stands for, by id, int64. EncodersDiffer unless they are always the same."""
+def _byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Bytes of text that each token stands for, by id, int64; None unless they are always the same."""
     definition = json.loads(tokenizer.to_str())
     post_processor = json.dumps(definition["post_processor"])
     added = {token["id"]: token for token in definition["added_tokens"]}
@@ -88,7 +113,7 @@ def _byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
         or '"trim_offsets": true' in post_processor
         or any(token["lstrip"] or token["rstrip"] for token in added.values())
     ):
-        raise EncodersDiffer("gigatoken does not serve records with this tokenizer: its tokens are not plain bytes")
+        return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
     for token, number in vocabulary.items():

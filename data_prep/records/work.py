@@ -76,9 +76,8 @@ class RecordWorker(Worker):
                     self._bad(record, place.bad(str(error)))
                     continue
                 counts[sample.format] += 1
-                text = _SEPARATOR.join(draft.text for draft in drafts)
                 try:
-                    document = text.encode()
+                    document = _SEPARATOR.join([draft.text for draft in drafts]).encode()
                 except UnicodeEncodeError:
                     self._bad(record, place.bad("its text holds half of a surrogate pair, which is no character"))
                     continue
@@ -101,7 +100,7 @@ class RecordWorker(Worker):
                 self._bad(record, drafted.place.bad(str(error)))
                 continue
             if rows:
-                kept.append(np.concatenate(rows))
+                kept.append(rows[0] if len(rows) == 1 else np.concatenate(rows))
                 sizes.append(drafted.size)
         tokens = np.concatenate(kept) if kept else np.empty(0, self._flagger.dtype)
         learnt = tokens["token"][(tokens["flags"] & TRAINED) != 0]

@@ -10,7 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit.data_prep.records.samples import conversations, make_folder, prepared, texts_of, write_records
+from tests.unit.data_prep.records.samples import (
+    conversations,
+    make_folder,
+    prepared,
+    texts_of,
+    trl_template,
+    write_records,
+)
 from zeropipe.data_prep.cli import main
 from zeropipe.data_prep.records.formats import recognise
 from zeropipe.data_prep.records.settings import BadRecord
@@ -76,6 +83,28 @@ def test_every_kind_of_file_at_once(chatml: Path, tmp_path: Path) -> None:
     texts = texts_of(TokenStore.open(tmp_path / "store"))
     assert len(texts) == 2100
     assert texts[:700] == texts[700:1400] == texts[1400:]
+
+
+def test_keys_that_a_column_only_fills_with_nulls_are_not_there(chatml: Path, base: Path, tmp_path: Path) -> None:
+    """Calls with different arguments share one column of objects, in which each has the keys of all."""
+    folder = make_folder(base, tmp_path / "tokenizer", trl_template("qwen2_5_training"), None, "<|im_end|>")
+    records = []
+    for arguments in ({"a": 1}, {"b": "two"}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turns = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}, ANSWER]
+        tool = {"type": "function", "function": {"name": "f", "parameters": {key: {} for key in arguments}}}
+        records.append({"messages": turns, "tools": json.dumps([tool])})
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "calls.parquet")
+    expected = texts_of(prepared(tmp_path, folder, records))
+    command = ["prepare", "--format", "sft", "--input", str(tmp_path / "calls.parquet"), "--tokenizer", str(folder)]
+    assert main([*command, "--output", str(tmp_path / "rows"), "--workers", "0", "--quiet"]) == 0
+    assert texts_of(TokenStore.open(tmp_path / "rows")) == expected
+
+
+def test_tasks_in_which_all_is_bad_leave_nothing(chatml: Path, tmp_path: Path) -> None:
+    records = [{"messages": [USER]}] * 50 + [{"messages": [USER, ANSWER]}] * 3
+    store = prepared(tmp_path, chatml, records, "--on-error", "skip", "--task-size", "500", "--shuffle", "1")
+    assert store.num_documents == 3 and store.manifest.counts["invalid"] == 50
 
 
 def test_rows_are_numbered_in_the_file(chatml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
