@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # a rank of a test is one thread: two ranks on two cores must not fight for them
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo test check verify bench clean distclean
+.PHONY: setup system demo demo-sft test check verify bench clean distclean
 
 setup: system $(INSTALLED)
 
@@ -22,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh demo
+
+demo-sft: setup  # fetches a model of 93 MB
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo_sft.sh demo-sft
 
 test: setup
 	$(BIN)/python -m pytest
@@ -39,7 +42,7 @@ bench: setup
 	$(BIN)/python scripts/bench.py docs/benchmarks.md
 
 clean:
-	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo demo-sft .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.tiny import EOD, VOCAB, plan_of, tiny_json, tiny_recipe, tiny_records
 from tests.unit.trainer.data.test_samples import raw_records
 from zeropipe.data_prep.errors import UserError
 from zeropipe.data_prep.store import BEGINS, TRAINED
+from zeropipe.launcher.cli import main
 from zeropipe.trainer.data.batches import BatchShape, make_batch
 from zeropipe.trainer.data.samples import Packs, open_samples, sample_order
 from zeropipe.trainer.engine.reference import FILE
@@ -229,3 +231,25 @@ WRONG = [
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         objective_of({"type": "dpo", **options})
+
+
+def test_the_verb_eval_finds_what_the_run_found(store, tmp_path, capsys):
+    """A run from a folder; the verb compares with that folder's model, or one that is named, and asks for one."""
+    plain_model("llama").save_pretrained(tmp_path / "initial")  # type: ignore[operator]
+    sections = {"eval": {"every": 6, "batches": 100}, "duration": {"steps": 6}, "save": {"every": 0}}
+    recipe = recipe_of(store, tmp_path / "run", **sections)
+    recipe["model"] = {"init": str(tmp_path / "initial")}
+    recipe["data"] = {**recipe["data"], "split": "80,20"}
+    train_on_ranks(2, recipe, tiny_json("zero2", 2))
+    (held_out,) = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("loss", *REWARDS):
+        assert found[name] == pytest.approx(held_out[name], rel=1e-5, abs=1e-6), name
+    assert found["loss"] < math.log(2)
+    initial = str(tmp_path / "initial")
+    assert main(["eval", initial, "--store", str(store), "--seq-len", str(SEQ), "--reference", initial, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert main(["eval", initial, "--store", str(store), "--seq-len", str(SEQ)]) == 2
+    assert "preferences are compared with a model: name it with --reference" in capsys.readouterr().err

@@ -29,6 +29,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     add_model_arguments(parser, "float32", "%(default)s")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="of the run's data")
     parser.add_argument("--store", help="evaluate on this whole store instead; needed for a Hugging Face folder")
+    parser.add_argument("--reference", metavar="MODEL", help="that preferences are compared with; default: model.init")
     parser.add_argument("--batches", default="all", metavar="N|all", help="global batches; default: all of the split")
     parser.add_argument("--seq-len", type=int, metavar="T", help="with --store; default: the run's, or the context")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -36,17 +37,28 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     quiet()  # before the libraries are imported
-    from ..evaluation.evaluate import as_json, evaluate_model, evaluation_text
+    from ..evaluation.evaluate import as_json, compared, evaluate_model, evaluation_text
     from ..export.load import load_model, pick_device
 
     batches = _batches(args.batches)
     source = chosen_checkpoint(args.model, args.checkpoint)
     device = pick_device(args.device)
     data = _eval_data(args, source)
+    if data.objective.reference:
+        data = compared(data, load_model(_reference(args, data), args.dtype)[0].to(device))
+    elif args.reference is not None:
+        raise UserError("--reference is for preferences; leave it out")
     model, _ = load_model(source, args.dtype, args.base)
     evaluation = evaluate_model(model.to(device), data, batches, _progress)
     print(json.dumps(as_json(evaluation)) if args.json else evaluation_text(evaluation))
     return 0
+
+
+def _reference(args: argparse.Namespace, data: HeldOutData) -> str:
+    """The model that preferences are compared with."""
+    if (reference := args.reference or data.initial) is None:
+        raise UserError(f"{data.name}: preferences are compared with a model: name it with --reference")
+    return reference
 
 
 def _batches(text: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from .baselines import Entropies, HeldOut
 from .text_bytes import byte_lengths
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..data.batches import Batch
     from ..data.samples import Samples, Windows
     from ..recipe.recipe import Recipe
@@ -69,6 +71,7 @@ class HeldOutData:
     global_batch: int
     tokenizer: Path | None
     objective: Objective = field(default_factory=lambda: objective_of("causal_lm"))
+    initial: str | None = None  # the model before the run, which preferences are compared with; None: not known
 
     @property
     def seq_len(self) -> int:
@@ -168,18 +171,40 @@ def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_si
 
 def loss_sums(model: Any, batch: Batch, objective: Objective) -> np.ndarray:
     """The objective's loss and metrics summed over a batch, from logits in fp32."""
+    batch = batch.to(model.device)
+    found = objective.loss(batch, nats_of(model, batch))
+    return np.array([float(found.sum), *(float(found.metrics[name]) for name in objective.metrics)])
+
+
+def nats_of(model: Any, batch: Batch) -> Tensor:
+    """Cross entropy of every label of a batch on the model's device, [rows, time], 0 where there is none."""
     import torch
     import torch.nn.functional as F
 
     from ..data.labels import IGNORE
 
-    batch = batch.to(model.device)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         flat = logits.flatten(0, 1).float()
         losses = F.cross_entropy(flat, batch.labels.flatten(), ignore_index=IGNORE, reduction="none")
-        found = objective.loss(batch, losses.double().view(batch.labels.shape))
-    return np.array([float(found.sum), *(float(found.metrics[name]) for name in objective.metrics)])
+    return losses.double().view(batch.labels.shape)
+
+
+def compared(data: HeldOutData, reference: Any) -> HeldOutData:
+    """The data of a preference objective with the log-probabilities that a reference model gives its texts."""
+    from ..data.samples import Packs
+    from ..objectives.dpo import text_sums
+
+    samples = []
+    for packs in data.samples:
+        assert isinstance(packs, Packs)
+        found = np.zeros((len(packs.lengths), 2), np.float32)
+        for batch in held_out_batches(replace(data, samples=[packs]), None, 8, reference.config.vocab_size):
+            numbers = batch.extras["numbers"].numpy()
+            there = batch.to(reference.device)
+            found[numbers // 2, numbers % 2] = text_sums(there, -nats_of(reference, there)).cpu().numpy()
+        samples.append(replace(packs, reference=found))
+    return replace(data, samples=samples)
 
 
 def check_context(model: Any, seq_len: int) -> None:
@@ -216,7 +241,8 @@ def run_data(recipe: Recipe, split: str, tokenizer: Path | None, global_batch: i
     train = [own for own in open_samples(recipe, "train") if isinstance(own, Windows) and len(own)]
     stores = ", ".join(dict.fromkeys(str(own.part.store.path) for own in samples))
     name, objective = f"{split} split of {stores}", objective_of(recipe.objective)
-    return HeldOutData(name, samples, train, global_batch, tokenizer, objective)
+    initial = None if recipe.model.init == "random" else recipe.model.init
+    return HeldOutData(name, samples, train, global_batch, tokenizer, objective, initial)
 
 
 def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: bool = False) -> HeldOutData:
