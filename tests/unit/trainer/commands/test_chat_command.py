@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.trainer.chatting import CHATML, CONTEXT, DIALOGUES, SYSTEM, lines_of_json
 from tests.unit.trainer.runs import CONFIGS, VOCAB, fresh_model, write_run
 from zeropipe.launcher.cli import main
+from zeropipe.trainer.commands import chat as chat_command
 
 QUESTION, ANSWER, SECOND, SECOND_ANSWER = DIALOGUES[0]
 COMMAND = [sys.executable, "-m", "zeropipe.launcher", "chat"]
@@ -46,37 +47,54 @@ def test_a_real_pipe(learned):
     assert done.stderr == ""
 
 
-def test_a_real_terminal(learned):
-    """Ctrl-C at the prompt goes on, Ctrl-C in an answer stops it, Ctrl-D ends."""
+def test_a_real_terminal(learned, tmp_path):
+    """An answer without an end is stopped by an interrupt, the conversation goes on, and Ctrl-D ends it."""
+    folder = Path(shutil.copytree(learned, tmp_path / "long"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 10**6}))
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    words = ["--chat-template", str(tmp_path / "endless.jinja"), "--max-new-tokens", "100000"]
     master, slave = pty.openpty()
-    endless = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    (learned.parent / "endless.jinja").write_text(endless)
-    words = ["--chat-template", str(learned.parent / "endless.jinja"), "--temperature", "9", "--max-new-tokens", "120"]
-    child = subprocess.Popen([*COMMAND, str(learned), *words], stdin=slave, stdout=slave, stderr=slave, process_group=0)
+    child = subprocess.Popen([*COMMAND, str(folder), *words], stdin=slave, stdout=slave, stderr=slave, process_group=0)
     os.close(slave)
     seen = ""
 
     def until(pattern):
         nonlocal seen
-        deadline = time.monotonic() + 60
-        while not re.search(pattern, seen):
-            assert time.monotonic() < deadline and select.select([master], [], [], 60)[0], seen
-            seen += os.read(master, 4096).decode(errors="replace")
-        seen = seen[re.search(pattern, seen).end() :]
+        deadline = time.monotonic() + 120
+        while not (found := re.search(pattern, seen)):
+            assert time.monotonic() < deadline, seen
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 4096).decode(errors="replace")
+        seen = seen[found.end() :]
 
-    until(r"Ctrl-D ends\][^>]*> ")
-    child.send_signal(signal.SIGINT)
-    until(r"/exit ends\][^>]*> ")
-    os.write(master, b"/nothing\n")
-    until(r"no command /nothing; there are /reset, /system, /exit[^>]*> ")
-    os.write(master, b"What is red?\n")
-    until(r"What is red\?\r\n.*\S")
-    child.send_signal(signal.SIGINT)
-    until(r"\[(stopped|cut off after)[^\]]*\]")
-    until(r"> ")
-    os.write(master, b"\x04")
-    assert child.wait(30) == 0
-    os.close(master)
+    try:
+        until(r"Ctrl-D ends\][^>]*> ")
+        os.write(master, b"/nothing\n")
+        until(r"no command /nothing; there are /reset, /system, /exit[^>]*> ")
+        os.write(master, b"What is red?\n")
+        until(r"What is red\?\s+\w")
+        child.send_signal(signal.SIGINT)
+        until(r"\[stopped\]\s+[^>]*> ")
+        os.write(master, b"\x04")
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        os.close(master)
+
+
+def test_an_interrupt_at_the_prompt_goes_on(monkeypatch, capsys):
+    said = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, EOFError])
+
+    def typed(prompt):
+        turn = next(said)
+        if isinstance(turn, str):
+            return turn
+        raise turn
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(chat_command._typed()) == ["hello"]
+    assert capsys.readouterr().err == "[Ctrl-D or /exit ends]\n" * 2
 
 
 def test_commands_and_lines_that_only_look_like_them(learned, chat):
