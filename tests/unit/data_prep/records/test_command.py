@@ -320,3 +320,10 @@ def test_merge_of_records(chatml: Path, base: Path, tmp_path: Path, capsys: pyte
     unlike = prepared(tmp_path / "e", other, chats)
     assert main(["merge", str(made["a"].path), str(unlike.path), "--output", str(tmp_path / "no")]) == 2
     assert "it was made with another chat template" in capsys.readouterr().err
+
+
+def test_the_longest_record_is_of_those_kept(chatml: Path, tmp_path: Path) -> None:
+    chats = sorted(conversations(20), key=lambda chat: sum(len(message["content"]) for message in chat))
+    for options in ([], ["--shuffle", "1"]):
+        store = prepared(tmp_path, chatml, [{"messages": chat} for chat in chats], "--limit-documents", "3", *options)
+        assert store.records.longest == int(store.document_lengths().max())
