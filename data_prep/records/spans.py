@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..encoding import NASTY, EncodersDiffer, Fast
-from ..tokenizer import named_tokens, read_tokenizer, tokenizer_config
+from ..tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,21 +127,14 @@ def make_spans(name: str, folder: Path, cache_memory: int, tokenizer: Tokenizer)
 
 
 def recognising_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer as transformers sets it up: special tokens are matched in text, `add_bos_token` is obeyed."""
-    from tokenizers.processors import TemplateProcessing
+    """The tokenizer as transformers sets it up: special tokens are matched in text, and nothing is cut or padded.
 
+    `add_bos_token` and `add_eos_token` of tokenizer_config.json are not read: transformers goes by tokenizer.json too.
+    """
     tokenizer = read_tokenizer(folder)
     tokenizer.encode_special_tokens = False
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config, names = tokenizer_config(folder), named_tokens(folder)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos = names.get("bos_token") if config.get("add_bos_token") else None
-        eos = names.get("eos_token") if config.get("add_eos_token") else None
-        known = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
-        tokenizer.post_processor = TemplateProcessing(
-            single=" ".join([*([bos] if bos else []), "$A", *([eos] if eos else [])]), special_tokens=known
-        )
     return tokenizer
 
 

@@ -49,11 +49,16 @@ CHATML = (
 )
 
 
-def trl_template(name: str) -> str:
-    """A chat template that TRL brings."""
+def trl_templates() -> list[Path]:
+    """The chat templates that TRL brings."""
     spec = importlib.util.find_spec("trl")
     assert spec is not None and spec.submodule_search_locations
-    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    return sorted((Path(spec.submodule_search_locations[0]) / "chat_templates").glob("*.jinja"))
+
+
+def trl_template(name: str) -> str:
+    (path,) = (path for path in trl_templates() if path.stem == name)
+    return path.read_text("utf-8")
 
 
 def train_base(folder: Path) -> Path:

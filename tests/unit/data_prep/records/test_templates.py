@@ -16,10 +16,14 @@ from tests.unit.data_prep.records.samples import (
     prepared,
     texts_of,
     trl_template,
+    trl_templates,
     write_records,
 )
 from zeropipe.data_prep.cli import main
 from zeropipe.data_prep.encoding import EncodersDiffer
+from zeropipe.data_prep.records.conversation import conversation
+from zeropipe.data_prep.records.settings import BadRecord
+from zeropipe.data_prep.records.template import ChatTemplate, template_sources
 
 ROLES_ALTERNATE = ("gemma",)  # families without a system turn
 # without markers an answer is found by comparison: these write earlier answers otherwise once more follows
@@ -161,8 +165,6 @@ def test_the_templates_that_the_tokenizer_names(base: Path, tmp_path: Path) -> N
     """A template in tokenizer_config.json, one of its own for tools, and one given by the user, which wins."""
     import json
 
-    from zeropipe.data_prep.records.template import template_sources
-
     folder = make_folder(base, tmp_path / "tokenizer", None, None, "<|im_end|>")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     plain, tools = trl_template("qwen2_5_training"), "{{ tools | length }}" + trl_template("qwen3_training")
@@ -194,3 +196,37 @@ def test_a_template_that_asks_for_the_date_gets_one_day(base: Path, tmp_path: Pa
     store = prepared(tmp_path, folder, [{"messages": conversations(1)[0]}], "--template-date", "2026-02-03")
     decoded = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(texts_of(store)[0][0][0])
     assert decoded.startswith("03 Feb 2026") and store.records.settings["date"] == "2026-02-03"
+
+
+def test_every_template_of_trl_renders_as_transformers_renders_it() -> None:
+    """Text and marked spans of all of them, tools, calls, parts and reasoning included; both fail on the same."""
+    import datetime
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "add", "arguments": {"a": 1}}}
+    calls = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "thinking": "hm"},
+        {"role": "tool", "name": "add", "tool_call_id": "abcdefghi", "content": "2"},
+        {"role": "assistant", "content": "It is 2.", "reasoning_content": "easy"},
+    ]
+    parts = [{"role": role, "content": [{"type": "text", "text": "hey"}]} for role in ("user", "assistant")]
+    chats = [(chat, None) for chat in conversations(4)] + [(calls, TOOLS), (parts, None)]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    rendered = 0
+    for path in trl_templates():
+        source = path.read_text("utf-8")
+        template = ChatTemplate({"default": source}, tokens, datetime.date.today().isoformat())
+        for chat, tools in chats:
+            try:
+                texts, spans = render_jinja_template(
+                    [chat], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **tokens
+                )
+            except Exception:
+                with pytest.raises(BadRecord):
+                    template.render_marked(conversation(chat, "messages"), tools, {})
+                continue
+            assert template.render_marked(conversation(chat, "messages"), tools, {}) == (texts[0], spans[0]), path.name
+            rendered += 1
+    assert rendered > 250

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     """Tokenizers: one that puts <s> before plain text, and some with a template."""
     root = tmp_path_factory.mktemp("folders")
     made = {"bos": make_folder(base, root / "bos", None, "<s>", "<|im_end|>", add_bos=True)}
+    config = made["bos"] / "tokenizer_config.json"  # which says otherwise than tokenizer.json, and is not heard
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": False, "add_eos_token": True}))
     for family in ("qwen2_5", "llama3", "gemma", "phi3", "qwen3", "deepseekv3_training"):
         name = family.removesuffix("_training")
         made[name] = make_folder(base, root / name, trl_template(family), *FAMILIES[name])
