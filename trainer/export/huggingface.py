@@ -29,9 +29,12 @@ from ..run.directory import run_directory, run_precision, tokenizer_folder
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
 
 SHARD_BYTES = 4 * 10**9
-# Largest |difference| of logits over the largest |logit| between the live training engine and the reloaded export, by
-# the coarser of the two precisions. Measured between two attention kernels, and against float64, on GPT-2 and Llama of
-# 24 layers: 1.0e-6, 2.7e-3, 2.2e-2.
+# |difference| of logits over the largest |logit| between the live training engine and the reloaded export, by the
+# coarser of the two precisions: at the worst position in float32, at the middle one in 16 bits. Measured between two
+# attention kernels, and against float64, on GPT-2 and Llama of 24 layers, at the worst: 1.0e-6, 2.7e-3, 2.2e-2. But a
+# trained model may have positions at which 16 bits decide nothing: SmolLM2-135M in bfloat16 is 1.5e-1 off its own float32
+# at the worst, and 3.0e-1 off with an adapter folded in, rightly or with a matrix of 210 in disorder; at the middle
+# position it is 1.4e-2 off, and 6e-2 or more with that disorder.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -132,7 +135,8 @@ def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype
     if stop_ids:  # a base model's own end of text is not what ends a turn
         stated = generation.eos_token_id
         ends = [*stop_ids, *(stated if isinstance(stated, list) else [] if stated is None else [stated])]
-        generation.eos_token_id = [*dict.fromkeys(ends)]
+        ends = [*dict.fromkeys(ends)]
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     if generation.pad_token_id is None:  # batches of prompts need one; attention masks it
         end = generation.eos_token_id
         generation.pad_token_id = end[0] if isinstance(end, list) else end
@@ -193,14 +197,15 @@ def verify_logits(load: Callable[[], Any], ids: Tensor, expected: Tensor, bound:
     if logits.shape != expected.shape:
         raise UserError(f"the exported model gives logits {list(logits.shape)}, training gave {list(expected.shape)}")
     difference = (logits - expected).abs()
-    scale = expected.abs().max().item()
-    worst = difference.max().item() / scale if scale else difference.max().item()
-    if not worst <= bound:  # NaN must fail too
+    scale = expected.abs().max().item() or 1.0
+    by_position = torch.nan_to_num(difference, nan=torch.inf).amax((0, 2)) / scale  # NaN must fail too
+    found = (by_position.max() if bound <= BOUNDS[torch.float32] else by_position.median()).item()
+    if not found <= bound:
         place = int(torch.nan_to_num(difference, nan=torch.inf).argmax())
         _, position, token = (int(i) for i in torch.unravel_index(torch.tensor(place), difference.shape))
         raise UserError(
-            f"the exported model's logits differ from those of training by {worst:.2e} of the largest logit, more than "
+            f"the exported model's logits differ from those of training by {found:.2e} of the largest logit, more than "
             f"{bound:.0e}; worst at position {position}, token {token}: {logits[0, position, token]:.6g} instead of "
             f"{expected[0, position, token]:.6g}. Nothing was exported; please report this"
         )
-    return worst
+    return found

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-LOGGERS = ("DeepSpeed", "transformers", "datasets", "huggingface_hub", "torch.distributed", "torchao")
+LOGGERS = ("DeepSpeed", "transformers", "datasets", "huggingface_hub", "torch.distributed", "torchao", "bitsandbytes")
 # read when the library is imported, so they help only before that
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",

@@ -183,7 +183,7 @@ def test_what_is_no_recipe(recipe, tmp_path: Path):
     assert "model: missing; data: missing; duration: missing" in refusal(recipe, "seed: 1")
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff")
     for path, expected in (
-        ("gpt2_345", "no such file, did you mean 'gpt2_345m'?; shipped recipes: demo, gpt2_124m"),
+        ("gpt2_345", "no such file, did you mean 'gpt2_345m'?; shipped recipes: cpt, demo"),
         (str(tmp_path), "is a directory"),
         (str(tmp_path / "bytes.yaml"), "not UTF-8"),
     ):

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.tiny import tiny_store
+from tests.tiny import LLAMA, tiny_records, tiny_store
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.plan.deepspeed_json import load_ds_config
 from zeropipe.trainer.plan.plan import make_plan
@@ -71,6 +71,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shipped")
     tiny_store(folder / "data" / "corpus", documents=1_500, vocab=50257)
     tiny_store(folder / "data" / "demo", documents=200)
+    tiny_store(folder / "data" / "cpt", documents=400, vocab=49_152)
+    for kind in ("sft", "dpo"):
+        for split in ("train", "valid"):
+            tiny_records(folder / "data" / f"{kind}-{split}", kind, records=400, vocab=49_152)
+    (folder / "material" / "smollm2").mkdir(parents=True)
+    config = {**LLAMA, "vocab_size": 49_152, "max_position_embeddings": 2048}
+    (folder / "material" / "smollm2" / "config.json").write_text(json.dumps(config))
+    (folder / "material" / "smollm2" / "model.safetensors").touch()  # plans read no weights
     return folder
 
 
