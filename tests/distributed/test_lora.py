@@ -83,7 +83,7 @@ def peft_model(plan: Any, module: Any) -> PeftModel:
         use_dora=options.dora,
         init_lora_weights="pissa" if options.pissa else True,
         modules_to_save=list(options.modules_to_save) or None,
-        ensure_weight_tying=bool(options.modules_to_save and plan.model_config["tie_word_embeddings"]),
+        ensure_weight_tying="embed_tokens" in options.modules_to_save,
         fan_in_fan_out=conv,
         task_type="CAUSAL_LM",
     )
@@ -104,14 +104,14 @@ def in_our_names(name: str) -> str:
     return name
 
 
-def plain(recipe: dict[str, Any]) -> Curve:
+def plain(recipe: dict[str, Any], change: Callable[[Any], Any] = lambda model: model) -> Curve:
     """peft in one process, without DeepSpeed or anything of ours but the order of the data and the initial values."""
     from zeropipe.trainer.engine.base import planned_rate
     from zeropipe.trainer.ranks.ranks import Ranks
     from zeropipe.trainer.run.data import RunData
 
     plan = tiny.plan_of(recipe, tiny.tiny_json(micro=8), 1)
-    model, options = peft_model(plan, plain_model(plan)), adapter_of(recipe["adapter"]).options  # type: ignore
+    model, options = peft_model(plan, change(plain_model(plan))), adapter_of(recipe["adapter"]).options  # type: ignore
     groups: dict[tuple[float, float], list[Any]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -11,6 +11,7 @@ from zeropipe.trainer.adapters.registry import ADAPTERS
 from zeropipe.trainer.families.specs import ParamSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -33,6 +34,9 @@ class Scale:
             return []
         name = spec.name.removesuffix("weight") + "scale"
         return [ParamSpec(name, spec.shape[:1], "replicated", init="ones", layer=spec.layer)]
+
+    def convert(self, module: nn.Module, compute: torch.dtype) -> nn.Module:
+        return module
 
     def inject(self, module: nn.Module, make: Make) -> None:
         for linear in module.modules():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from ..families.specs import ParamSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Read = Callable[[str], Any]  # a whole fp32 tensor by name: the checkpoint's where it holds one, else the base's
@@ -38,6 +39,12 @@ class Adapter(Protocol):
 
     def rows(self, table: Sequence[ParamSpec]) -> list[ParamSpec]:
         """The rows of a model, or of a part of one, with its own beside them, and which of all are trained."""
+        ...
+
+    def convert(self, module: nn.Module, compute: torch.dtype) -> nn.Module:
+        """What takes the place of a module of the base, whose parameters carry `.spec`, before the next is made: mostly
+        the module itself. `compute`: the type of matrix products.
+        """
         ...
 
     def inject(self, module: nn.Module, make: Make) -> None:

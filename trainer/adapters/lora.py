@@ -24,6 +24,7 @@ from .base import Make, Read
 from .options import LoraOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 ALL = "all-linear"
@@ -54,10 +55,7 @@ class Lora:
         )
 
     def check(self, table: Sequence[ParamSpec]) -> None:
-        self._check([spec for spec in table if _is_linear(spec)], table)
-
-    def _check(self, linears: Sequence[ParamSpec], table: Sequence[ParamSpec]) -> None:
-        """UserError where an option names no module, or something is both adapted and trained whole."""
+        linears = [spec for spec in table if spec.linear]
         modules, where = {_module(spec.name) for spec in linears}, f"adapter {self.kind}"
         if not modules:
             raise UserError(f"{where}: the model has no linear in its blocks to adapt")
@@ -80,9 +78,16 @@ class Lora:
     def rows(self, table: Sequence[ParamSpec]) -> list[ParamSpec]:
         rows: list[ParamSpec] = []
         for _, group in groupby(table, lambda spec: _module(spec.name)):
-            own = [replace(spec, trained=self._trains(spec.name)) for spec in group]
-            rows += [*own, *(row for spec in own if _is_linear(spec) and self._adapts(spec) for row in self._own(spec))]
+            own = [replace(spec, trained=self._trains(spec.name), packed=self.packs(spec)) for spec in group]
+            rows += [*own, *(row for spec in own if self._adapts(spec) for row in self._own(spec))]
         return rows
+
+    def packs(self, spec: ParamSpec) -> bool:
+        """Whether a parameter of the base is kept in four bits."""
+        return False
+
+    def convert(self, module: nn.Module, compute: torch.dtype) -> nn.Module:
+        return module
 
     def _own(self, weight: ParamSpec) -> Iterator[ParamSpec]:
         """The rows beside a linear's weight."""
@@ -101,20 +106,16 @@ class Lora:
             yield row("lora_B0", b, init="zeros", trained=False)
 
     def inject(self, module: nn.Module, make: Make) -> None:
-        from torch.nn import Linear
-        from transformers.pytorch_utils import Conv1D
-
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None  # type: ignore[operator]
-        found = [child for child in module.modules() if isinstance(child, Linear | Conv1D) and child is not head]
-        linears = [child for child in found if _module(child.weight.spec.name) != HEAD]  # type: ignore[union-attr]
+        parameters: list[Any] = list(module.parameters())
         if hasattr(module, "get_output_embeddings"):  # whole, and perhaps of a family that no plan could look at
-            self._check([child.weight.spec for child in linears], [p.spec for p in module.parameters()])  # type: ignore
-        for parameter in module.parameters():
-            if self._trains(parameter.spec.name):  # type: ignore[attr-defined]
+            self.check([parameter.spec for parameter in parameters])
+        for parameter in parameters:
+            if self._trains(parameter.spec.name):
                 parameter.requires_grad_(True)
-        for linear in linears:
-            if self._adapts(linear.weight.spec):  # type: ignore[arg-type]
-                self._adapt(linear, make)
+        for child in list(module.modules()):
+            spec: ParamSpec | None = getattr(child._parameters.get("weight"), "spec", None)
+            if spec is not None and self._adapts(spec):
+                self._adapt(child, make)
 
     def _adapt(self, linear: Any, make: Make) -> None:
         specs = {spec.name.split(".")[-2]: spec for spec in self._own(linear.weight.spec)}
@@ -146,8 +147,8 @@ class Lora:
     def merge(self, spec: ParamSpec, read: Read, stored: Container[str]) -> Tensor:
         import torch
 
-        weight, module = read(spec.name), _module(spec.name)
-        if f"{module}.lora_A.weight" not in stored or not spec.name.endswith(".weight"):
+        weight, module = self.seen(spec, read(spec.name)), _module(spec.name)
+        if not self._adapts(spec):
             return weight
         delta = read(f"{module}.lora_B.weight") @ read(f"{module}.lora_A.weight")
         if self.options.pissa:
@@ -158,9 +159,13 @@ class Lora:
             merged *= (read(f"{module}.lora_magnitude_vector.weight") / norm)[:, None]
         return merged.T.contiguous() if spec.conv else merged
 
-    def _adapts(self, weight: ParamSpec) -> bool:
+    def seen(self, spec: ParamSpec, weight: Tensor) -> Tensor:
+        """A parameter of the base as training computes with it."""
+        return weight
+
+    def _adapts(self, spec: ParamSpec) -> bool:
         targets = self.options.named_targets
-        return not targets or any(_ends(_module(weight.name), target) for target in targets)
+        return spec.linear and (not targets or any(_ends(_module(spec.name), target) for target in targets))
 
     def _trains(self, name: str) -> bool:
         """Whether a parameter of the model itself is trained."""
@@ -199,6 +204,8 @@ def _forward(options: LoraOptions, linear: Any, inputs: tuple[Tensor, ...], outp
 
 def _weight(linear: Any) -> Tensor:
     """[out, in]."""
+    if hasattr(linear, "dense"):
+        return linear.dense()
     return linear.weight.T if linear.weight.spec.conv else linear.weight
 
 
@@ -206,12 +213,6 @@ def _gathered(parameter: Any) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter])  # does nothing to what is not partitioned
-
-
-def _is_linear(spec: ParamSpec) -> bool:
-    return (
-        spec.layer is not None and len(spec.shape) == 2 and spec.name.endswith(".weight") and ".lora_" not in spec.name
-    )
 
 
 def _module(name: str) -> str:

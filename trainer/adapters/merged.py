@@ -6,25 +6,34 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...data_prep.errors import UserError
 from ..checkpoint.reader import Checkpoint
 from ..modeling.build import FolderValues, RandomValues, Values, model_specs
 from .base import Adapter
 from .bases import Base, locate
+from .qlora import Onto, Qlora
 from .registry import adapter_of
 
 
 class MergedWeights:
     """A checkpoint's parameters with its adapter folded into its base, one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, base: str | Path | None = None) -> None:
-        """`base`: where the base of the adapter is now, if it has moved.
+    def __init__(self, checkpoint: Checkpoint, base: str | Path | None = None, merge_onto: Onto | None = None) -> None:
+        """
+        Args:
+            base: where the base of the adapter is now, if it has moved.
+            merge_onto: of an adapter on a quantised base; None: what was trained on.
 
         Raises:
-            UserError: the base is not there, or is another.
+            UserError: the base is not there, or is another; or it was not quantised, and `merge_onto` is stated.
         """
         self._checkpoint = checkpoint
         self._adapter: Adapter | None = adapter_of(checkpoint.state.get("adapter", "none"))
         self._stored = frozenset(checkpoint.names())
+        if merge_onto is not None:
+            if not isinstance(self._adapter, Qlora):
+                raise UserError(f"{checkpoint.path}: its base was not quantised, so there is one base to merge onto")
+            self._adapter.merge_onto = merge_onto
         if self._adapter is not None:
             self._specs = model_specs(checkpoint.state["model_config"])
             self._base = base_values(checkpoint, base)
@@ -41,6 +50,17 @@ class MergedWeights:
         if self._adapter is None:
             return self._checkpoint.read(name)
         return self._adapter.merge(self._specs[name], self._read, self._stored)
+
+    def lost(self) -> float | None:
+        """Norm of what quantisation takes from the weights that it packs, over their norm; None where there is none."""
+        if not isinstance(self._adapter, Qlora):
+            return None
+        gone = whole = 0.0
+        for spec in filter(self._adapter.packs, self._specs.values()):
+            weight = self._base(spec).float()
+            gone += float((self._adapter.quantised(spec, weight) - weight).square().sum())
+            whole += float(weight.square().sum())
+        return (gone / whole) ** 0.5
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name) if name in self._stored else self._base(self._specs[name]).float()

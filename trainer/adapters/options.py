@@ -54,6 +54,8 @@ class LoraOptions:
         if self.init not in INITS:
             hint = did_you_mean(str(self.init), INITS)
             raise UserError(f"adapter {kind}: init {self.init!r}{hint}; there are {', '.join(INITS)}")
+        if self.pissa and kind == "qlora":
+            raise UserError("adapter qlora: init pissa would have to quantise what PiSSA leaves over; use init default")
         return options
 
 

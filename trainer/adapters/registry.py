@@ -8,7 +8,7 @@ from typing import Any
 from ..recipe.registry import Registry
 from .base import Adapter
 
-ADAPTERS: Registry[Any] = Registry("adapter", __package__, {"lora": "lora:Lora"})
+ADAPTERS: Registry[Any] = Registry("adapter", __package__, {"lora": "lora:Lora", "qlora": "qlora:Qlora"})
 
 
 def adapter_of(stated: str | Mapping[str, Any]) -> Adapter | None:

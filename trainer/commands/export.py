@@ -22,6 +22,11 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", help="that verifies, such as cpu for a model larger than one GPU")
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, for peft; needs --output")
     add_base_argument(parser)
+    parser.add_argument(
+        "--merge-onto",
+        choices=("dequantized", "original"),
+        help="what a qlora adapter is folded into: what was trained on (default), or the weights before quantisation",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
 
 
@@ -36,16 +41,23 @@ def run(args: argparse.Namespace) -> int:
 
         if args.output is None:
             raise UserError("--adapter: say --output FOLDER; RUN/export is for the whole model")
+        if args.merge_onto is not None:
+            raise UserError("--merge-onto: is for the whole model; with --adapter nothing is merged")
         done = export_adapter(source, args.output, args.dtype, args.overwrite, args.device, args.base)
     else:
-        done = export_folder(source, args.output, args.dtype, args.overwrite, shard, args.device, args.base)
+        where = args.device, args.base, args.merge_onto
+        done = export_folder(source, args.output, args.dtype, args.overwrite, shard, *where)
     dtype = str(done.dtype).removeprefix("torch.")
     what = "the adapter of step" if args.adapter else "step"
     print(f"exported {what} {done.step} as {dtype}, {format_bytes(done.bytes)}: {done.folder}")
     if done.deviation is None:
         print("the checkpoint holds no probe, so the logits were not compared; every tensor was read back and is equal")
+    elif done.bound is None:
+        print(f"logits differ from training's, on the quantised base, by {done.deviation:.1e} of the largest")
     else:
         print(f"verified: logits within {done.deviation:.1e} of training's, allowed {done.bound:.0e} of the largest")
+    if done.lost is not None:
+        print(f"quantisation took {done.lost:.2%} from the weights it packed (norm of original - dequantized)")
     if "tokenizer.json" not in done.files:
         print("no tokenizer was found for this run, so the folder holds none")
     return 0

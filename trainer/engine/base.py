@@ -122,6 +122,11 @@ class Engine(ABC):
             config["zero_allow_untested_optimizer"] = True
         return deepspeed.initialize(model=self.module, config=config, mpu=mpu, **arguments)[0]
 
+    def _convert(self, module: nn.Module) -> nn.Module:
+        """What the adapter puts in the place of a module of its base."""
+        compute = getattr(torch, self.plan.precision.products)
+        return module if self.adapter is None else self.adapter.convert(module, compute)
+
     def _adapt(self, module: nn.Module) -> None:
         """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say."""
         drawn = RandomValues(self.plan.recipe.seed)

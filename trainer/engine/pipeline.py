@@ -33,7 +33,16 @@ class PipelineEngine(Engine):
         # blocks checkpoint their own activations; DeepSpeed's way fails on the embedding's integer input
         config.get("pipeline", {}).pop("activation_checkpoint_interval", None)
         recomputes, method = plan.settings.activation_checkpointing, plan.recipe.parallel.partition
-        arguments = plan.model_config, values, plan.recipe.seed, self.dtype, ranks, recomputes, self._adapt
+        arguments = (
+            plan.model_config,
+            values,
+            plan.recipe.seed,
+            self.dtype,
+            ranks,
+            recomputes,
+            self._adapt,
+            self._convert,
+        )
         self._step, self._steps_run = 0, 0
         self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras
         with hushed():

@@ -26,7 +26,7 @@ class ZeroEngine(Engine):
         super().__init__(plan, ranks)
         config = runtime_config(plan, ranks)
         zero3 = config if plan.layout.zero_stage == 3 else None
-        model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3)
+        model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3, self._convert)
         parallelise(model, family_of(plan.model_config), ranks)
         self._adapt(model)
         if plan.settings.activation_checkpointing:

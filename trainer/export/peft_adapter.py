@@ -72,14 +72,16 @@ def export_adapter(
 
 
 def load_with_peft(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, base: str | None = None) -> Any:
-    """The base of a checkpoint's adapter as a plain model, with the adapter of a folder on it, by peft."""
+    """The base of a checkpoint's LoRA as training saw it, in a plain model, with a folder's adapter on it by peft."""
     from peft import PeftModel
+
+    adapter: Lora = adapter_of(checkpoint.state["adapter"])  # type: ignore[assignment]
 
     model = build_plain(checkpoint.state["model_config"], dtype)
     specs, values = model_specs(checkpoint.state["model_config"]), base_values(checkpoint, base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(values(specs[name]))
+            parameter.copy_(adapter.seen(specs[name], values(specs[name]).float()))
     return PeftModel.from_pretrained(model, str(folder))
 
 

@@ -40,7 +40,9 @@ class ParamSpec:
     std: float = 0.02
     padded_rows: int | None = None  # rows of a vocabulary parameter as trained; the rows beyond `shape` are zero
     layer: int | None = None  # the block that holds it
-    conv: bool = False  # whether it is the weight of a Conv1D: [in, out]
+    linear: bool = False  # whether it is the weight of a linear in the blocks: [out, in]
+    conv: bool = False  # and that of a Conv1D: [in, out]
+    packed: bool = False  # whether it is kept in four bits
     trained: bool = True
     rate: float = 1.0  # learning rate, relative to the optimizer's
 
@@ -103,7 +105,7 @@ def linear(
     name: str, into: int, out: int, bias: bool = False, std: float = 0.02, conv: bool = False
 ) -> list[ParamSpec]:
     """Rows of a linear layer; `conv`: a Conv1D, whose weight is [in, out]."""
-    rows = [ParamSpec(f"{name}.weight", (into, out) if conv else (out, into), std=std, conv=conv)]
+    rows = [ParamSpec(f"{name}.weight", (into, out) if conv else (out, into), std=std, linear=True, conv=conv)]
     return [*rows, ParamSpec(f"{name}.bias", (out,), init="zeros")] if bias else rows
 
 

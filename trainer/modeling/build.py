@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def build_model(
     dtype: torch.dtype,
     ranks: Ranks,
     zero3_config: dict | None = None,
+    convert: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> nn.Module:
     """A causal LM whose parameters carry `.spec` and hold `values` (None: random, by name).
 
@@ -40,6 +42,7 @@ def build_model(
         config: transformers' names, with `model_type` and the true `vocab_size`.
         dtype: of the parameters.
         zero3_config: the DeepSpeed JSON when parameters are to be partitioned (stage 3), else None.
+        convert: what takes the place of a module when its values are there.
 
     Raises:
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
@@ -58,8 +61,10 @@ def build_model(
         for name in fresh:
             spec = specs[f"{prefix}{name}"]
             made[spec.name] = module._parameters[name] = make_parameter(spec, module_values, dtype, ranks)
+        if (converted := convert(module)) is not module:
+            model.set_submodule(prefix.removesuffix("."), converted)
         if zero3_config is not None:
-            _partition(module, zero3_config, ranks)
+            _partition(converted, zero3_config, ranks)
     _tie(model, made)
     leftover = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not leftover, f"never materialised: {leftover}"
@@ -84,8 +89,12 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
     if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}
     else:
-        convs = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-        specs = {name: ParamSpec(name, tuple(p.shape), conv=name in convs) for name, p in model.named_parameters()}
+        specs = {name: ParamSpec(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        head = model.get_output_embeddings()
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D) and module is not head:
+                name = f"{path}.weight"
+                specs[name] = replace(specs[name], linear=True, conv=isinstance(module, Conv1D))
     expected = {name for name, _ in model.named_parameters()}
     assert specs.keys() == expected, f"the table and the model differ in {sorted(specs.keys() ^ expected)}"
     return model, specs

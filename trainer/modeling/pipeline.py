@@ -43,11 +43,12 @@ class Builder:
         ranks: Ranks,
         checkpointing: bool = False,
         adapt: Callable[[nn.Module], None] = lambda module: None,
+        convert: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass, `adapt`
         gets every part when it is made.
         """
-        self.adapt = adapt
+        self.adapt, self.convert = adapt, convert
         self.family = FAMILIES[config["model_type"]]
         self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
         self.values, self.dtype, self.ranks = values or RandomValues(seed), dtype, ranks
@@ -64,11 +65,13 @@ class Builder:
         """A part of the model, called `name` by Hugging Face, with its values and its share of the tensor ranks."""
         with torch.device("meta"):
             holder = nn.Sequential(construct())  # so that the part itself can be replaced
-        for path, module in holder[0].named_modules():
+        for path, module in list(holder[0].named_modules()):
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
                     module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
+            if (converted := self.convert(module)) is not module:
+                holder[0].set_submodule(path, converted)
         parallelise(holder, self.family, self.ranks)
         self.adapt(holder[0])
         return holder[0]

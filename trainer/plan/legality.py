@@ -7,6 +7,7 @@ from typing import Any
 
 from ...data_prep.errors import UserError
 from ..adapters.base import rows_of
+from ..adapters.qlora import Qlora
 from ..adapters.registry import adapter_of
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
@@ -55,7 +56,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         UserError: one line that lists every refusal, each with its alternatives.
     """
     refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, layout, model)]
+    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
     if not refusals:
         refusals += [*_groups(recipe, settings, layout, model)]
     longest = longest_sequence(model)
@@ -153,12 +154,22 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
 
 
-def _adapter(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+def _qlora(settings: Settings) -> Iterator[str]:
+    if settings.precision.name in ("bf16", "fp16"):
+        yield (
+            f"adapter qlora with {settings.precision}: DeepSpeed would cast norms, embeddings and head too, which "
+            "QLoRA keeps in fp32; use torch_autocast, which computes in bf16"
+        )
+
+
+def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     adapter = adapter_of(recipe.adapter)
     if adapter is None:
         return
     if layout.tensor > 1 and not adapter.splits:
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
+    if isinstance(adapter, Qlora):
+        yield from _qlora(settings)
     if model["model_type"] in FAMILIES:
         try:
             adapter.check(parameter_table(model))

@@ -44,6 +44,8 @@ class Sizes:
 
     groups: tuple[tuple[int, ...], ...]
     frozen: tuple[int, ...] = ()
+    packed: tuple[int, ...] = ()  # bytes of the frozen ones that are kept in four bits; they are in no other field
+    scales: int = 0  # bytes of what belongs to those; ZeRO does not partition it
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -100,8 +102,16 @@ def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedd
 
     trained = [spec for spec in specs if spec.trained]
     groups = grouped(trained, lambda spec: spec, optimizer, embedding_rate)
-    frozen = tuple(size(spec) for spec in specs if not spec.trained)
-    return Sizes(tuple(tuple(map(size, own)) for _, own in groups), frozen)
+    frozen = tuple(size(spec) for spec in specs if not spec.trained and not spec.packed)
+    in_four_bits = [size(spec) for spec in specs if spec.packed]
+    packed = tuple(_ceil(elements, 2) // 2 for elements in in_four_bits)
+    return Sizes(tuple(tuple(map(size, own)) for _, own in groups), frozen, packed, sum(map(_scales, in_four_bits)))
+
+
+def _scales(elements: int) -> int:
+    """Double quantisation: a byte for every block of 64, fp32 for every 256 blocks, both codes and the mean scale."""
+    blocks = _ceil(elements, 64) // 64
+    return blocks + 4 * (_ceil(blocks, 256) // 256) + 4 * (16 + 256 + 1)
 
 
 def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
@@ -110,7 +120,7 @@ def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]
     master = 4 * elements if width == 2 else 0
     copies = width * min(elements, BUCKET) if layout.data * layout.sequence > 1 else 0
     return {
-        "parameters": width * sum(sizes.all),
+        "parameters": width * sum(sizes.all) + sum(sizes.packed) + sizes.scales,
         "gradients": width * elements,
         "optimizer": settings.optimizer.state_bytes * elements + master,
         "buffers": 0,
@@ -132,7 +142,8 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     buckets = bucket * (2 if settings.overlap_comm else 1)
     whole = width * sum(sizes.trained)
     gradients = whole if layout.zero_stage == 1 else width * owned * (1 + accumulates)
-    states = {"parameters": width * (sum(flats) + sum(sizes.frozen)), "buffers": buckets}
+    whole_base = width * sum(sizes.frozen) + sum(sizes.packed) + sizes.scales
+    states = {"parameters": width * sum(flats) + whole_base, "buffers": buckets}
     if not layout.offload_optimizer:
         # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
         update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
@@ -152,20 +163,22 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
-    resting = part + sum(_ceil(size, ranks) // ranks for size in sizes.frozen)
-    persistent = sum(size for size in sizes.all if size <= settings.persistence_threshold) if ranks > 1 else 0
+    frozen, packed = (sum(_ceil(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
+    resting = width * (part + frozen) + packed
+    small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
+    gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
     states = states_width * part
     gradients = width * part
     bucket = width * settings.reduce_bucket_size
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
-    on_host = (width * resting if layout.offload_param else 0) + (
+    on_host = (resting if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
     )
     return {
-        "parameters": width * (persistent + (0 if layout.offload_param else resting)),
+        "parameters": width * small + small_packed + sizes.scales + (0 if layout.offload_param else resting),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": bucket + (width * _gathered(sizes, persistent, settings) if ranks > 1 else 0),
+        "buffers": bucket + (gathered if ranks > 1 else 0),
         "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }
@@ -189,13 +202,17 @@ def _owned(groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:
     return max(most.values())
 
 
-def _gathered(sizes: Sizes, persistent: int, settings: Settings) -> int:
+def _persistent(sizes: Sequence[int], settings: Settings) -> int:
+    return sum(size for size in sizes if size <= settings.persistence_threshold)
+
+
+def _gathered(sizes: Sequence[int], settings: Settings) -> int:
     """Elements of gathered parameters: released only if not used again within the reuse distance, which holds a small
     model whole between forward and backward."""
-    rest = sum(sizes.all) - persistent
+    rest = sum(sizes) - _persistent(sizes, settings)
     if rest <= settings.max_reuse_distance:
         return min(rest, settings.max_live_parameters)
-    return min(rest, max(sizes.all) + settings.prefetch_bucket_size)
+    return min(rest, max(sizes) + settings.prefetch_bucket_size)
 
 
 def _ceil(number: int, multiple: int) -> int:

@@ -80,6 +80,9 @@ def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]
         ("zero2", "fp32", {}, {"adapter": {**LORA, "init": "pissa", "lr_ratio": 4.0}}),
         ("zero3", "fp32", {}, {"adapter": {**LORA, "dora": True}}),
         ("zero3_offload", "bf16", {}, {"adapter": {**LORA, "modules_to_save": ["wte"]}}),
+        ("zero1", "fp32", {}, {"adapter": {**LORA, "type": "qlora"}}),
+        ("zero2", "bf16_autocast", {}, {"adapter": {**LORA, "type": "qlora", "targets": ["c_attn"]}}),
+        ("zero3", "fp32", {}, {"adapter": {**LORA, "type": "qlora"}}),
     ],
 )
 def test_weights_gradients_and_states_are_what_two_ranks_hold(
