@@ -34,8 +34,8 @@ SHARD_BYTES = 4 * 10**9
 # coarser of the two precisions: at the worst position in float32, at the middle one in 16 bits. Measured between two
 # attention kernels, and against float64, on GPT-2 and Llama of 24 layers, at the worst: 1.0e-6, 2.7e-3, 2.2e-2. But a
 # trained model may have positions at which 16 bits decide nothing: SmolLM2-135M in bfloat16 is 1.5e-1 off its own
-# float32 at the worst, and 3.0e-1 off with an adapter folded in, rightly or with a matrix of 210 in disorder; at the middle
-# position it is 1.4e-2 off, and 6e-2 or more with that disorder.
+# float32 at the worst, and 3.0e-1 off with an adapter folded in, rightly or with a matrix of 210 in disorder; at the
+# middle position it is 1.4e-2 off, and 6e-2 or more with that disorder.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
