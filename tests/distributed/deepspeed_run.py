@@ -11,7 +11,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from zeropipe.trainer.data.batches import BatchShape, BatchStream, open_windows, sample_order
+from zeropipe.trainer.data.batches import BatchShape, BatchStream
+from zeropipe.trainer.data.samples import open_samples, sample_order
 from zeropipe.trainer.ranks.ranks import init_distributed
 from zeropipe.trainer.recipe.recipe import Recipe
 
@@ -59,10 +60,10 @@ class PlainRun:
         self.deepspeed: Any = deepspeed.initialize(model=self.module, model_parameters=self._groups(recipe), config=ds)[
             0
         ]
-        windows = open_windows(recipe, "train")
+        samples = open_samples(recipe, "train")
         whole = recipe.batch.global_batch or 0
-        shape = BatchShape(whole // self.ranks.world, 1, whole, recipe.data.seq_len, setup.vocab, False)
-        self.stream = BatchStream(windows, sample_order(recipe, windows), shape, self.ranks)
+        shape = BatchShape(whole // self.ranks.world, 1, whole, recipe.data.seq_len, setup.vocab)
+        self.stream = BatchStream(samples, sample_order(recipe, samples), shape, self.ranks)
 
     def _groups(self, recipe: Recipe) -> list[dict]:
         parameters = list(self.module.parameters())
