@@ -59,6 +59,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("run", f"{recipe.name} -> {recipe.output}"),
         ("model", f"{config['model_type']}, {parameters}, {vocabulary}{init}"),
         ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
+        *_records(plan),
         ("batch", _batch(plan)),
         ("steps", f"{plan.total_steps:,} = {plan.positions:,} sequence positions{_epochs(plan)}"),
         ("schedule", _schedule(plan)),
@@ -73,6 +74,15 @@ def launch_lines(args: argparse.Namespace) -> list[str]:
     launch = Launch(("--run", args.recipe, *config, *args.overrides), args.devices)
     ours = ["zeropipe", "launch", args.recipe, *config, "--devices", str(args.devices), *args.overrides]
     return [shlex.join(ours), shlex.join(deepspeed_command(launch))]
+
+
+def _records(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.records:
+        return []
+    how = plan.recipe.data.packing or "best_fit"
+    return [
+        ("records", f"{plan.records:,} in {plan.samples:,} samples ({how}), {plan.filled:.0%} of their places used")
+    ]
 
 
 def _batch(plan: Plan) -> str:

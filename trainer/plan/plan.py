@@ -13,7 +13,7 @@ from ...data_prep.errors import UserError, did_you_mean
 from ...data_prep.store import TokenStore
 from ..adapters.base import rows_of
 from ..adapters.registry import adapter_of
-from ..data.samples import samples_of
+from ..data.samples import Packs, Samples, samples_of
 from ..data.splits import Part, SplitName, open_split, whole_part
 from ..data.vocabulary import vocabulary_of
 from ..families.registry import FAMILIES
@@ -47,6 +47,8 @@ class Plan:
     padded_vocab_size: int
     model_config: dict[str, Any]
     samples: int  # in the train split: one epoch
+    records: int  # in these samples; 0 where they are text
+    filled: float  # share of the samples' places that hold something
     total_steps: int
     warmup_steps: int
     decay_steps: int
@@ -85,7 +87,8 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
     model = resolve_model(recipe, *vocabulary_of(_stores(recipe, parts), recipe.tokenizer))
     check(recipe, read_settings(resolved), layout, model)
     global_batch = resolved["train_batch_size"]
-    samples = _samples(recipe, parts, global_batch)
+    train = _train_samples(recipe, parts, global_batch)
+    samples, packs = sum(map(len, train)), [own for own in train if isinstance(own, Packs)]
     total = _total_steps(recipe, samples, global_batch)
     warmup, decay = _schedule_steps(recipe, total)
     fill_scheduler(resolved, total, warmup)
@@ -105,6 +108,8 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         padded_vocab_size=padded_vocab(model["vocab_size"], layout.tensor),
         model_config=model,
         samples=samples,
+        records=sum(len(own.lengths) for own in packs),
+        filled=sum(int(own.lengths.sum()) for own in packs) / (samples * recipe.data.seq_len) if packs else 1.0,
         total_steps=total,
         warmup_steps=warmup,
         decay_steps=decay,
@@ -178,12 +183,13 @@ def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[s
     return estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition, rows, rate)
 
 
-def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
-    """Samples of the train split, of which there must be enough for one global batch."""
+def _train_samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> list[Samples]:
+    """The samples of the train split, of which there must be enough for one global batch."""
     data = recipe.data
     if not parts:
         raise UserError(f"data.split {data.split}: leaves no document to train on")
-    sizes = [len(samples_of(part, data.seq_len, data.document_mask, data.packing)) for part in parts]
+    train = [samples_of(part, data.seq_len, data.document_mask, data.packing) for part in parts]
+    sizes = list(map(len, train))
     if 0 in sizes:
         short = parts[sizes.index(0)].store.path
         raise UserError(f"{short}: its train split is shorter than one sample of {data.seq_len} + 1 tokens")
@@ -192,7 +198,7 @@ def _samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> int:
             f"the train split holds {sum(sizes)} samples of {data.seq_len} tokens, one global batch takes "
             f"{global_batch}; use batch.global={max(1, sum(sizes))} or less, a shorter data.seq_len, or more data"
         )
-    return sum(sizes)
+    return train
 
 
 def _total_steps(recipe: Recipe, samples: int, global_batch: int) -> int:
