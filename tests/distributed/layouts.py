@@ -54,7 +54,10 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": reference.CLIP,
-        "optimizer": {"type": "AdamW", "params": {**recipe.optimizer.model_dump(), "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {**recipe.optimizer.model_dump(exclude_none=True), "torch_adam": True},
+        },
         "zero_optimization": {"stage": layout.zero_stage},
         "tensor_parallel": {"autotp_size": layout.tensor},
         "sequence_parallel_size": layout.sequence,

@@ -22,6 +22,7 @@ from ...data_prep.errors import UserError
 from ..families.registry import family_of
 from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
 from ..ranks.ranks import Ranks
+from .attention import BY_TEXT
 from .slices import local_slice
 
 Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type
@@ -82,7 +83,8 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
         hf_config = AutoConfig.for_model(**trained)
         hf_config.use_cache = False
         with torch.device("meta"), initialization.no_init_weights():
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+            attention = "sdpa" if family is None else BY_TEXT
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
     model.tie_weights()

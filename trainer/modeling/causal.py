@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
+from .attention import text_lengths
 from .cross_entropy import head_token_losses, token_losses, whole_logits
 from .penalty import NO_PENALTY, Penalty
 
@@ -43,15 +44,15 @@ class CausalLM(nn.Module):
         Returns:
             fp32 [batch, time], or logits [batch, time, vocab_size] in fp32.
         """
-        if labels is None:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return whole_logits(logits, self.vocab_size, self.ranks)
-        penalty = self.penalty if self.training else NO_PENALTY
         family = FAMILIES.get(self.model.config.model_type)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if family is not None:
+            inputs["attention_mask"] = text_lengths(position_ids)
+        if labels is None:
+            return whole_logits(self.model(**inputs).logits, self.vocab_size, self.ranks)
+        penalty = self.penalty if self.training else NO_PENALTY
         if family is None or not family.plain_head:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            return token_losses(logits, labels, self.vocab_size, self.ranks, penalty)
-        body = self.model.base_model
-        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+            return token_losses(self.model(**inputs).logits, labels, self.vocab_size, self.ranks, penalty)
+        hidden = self.model.base_model(**inputs).last_hidden_state
         head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
         return head_token_losses(head, hidden, labels, self.vocab_size, columns, self.ranks, penalty, self.sparse)

@@ -17,11 +17,11 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelD
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
-from transformers.masking_utils import create_causal_mask
 
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
 from ..ranks.ranks import Ranks
+from .attention import BY_TEXT, causal_mask
 from .build import RandomValues, Values, make_parameter
 from .cross_entropy import head_token_losses
 from .partition import stage_bounds
@@ -56,7 +56,7 @@ class Builder:
         trained = {**config, "vocab_size": padded_vocab(config["vocab_size"], ranks.tensor_size)}
         self.config: Any = AutoConfig.for_model(**trained)
         self.config.use_cache = False
-        self.config._attn_implementation = "sdpa"  # None or "eager" would not be causal in a bare block
+        self.config._attn_implementation = BY_TEXT  # None or "eager" would not be causal in a bare block
         self.tied = bool(self.config.tie_word_embeddings)
         self._rotary: Any = None
         self._memo: tuple[Tensor, int, dict[str, Any]] | None = None
@@ -83,9 +83,7 @@ class Builder:
         return self._memo[2]
 
     def _attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
+        mask = causal_mask(self.config, hidden, positions)
         if self.family.rotary_class is None:
             return {"attention_mask": mask}
         if self._rotary is None:  # kept out of the model: DeepSpeed would cast its frequencies to bfloat16

@@ -16,11 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ranks.ranks import Ranks
+from .attention import attention_by_text, causal_mask
 
 _NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
 SEQUENCE, HEADS = 1, 2  # dimensions of [batch, time, heads, head size]
@@ -58,7 +57,7 @@ class SequenceParallel(nn.Module):
         self.ranks: Any = ranks
         self.mask: Tensor | None = None
         config = self.causal.model.config
-        self._mask_config: Any = copy.deepcopy(config)  # whose attention is still "sdpa"
+        self._mask_config: Any = copy.deepcopy(config)  # whose attention is still a plain one
         config._attn_implementation = _NAME
         exchange = DistributedAttention(_local_attention, ranks.sequence_group, HEADS, SEQUENCE)  # type: ignore[arg-type]
         for module in causal.modules():
@@ -79,13 +78,7 @@ class SequenceParallel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
         hidden = torch.empty(*input_ids.shape, 1, device=input_ids.device, dtype=self._dtype)
-        self.mask = create_causal_mask(
-            config=self._mask_config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
+        self.mask = causal_mask(self._mask_config, hidden, position_ids)
         mine = None if labels is None else self._mine(labels)
         output: Any = _Gather.apply(self.causal(self._mine(input_ids), mine, self._mine(position_ids)), self.ranks)
         return output[:, :time]
@@ -138,7 +131,7 @@ def _local_attention(
 ) -> Tensor:
     """Attention of this rank's heads over the whole sequence; [batch, time, heads, head size] in and out."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    return attention_by_text(module, query, key, value, mask, **kwargs)[0]
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _ulysses_attention)
