@@ -72,7 +72,8 @@ class Fast:
         try:
             self._renew()
         except Exception as error:  # several kinds, for what it does not support
-            raise EncodersDiffer(f"gigatoken does not support this tokenizer ({error})") from None
+            reason = str(error).partition("\n")[0]  # where in its source comes after
+            raise EncodersDiffer(f"gigatoken does not support this tokenizer ({reason})") from None
         self._reference = Reference(folder, special)
         self._memory = resident_memory() + cache_memory
         self._unchecked: int | None = None  # bytes since the last check

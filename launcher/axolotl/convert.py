@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ...data_prep.errors import UserError
 from ...trainer.plan.settings import read_settings
+from ...trainer.recipe.errors import explain
+from ...trainer.recipe.recipe import Recipe
 from ...trainer.recipe.text_files import parse_yaml, read_text, yaml_lines
 from . import training
 from .data import read_data
@@ -35,7 +38,8 @@ def convert(config: Path, output: Path, devices: int) -> tuple[dict[str, str], l
     model = training.read_model(stated)
     data = read_data(stated, "dpo" if objective else None, name, output)
     micro, whole = training.read_batch(stated, devices)
-    optimizer = training.read_optimizer(stated)
+    adapter = training.read_adapter(stated)
+    optimizer = training.read_optimizer(stated, adapter)
     recipe: dict[str, Any] = {
         "name": name,
         "seed": stated.whole("seed", 42),  # Axolotl's own default
@@ -43,13 +47,14 @@ def convert(config: Path, output: Path, devices: int) -> tuple[dict[str, str], l
         "model": model,
         "data": data.recipe,
         "objective": objective or {"sft": "sft", "text": "causal_lm"}[data.kind],
-        "adapter": training.read_adapter(stated),
+        "adapter": adapter,
         "batch": {"global": whole},
         "duration": training.read_duration(stated),
         "optimizer": optimizer,
         "schedule": training.read_schedule(stated, optimizer["lr"]),
         **training.read_cadence(stated, data.recipe.get("split") != "1"),
     }
+    _check(recipe, config)
     ds = read_deepspeed(stated, micro, config.parent)
     read_settings(ds, f"{config}: the DeepSpeed JSON that comes of it")
     stated.leave_rest(REASONS, "unknown to this import", iter(REASONS))
@@ -68,3 +73,11 @@ def convert(config: Path, output: Path, devices: int) -> tuple[dict[str, str], l
         **data.files,
     }
     return files, commands, notes
+
+
+def _check(recipe: dict[str, Any], config: Path) -> None:
+    """Refuses what no recipe may say: a rate of 0, for instance."""
+    try:
+        Recipe.model_validate(recipe)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe, f"{config}: the recipe that comes of it", {})) from None

@@ -52,7 +52,7 @@ _TABLE = {
         relora relora_steps relora_prune_ratio relora_warmup_steps relora_cpu_offload loftq_config peft gptq
         bnb_config_kwargs loraplus_lr_embedding merge_lora lr_groups lr_quadratic_warmup cosine_constant_lr_ratio
         optim_args optim_target_modules torchdistx_path adam_epsilon2 adam_beta3 neftune_noise_alpha
-        noisy_embedding_alpha label_smoothing_factor embedding_lr embedding_lr_scale use_pose pose_max_context_len
+        noisy_embedding_alpha label_smoothing_factor use_pose pose_max_context_len
         pose_num_chunks pose_split_on_token_ids batch_flattening auto_find_batch_size min_sample_len max_prompt_len
         dataset_exact_deduplication dpo_use_weighting dpo_use_logits_to_keep rpo_alpha dpo_norm_loss reward_model
         process_reward_model trl vllm qat quantization fp8 rl_adapter_ref_model orpo_alpha simpo_gamma cpo_alpha

@@ -124,7 +124,7 @@ def read_duration(stated: Stated) -> dict[str, Any]:
     return {"epochs": float(epochs or 1)}
 
 
-def read_optimizer(stated: Stated) -> dict[str, Any]:
+def read_optimizer(stated: Stated, adapter: Any) -> dict[str, Any]:
     """With Axolotl's defaults spelled out, which are others than ours."""
     rate = stated.number("learning_rate")
     if rate is None:
@@ -134,7 +134,19 @@ def read_optimizer(stated: Stated) -> dict[str, Any]:
         "betas": [stated.number("adam_beta1", 0.9), stated.number("adam_beta2", 0.999)],
         "eps": float(stated.number("adam_epsilon", 1e-8)),
         "weight_decay": float(stated.number("weight_decay", 0.0)),
+        **_embedding_rate(stated, float(rate), adapter),
     }
+
+
+def _embedding_rate(stated: Stated, rate: float, adapter: Any) -> dict[str, float]:
+    if adapter != "none" and "modules_to_save" not in adapter:
+        for key in ("embedding_lr", "embedding_lr_scale"):
+            stated.leave(key, "the adapter leaves embedding and head as they are")
+        return {}
+    scale, own = stated.number("embedding_lr_scale"), stated.number("embedding_lr")
+    if scale:  # it comes first there
+        own = rate * scale
+    return {"embedding_lr": float(own)} if own else {}
 
 
 def read_schedule(stated: Stated, lr: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError
+from ..objectives.registry import objective_of
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.environment import describe_host, environment
@@ -142,10 +143,13 @@ def closing(plan: Plan, step: int, hosts: int, started: float) -> str:
     if step < plan.total_steps:
         return f"stopped after step {step} of {plan.total_steps} ({took}). Go on with:\n  {launch}"
     (key, amount), *_ = plan.recipe.duration.model_dump(exclude_none=True).items()
+    ask = f"  generate  zeropipe generate {run} --prompt 'Once upon a time'"
+    if objective_of(plan.recipe.objective).reads != "text":
+        ask = f"  chat      zeropipe chat {run}"
     return (
         f"finished: {step} steps in {took}. What now?\n"
         f"  evaluate  zeropipe eval {run}\n"
-        f"  generate  zeropipe generate {run} --prompt 'Once upon a time'\n"
+        f"{ask}\n"
         f"  export    zeropipe export {run}\n"
         f"  train on  {launch} duration.{key}={2 * amount}"
     )

@@ -71,8 +71,9 @@ def test_a_tokenizer_that_gigatoken_does_not_support(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(EncodersDiffer, match="does not support"):
+    with pytest.raises(EncodersDiffer, match="does not support") as refused:
         make_encoder("gigatoken", tmp_path, 10**12)
+    assert "WordLevel" in str(refused.value) and "\n" not in str(refused.value)
     (row,) = make_encoder("tokenizers", tmp_path, 10**12).encode([b"hello new world"])
     assert row.tolist() == [2, 0, 3]
 

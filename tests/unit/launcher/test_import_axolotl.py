@@ -332,6 +332,7 @@ def test_text_and_a_json_of_its_own(imported, folder):
         ("deepspeed: somewhere.json", "line 10: deepspeed: no such file, got 'somewhere.json'"),
         ("deepspeed: {zero_optimization: {stage: 7}}", "zero_optimization.stage must be 0, 1, 2 or 3"),
         ("base_model:", "base_model: missing"),
+        ("learning_rate: 0", "the recipe that comes of it: optimizer.lr: must be greater than 0, got 0.0"),
         ("x: [", "line 11: "),
         ("x: 1\nx: 2", "line 11: 'x' is stated twice"),
     ],
@@ -364,3 +365,15 @@ def test_optimizers_that_there_are_keep_their_name(imported):
         kind = OPTIMIZERS[name].types[0]
         _, ds, _ = imported(TEXT.replace("deepspeed: ds.json", f"optimizer: {kind.lower()}"))
         assert ds["optimizer"]["type"] == kind
+
+
+def test_the_rate_of_embedding_and_head(imported):
+    text = TEXT.replace("deepspeed: ds.json", "")
+    for stated, rate in (("embedding_lr: 2e-6", 2e-6), ("embedding_lr: 1\nembedding_lr_scale: 0.5", 5e-6)):
+        recipe, _, printed = imported(text + stated)
+        assert recipe["optimizer"]["embedding_lr"] == pytest.approx(rate) and "embedding" not in printed
+    recipe, _, printed = imported(text + "adapter: lora\nembedding_lr: 2e-6")
+    assert "embedding_lr" not in recipe["optimizer"]
+    assert "embedding_lr (line 12): the adapter leaves embedding and head as they are" in printed
+    saved = "adapter: lora\nlora_modules_to_save: [lm_head]\nembedding_lr: 2e-6"
+    assert imported(text + saved)[0]["optimizer"]["embedding_lr"] == pytest.approx(2e-6)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,10 +39,11 @@ def output(loss: float, samples: tuple[int, int]) -> StepOutput:
     return StepOutput(loss, 0.1 + 0.2, 1e-3, 64, 0.25, 0.0, samples, 255, metrics={"extra": 0.5})
 
 
-def open_log(directory: Path, steps: int = 6, every: int = 2, main: bool = True, world: int = 1) -> RunLog:
-    recipe = Recipe.model_validate(
-        tiny_recipe(Path("none"), directory, log={"every": every}, duration={"steps": steps})
-    )
+def open_log(
+    directory: Path, steps: int = 6, every: int = 2, main: bool = True, world: int = 1, **sections: Any
+) -> RunLog:
+    sections = {"log": {"every": every}, "duration": {"steps": steps}, **sections}
+    recipe = Recipe.model_validate(tiny_recipe(Path("none"), directory, **sections))
     shape = {"global_batch": 4, "seq_len": 16, "precision": "bf16", "parameters": 1_500_000, "deepspeed": {}}
     plan = SimpleNamespace(total_steps=steps, layout=Layout(world=world, data=world), **shape)
     plan.recipe = recipe
@@ -216,6 +218,16 @@ def test_a_run_that_stops_early_says_how_to_go_on(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "stopped after step 2 of 6" in out and f"zeropipe launch {tmp_path}/recipe.yaml" in out
     assert "--devices 4" in out
+
+
+@pytest.mark.parametrize(("objective", "verb"), [("causal_lm", "generate"), ("sft", "chat"), ({"type": "dpo"}, "chat")])
+def test_the_end_says_how_to_ask_the_model(objective, verb, tmp_path, capsys):
+    with open_log(tmp_path, objective=objective) as log:
+        log.start("start", 0)
+        take(log, 1, 6)
+    out = capsys.readouterr().out
+    asked = [line.split()[0] for line in out.splitlines() if " zeropipe chat " in line or " zeropipe generate " in line]
+    assert asked == [verb] and f"zeropipe {verb} {tmp_path}" in out
 
 
 def test_a_failure_is_recorded(tmp_path):
