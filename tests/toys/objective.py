@@ -24,6 +24,7 @@ class WeightedTokens:
     reads: ClassVar[str] = "text"
     reference: ClassVar[bool] = False
     penalty: ClassVar[Penalty] = NO_PENALTY
+    uniform: ClassVar[bool] = False
 
     def __init__(self, even: float = 3.0) -> None:
         self.even = even

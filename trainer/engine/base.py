@@ -57,7 +57,8 @@ class Engine(ABC):
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
         self.objective: Objective = objective_of(plan.recipe.objective)
-        self.sparse = self.objective.reads != "text"  # whether many places carry no label
+        # how the head counts: what is added to a token's nats, whether all count alike, whether many carry no label
+        self.counting = self.objective.penalty, self.objective.uniform, self.objective.reads != "text"
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
 

@@ -49,9 +49,7 @@ class PipelineEngine(Engine):
             builder = Builder(*arguments)
             self._width = builder.config.hidden_size
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
-            self._head = StageLoss(
-                builder, self._add_loss, plan.precision.autocast, self.objective.penalty, self.sparse
-            )
+            self._head = StageLoss(builder, self._add_loss, plan.precision.autocast, *self.counting)
             self._stages = Stages(builder, self._head, method, costs)
             self._stages.before_forward = lambda micro: self._seed(self._step, micro)
             self.module: nn.Module = self._stages

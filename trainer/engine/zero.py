@@ -31,7 +31,7 @@ class ZeroEngine(Engine):
         self._adapt(model)
         if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks, self.objective.penalty, self.sparse).train()
+        self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks, *self.counting).train()
         if ranks.sequence_size > 1:
             from ..modeling.sequence_parallel import SequenceParallel
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
 from .attention import text_lengths
-from .cross_entropy import head_token_losses, token_losses, whole_logits
+from .cross_entropy import Vocabulary, head_token_losses, token_losses, whole_logits
 from .penalty import NO_PENALTY, Penalty
 
 
@@ -21,14 +21,20 @@ class CausalLM(nn.Module):
         vocab_size: true vocabulary; the padding gets no probability.
         ranks: each tensor-parallel rank holds some columns of the logits.
         penalty: on every token in training.
-        sparse: whether many places carry no label.
+        uniform, sparse: whether all tokens count alike, and whether many places carry no label.
     """
 
     def __init__(
-        self, model: nn.Module, vocab_size: int, ranks: Ranks, penalty: Penalty = NO_PENALTY, sparse: bool = False
+        self,
+        model: nn.Module,
+        vocab_size: int,
+        ranks: Ranks,
+        penalty: Penalty = NO_PENALTY,
+        uniform: bool = False,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
-        self.penalty, self.sparse = penalty, sparse
+        self.penalty, self.uniform, self.sparse = penalty, uniform, sparse
         self.model: Any = model
         self.vocab_size = vocab_size
         self.ranks: Any = ranks
@@ -50,9 +56,14 @@ class CausalLM(nn.Module):
             inputs["attention_mask"] = text_lengths(position_ids)
         if labels is None:
             return whole_logits(self.model(**inputs).logits, self.vocab_size, self.ranks)
-        penalty = self.penalty if self.training else NO_PENALTY
+        vocabulary = Vocabulary(
+            self.vocab_size,
+            self.model.config.vocab_size,
+            self.ranks,
+            self.penalty if self.training else NO_PENALTY,
+        )
         if family is None or not family.plain_head:
-            return token_losses(self.model(**inputs).logits, labels, self.vocab_size, self.ranks, penalty)
+            return token_losses(self.model(**inputs).logits, labels, vocabulary)
         hidden = self.model.base_model(**inputs).last_hidden_state
-        head, columns = self.model.get_output_embeddings(), self.model.config.vocab_size
-        return head_token_losses(head, hidden, labels, self.vocab_size, columns, self.ranks, penalty, self.sparse)
+        head = self.model.get_output_embeddings()
+        return head_token_losses(head, hidden, labels, vocabulary, self.uniform, self.sparse)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits; larger logits are computed chunk by chunk, twice
+CHUNK_BYTES = 64 << 20  # of one chunk's fp32 logits
+CACHED_BYTES = 12 << 20  # on a CPU, whose caches a chunk should not leave: measured 1.4 times as fast as 64 MiB
 
 
-def chunk_rows(columns: int) -> int:
+def chunk_rows(columns: int, on_cpu: bool = False) -> int:
     """Tokens of one chunk, where all tensor ranks together have `columns` logits of each."""
-    return max(1, CHUNK_BYTES // (4 * columns))
+    return max(1, (CACHED_BYTES if on_cpu else CHUNK_BYTES) // (4 * columns))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data.labels import IGNORE
@@ -17,99 +18,169 @@ from .chunks import chunk_rows
 from .penalty import NO_PENALTY, Penalty
 
 
-class _SplitCrossEntropy(torch.autograd.Function):
-    """Loss of every token from logits of which each rank holds some columns (Megatron-LM, arXiv:1909.08053, 3)."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which columns of the logits a rank has, and what is counted of them.
+
+    The columns are split over tensor-parallel ranks as in Megatron-LM (arXiv:1909.08053, 3).
+    """
+
+    size: int  # without padding
+    columns: int  # with it, of all tensor ranks together
+    ranks: Ranks
+    penalty: Penalty = NO_PENALTY
+
+    def losses_and_slope(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats of every label [tokens], 0 for IGNORE, and their gradients with respect to this rank's logits.
+
+        Args:
+            scores: fp32 [tokens, columns] logits; the slope takes their place.
+        """
+        smoothing, width, split = self.penalty.label_smoothing, scores.shape[1], self.ranks.tensor_size > 1
+        first = self.ranks.tensor * width
+        real = max(0, min(width, self.size - first))
+        if real < width:
+            scores[:, real:] = torch.finfo(scores.dtype).min  # padding is never predicted
+        peak = scores.amax(-1)
+        if split:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.ranks.tensor_group)
+        scores -= peak[:, None]
+        here = (labels >= first) & (labels < first + width)
+        column = torch.where(here, labels - first, 0)
+        target = scores.gather(1, column[:, None])[:, 0] * here
+        every = scores[:, :real].sum(-1) if smoothing else torch.zeros_like(target)
+        totals = torch.stack([scores.exp_().sum(-1), target, every])
+        if split:
+            dist.all_reduce(totals, group=self.ranks.tensor_group)
+        kept, norm = (labels != IGNORE).to(scores.dtype), totals[0].log()
+        losses = norm - (1 - smoothing) * totals[1] - smoothing / self.size * totals[2]
+        losses += self.penalty.z_loss * (norm + peak).square()
+        scores *= (kept * (1 + 2 * self.penalty.z_loss * (norm + peak)) / totals[0])[:, None]
+        if smoothing:
+            scores[:, :real] -= (smoothing / self.size * kept)[:, None]
+        scores[torch.arange(len(column), device=column.device), column] -= here * (1 - smoothing)
+        return losses * kept, scores
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss of every token from logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, first: int, vocab_size: int, group: Any, penalty: Penalty
-    ) -> Tensor:
-        scores, real = logits.float(), max(0, min(logits.shape[1], vocab_size - first))
-        scores[:, real:] = torch.finfo(scores.dtype).min  # padding is never predicted
-        peak = scores.amax(-1)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        scores = scores - peak[:, None]
-        here = (labels >= first) & (labels < first + scores.shape[1])
-        column = torch.where(here, labels - first, 0)
-        target, every = scores.gather(1, column[:, None])[:, 0] * here, scores[:, :real].sum(-1)
-        powers = scores.exp_()
-        totals = torch.stack([powers.sum(-1), target, every])
-        dist.all_reduce(totals, group=group)
-        kept, norm, smoothing = labels != IGNORE, totals[0].log(), penalty.label_smoothing
-        ctx.save_for_backward(powers.div_(totals[0][:, None]), column, here, kept, norm + peak)
-        ctx.dtype, ctx.real, ctx.vocab_size, ctx.penalty = logits.dtype, real, vocab_size, penalty
-        losses = norm - (1 - smoothing) * totals[1] - smoothing / vocab_size * totals[2]
-        return (losses + penalty.z_loss * (norm + peak).square()) * kept
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
+        losses, slope = vocabulary.losses_and_slope(logits.to(torch.float32, copy=True), labels)
+        ctx.save_for_backward(slope)
+        ctx.dtype = logits.dtype
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        probabilities, column, here, kept, norm = ctx.saved_tensors
-        smoothing = ctx.penalty.label_smoothing
-        slope = probabilities * (1 + 2 * ctx.penalty.z_loss * norm)[:, None]
-        slope[:, : ctx.real] -= smoothing / ctx.vocab_size
-        slope[torch.arange(len(column), device=column.device), column] -= here.to(slope.dtype) * (1 - smoothing)
-        slope *= (kept * gradients[0])[:, None]
-        return slope.to(ctx.dtype), None, None, None, None, None
+        (slope,) = ctx.saved_tensors
+        return (slope * gradients[0][:, None]).to(ctx.dtype), None, None
 
 
-def token_losses(
-    logits: Tensor, labels: Tensor, vocab_size: int, ranks: Ranks, penalty: Penalty = NO_PENALTY
-) -> Tensor:
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Loss of every token from what goes into the head, where all losses are going to be weighted alike.
+
+    Their gradients are then known up to that weight as soon as a chunk's logits are, so that no logits are computed
+    twice and none are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary, rows: int) -> Tensor:
+        device = hidden.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        inputs, matrix = hidden.to(cast), weight.to(cast)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        slope_in = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
+        slope_weight = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        for first in range(0, len(inputs), rows):
+            part = slice(first, first + rows)
+            with torch.autocast(device, enabled=False):
+                scores = F.linear(inputs[part], matrix).float()
+                losses[part], slope = vocabulary.losses_and_slope(scores, labels[part])
+                slope = slope.to(cast)
+                if slope_in is not None:
+                    torch.mm(slope, matrix, out=slope_in[part])
+                if slope_weight is not None:
+                    slope_weight.addmm_(slope.T, inputs[part])
+        ctx.slopes, ctx.dtypes = (slope_in, slope_weight), (hidden.dtype, weight.dtype)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        given = gradients[0]
+        if given.device.type == "cpu":
+            assert (given == given[:1]).all(), "the objective does not weight all tokens alike"
+        alike = given[:1].sum()  # of no tokens: 0
+        slopes, ctx.slopes = ctx.slopes, (None, None)  # scaled in place: they are used once
+        scaled = (
+            None if slope is None else slope.mul_(alike.to(slope.dtype)).to(dtype)
+            for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None
+
+
+def token_losses(logits: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Cross entropy of every label in nats, fp32 [...], 0 where it is IGNORE; the same on every tensor rank.
 
     Args:
         logits: [..., columns], this tensor rank's columns of the padded vocabulary.
         labels: [...], ids already shifted: the token that follows, or IGNORE.
-        vocab_size: without padding.
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if ranks.tensor_size == 1:
-        scores, smoothing = flat[:, :vocab_size].float(), penalty.label_smoothing
-        losses = F.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
-        if penalty.z_loss:
-            losses = losses + penalty.z_loss * scores.logsumexp(-1).square() * (targets != IGNORE)
-    else:
-        first = ranks.tensor * flat.shape[1]
-        losses = _SplitCrossEntropy.apply(flat, targets, first, vocab_size, ranks.tensor_group, penalty)
+    losses = _CrossEntropy.apply(flat, targets, vocabulary)
     return losses.view(labels.shape)  # type: ignore[union-attr]
 
 
 def head_token_losses(
-    head: Callable[[Tensor], Tensor],
+    head: nn.Linear,
     hidden: Tensor,
     labels: Tensor,
-    vocab_size: int,
-    columns: int,
-    ranks: Ranks,
-    penalty: Penalty = NO_PENALTY,
+    vocabulary: Vocabulary,
+    uniform: bool = False,
     sparse: bool = False,
 ) -> Tensor:
     """As `token_losses` of `head(hidden)`, without ever holding the logits of more than a chunk of the tokens.
 
     Args:
-        head: hidden states [tokens, width] to this tensor rank's columns of the logits, token by token.
+        head: gives this tensor rank's columns of the logits.
         hidden: [..., width].
-        columns: of all tensor ranks: the padded vocabulary.
+        uniform: whether all token losses are going to be weighted alike; else a chunk's logits are computed again in
+            the backward pass.
         sparse: leaves out the places without a label, of which there should be many: looking for them makes a GPU's
             host wait.
     """
-    if sparse:
-        kept = (labels.reshape(-1) != IGNORE).nonzero()[:, 0]
-        few = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept), labels.reshape(-1)[kept]
-        losses = head_token_losses(head, *few, vocab_size, columns, ranks, penalty)
-        whole = torch.zeros(labels.numel(), dtype=losses.dtype, device=losses.device)
-        return whole.index_copy(0, kept, losses).view(labels.shape)
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = chunk_rows(columns)
+    if sparse:
+        kept = (targets != IGNORE).nonzero()[:, 0]
+        losses = head_token_losses(head, flat.index_select(0, kept), targets[kept], vocabulary, uniform)
+        whole = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
+        return whole.index_copy(0, kept, losses).view(labels.shape)
+    rows = chunk_rows(vocabulary.columns, flat.device.type == "cpu")
+    if uniform and torch.is_grad_enabled():
+        return _inside(
+            head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, vocabulary, rows)
+        ).view(labels.shape)
 
     def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
-        return token_losses(head(hidden_chunk), label_chunk, vocab_size, ranks, penalty)
+        return _CrossEntropy.apply(head(hidden_chunk), label_chunk, vocabulary)  # type: ignore[return-value]
 
     if len(targets) <= rows:
         return chunk(flat, targets).view(labels.shape)
     chunks = zip(flat.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(chunk, *pair, use_reentrant=False) for pair in chunks]
     return torch.cat(losses).view(labels.shape)
+
+
+def _inside(head: nn.Linear, hidden: Tensor, use: Callable[[Tensor, Tensor], Any]) -> Tensor:
+    """What `use` makes of the head's input and weight, in place of the head's own forward: ZeRO-3 has the weight whole
+    only there.
+    """
+    head.forward = lambda input: use(input, head.weight)  # type: ignore[method-assign]
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
 
 
 def whole_logits(logits: Tensor, vocab_size: int, ranks: Ranks) -> Tensor:

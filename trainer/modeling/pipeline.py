@@ -23,7 +23,7 @@ from ..families.specs import padded_vocab, parameter_table
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, causal_mask
 from .build import RandomValues, Values, make_parameter
-from .cross_entropy import head_token_losses
+from .cross_entropy import Vocabulary, head_token_losses
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
 from .tensor_parallel import parallelise
@@ -187,13 +187,23 @@ def _tied_head(embedding: Embedding, hidden: Tensor) -> Tensor:
     return F.linear(hidden, embedding.table.weight)  # type: ignore[arg-type]
 
 
+def as_linear(head: Any) -> nn.Linear:
+    """The head of a pipeline, made by itself or tied to the embedding that it is called with."""
+    if isinstance(head, Head):
+        return head.linear  # type: ignore[return-value]
+    (embedding,) = head.args
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = embedding.table.weight  # the very parameter
+    return linear
+
+
 class StageLoss:
     """Head and objective of the last stage, scaled so that DeepSpeed's mean over micro batches and data-parallel ranks
     is the mean over the weight of the global batch.
 
     Args:
         loss: a micro batch's tensors (labels first) and its token losses, to the scalar that is trained on.
-        penalty, sparse: as `CausalLM`.
+        penalty, uniform, sparse: as `CausalLM`.
     """
 
     def __init__(
@@ -202,11 +212,12 @@ class StageLoss:
         loss: Callable[[Sequence[Tensor], Tensor], Tensor],
         autocast: bool,
         penalty: Penalty = NO_PENALTY,
+        uniform: bool = False,
         sparse: bool = False,
     ) -> None:
         self.builder, self.loss, self.autocast, self.scale = builder, loss, autocast, 1.0
-        self.penalty, self.sparse = penalty, sparse
-        self.head: Callable[[Tensor], Tensor] | None = None  # of the last stage
+        self.penalty, self.uniform, self.sparse = penalty, uniform, sparse
+        self.head: nn.Linear | None = None  # of the last stage
 
     def __call__(self, hidden: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         return self.loss(tensors, self.token_losses(hidden, tensors[0], self.penalty)) * self.scale
@@ -220,9 +231,10 @@ class StageLoss:
     def token_losses(self, hidden: Tensor, labels: Tensor, penalty: Penalty = NO_PENALTY) -> Tensor:
         """Nats of every label [batch, time]."""
         assert self.head is not None
-        sizes = self.builder.vocab_size, self.builder.config.vocab_size
+        builder = self.builder
+        vocabulary = Vocabulary(builder.vocab_size, builder.config.vocab_size, builder.ranks, penalty)
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
-            return head_token_losses(self.head, hidden, labels, *sizes, self.builder.ranks, penalty, self.sparse)
+            return head_token_losses(self.head, hidden, labels, vocabulary, self.uniform, self.sparse)
 
 
 class Stages(PipelineModule):
@@ -257,7 +269,7 @@ class Stages(PipelineModule):
         super().__init__(builder.layers(), topology=topology, loss_fn=loss)
         assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
         if self.is_last:
-            loss.head = self.forward_funcs.pop()
+            loss.head = as_linear(self.forward_funcs.pop())
 
     @property
     def is_first(self) -> bool:

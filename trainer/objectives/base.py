@@ -38,6 +38,7 @@ class Objective(Protocol):
     # whether it compares with the model before training, whose log-probabilities come as `Record.reference`
     reference: bool
     penalty: Penalty  # on every token in training
+    uniform: ClassVar[bool]  # whether all token losses count alike in the loss, which makes the head cheaper
 
     def collate(self, records: Sequence[Record]) -> Batch:
         """A micro batch on the CPU; what the loss needs beside labels goes into `Batch.extras`."""

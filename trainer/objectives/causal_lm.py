@@ -23,6 +23,7 @@ class CausalLMLoss:
     per_token: ClassVar[bool] = True
     reads: ClassVar[str] = "text"
     reference: ClassVar[bool] = False
+    uniform: ClassVar[bool] = True
 
     def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):

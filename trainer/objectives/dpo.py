@@ -37,6 +37,7 @@ class DPO:
     per_token: ClassVar[bool] = False
     reads: ClassVar[str] = "dpo"
     penalty: ClassVar[Penalty] = NO_PENALTY
+    uniform: ClassVar[bool] = False
 
     def __init__(
         self, beta: float = 0.1, loss: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False

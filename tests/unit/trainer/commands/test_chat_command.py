@@ -206,7 +206,7 @@ def test_an_adapter_without_its_base(learned, adapter, tmp_path, chat):
     (moved / "adapter_model.safetensors").rename(moved / "adapter_model.bin")
     assert "pickled adapters are refused" in chat("hi\n", moved)[2]
     code, _, err = chat("hi\n", learned, "--base", learned)
-    assert code == 2 and "holds no peft adapter" in err
+    assert code == 2 and "holds a whole model, which has no base" in err
 
 
 @pytest.mark.parametrize("change", ["family", "width", "depth"])

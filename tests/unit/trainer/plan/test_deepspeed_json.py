@@ -134,7 +134,7 @@ def test_shipped_files_load_through_deepspeeds_own_class(name: str):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     shipped = load_ds_config(name)
-    assert "auto" not in json.dumps(shipped) and "train_micro_batch_size_per_gpu" not in shipped
+    assert '"auto"' not in json.dumps(shipped) and "train_micro_batch_size_per_gpu" not in shipped
     ds = {**shipped, "train_micro_batch_size_per_gpu": 2}  # without a run's plan DeepSpeed wants a batch size stated
     for json_ in (ds, reconcile(make_recipe(batch={"global": 16}), shipped, Layout(1, 1))):
         config = DeepSpeedConfig(copy.deepcopy(json_))  # type: ignore[arg-type]
