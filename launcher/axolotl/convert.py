@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from ...data_prep.errors import UserError
+from ...trainer.objectives.registry import objective_of
 from ...trainer.plan.settings import read_settings
 from ...trainer.recipe.errors import explain
 from ...trainer.recipe.recipe import Recipe
@@ -46,7 +47,7 @@ def convert(config: Path, output: Path, devices: int) -> tuple[dict[str, str], l
         "output": stated.text("output_dir", f"runs/{name}"),
         "model": model,
         "data": data.recipe,
-        "objective": objective or {"sft": "sft", "text": "causal_lm"}[data.kind],
+        "objective": objective or training.learnt_from(data.kind, stated),
         "adapter": adapter,
         "batch": {"global": whole},
         "duration": training.read_duration(stated),
@@ -77,7 +78,10 @@ def convert(config: Path, output: Path, devices: int) -> tuple[dict[str, str], l
 
 def _check(recipe: dict[str, Any], config: Path) -> None:
     """Refuses what no recipe may say: a rate of 0, for instance."""
+    source = f"{config}: the recipe that comes of it"
     try:
-        Recipe.model_validate(recipe)
+        objective_of(Recipe.model_validate(recipe).objective)
     except ValidationError as error:
-        raise UserError(explain(error, Recipe, f"{config}: the recipe that comes of it", {})) from None
+        raise UserError(explain(error, Recipe, source, {})) from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

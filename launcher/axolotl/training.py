@@ -44,6 +44,18 @@ def read_objective(stated: Stated) -> Any:
     return objective
 
 
+def learnt_from(kind: str, stated: Stated) -> Any:
+    """The objective of data without preferences, `sft` or `text`."""
+    objective: dict[str, Any] = {"type": {"sft": "sft", "text": "causal_lm"}[kind]}
+    if smoothing := stated.number("label_smoothing_factor"):
+        objective["label_smoothing"] = smoothing
+    key = next((key for key in ("neftune_noise_alpha", "noisy_embedding_alpha") if key in stated), "")  # new, old name
+    if kind == "sft" and (alpha := stated.number(key)):
+        objective["neftune"] = alpha
+        stated.change(key, "scaled by the length of each record, not of the padded batch")
+    return objective if len(objective) > 1 else objective["type"]
+
+
 def read_adapter(stated: Stated) -> Any:
     kind = stated.text("adapter")
     quantised = stated.flag("load_in_4bit")

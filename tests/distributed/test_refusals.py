@@ -131,10 +131,10 @@ def _train_on_other_data(recipe: dict, ds: dict, folder: str) -> str:
 
     real = data.make_batch
 
-    def spoilt(rows, shape):
+    def spoilt(*arguments):
         if int(os.environ["RANK"]) == 1:
             raise UserError("sample 5 holds token 900, but the model's vocabulary has 500")
-        return real(rows, shape)
+        return real(*arguments)
 
     data.make_batch = spoilt
     try:

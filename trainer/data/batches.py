@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,14 +25,15 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the objective's own, by name
+    noise: torch.Tensor | None = None  # int64 [micro batch, time, 2], of embeddings in training; see `noise_of`
 
     def to(self, device: torch.device) -> Batch:
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        positions = None if self.position_ids is None else moved(self.position_ids)
+        positions, noise = (None if own is None else moved(own) for own in (self.position_ids, self.noise))
         extras = {name: moved(tensor) for name, tensor in self.extras.items()}
-        return Batch(moved(self.input_ids), moved(self.labels), positions, extras)
+        return Batch(moved(self.input_ids), moved(self.labels), positions, extras, noise)
 
     @property
     def tokens(self) -> int:
@@ -89,8 +90,13 @@ class BatchShape:
         return min(self.seq_len, -(-longest // self.multiple) * self.multiple)
 
 
-def make_batch(rows: Sequence[tuple[Samples, int | None]], shape: BatchShape) -> Batch:
+def make_batch(
+    rows: Sequence[tuple[Samples, int | None]], shape: BatchShape, drawn: Sequence[tuple[int, int]] | None = None
+) -> Batch:
     """A micro batch of samples; one without a number carries no loss (evaluation's last batch).
+
+    Args:
+        drawn: in training, of every row: as in `Record`.
 
     Raises:
         UserError: a sample holds a token id that the model's vocabulary does not.
@@ -107,6 +113,8 @@ def make_batch(rows: Sequence[tuple[Samples, int | None]], shape: BatchShape) ->
                 f"the model's vocabulary has {shape.vocab_size}; prepare the data with the model's tokenizer"
             )
         records.append(record)
+    if drawn is not None:
+        records = [replace(record, drawn=place) for record, place in zip(records, drawn, strict=True)]
     width = shape.width(records)
     return shape.collate([record.padded(width) for record in records])
 
@@ -157,7 +165,8 @@ class BatchStream:
             positions = first + np.array(shape.rows(self._ranks, micro))
             sources, samples = self._order.sample(positions)
             rows = [(self._samples[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
-            micro_batches.append(make_batch(rows, shape))
+            drawn = [(self._order.seed, int(position)) for position in positions]
+            micro_batches.append(make_batch(rows, shape, drawn))
             ledger = (ledger + digest(positions, sample_ids(sources, samples))) % 2**64
         return StepBatch(tuple(micro_batches), first, first + shape.global_batch, ledger)
 

@@ -29,6 +29,7 @@ class Record:
     texts: np.ndarray | None = None  # int64 [time]: of records, which of the row's texts a place belongs to; -1: none
     numbers: np.ndarray | None = None  # int64 [texts]: record * texts of a record + text, in the part of the store
     reference: np.ndarray | None = None  # fp32 [texts]: their log-probabilities before training; see engine/reference
+    drawn: tuple[int, int] | None = None  # in training: seed of the run, index of the sample in it
 
     def padded(self, width: int) -> Record:
         """With places at the end that carry no loss and that no other place looks at."""
@@ -38,7 +39,7 @@ class Record:
         inputs, labels = np.append(self.inputs, [0] * extra), np.append(self.labels, [IGNORE] * extra)
         positions = None if self.positions is None else np.append(self.positions, np.arange(extra))
         texts = None if self.texts is None else np.append(self.texts, [-1] * extra)
-        return Record(inputs, labels, positions, texts, self.numbers, self.reference)
+        return Record(inputs, labels, positions, texts, self.numbers, self.reference, self.drawn)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ class PipelineEngine(Engine):
         self._step, self._stages.micro, self._sums = step, 0, self._vector(None)
         self._extras = tuple(batch.micro_batches[0].extras)
         inputs = [
-            ((micro.input_ids, _positions(micro)), (micro.labels, *micro.extras.values()))
+            (
+                (micro.input_ids, _positions(micro), *(() if micro.noise is None else [micro.noise])),
+                (micro.labels, *micro.extras.values()),
+            )
             for micro in batch.micro_batches
         ]
         self.deepspeed.train_batch(iter(inputs))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, StepBatch
+from ..data.noise import noisy
 from ..families.registry import family_of
 from ..modeling.build import Values, build_model
 from ..modeling.causal import CausalLM
@@ -29,6 +30,7 @@ class ZeroEngine(Engine):
         model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3, self._convert)
         parallelise(model, family_of(plan.model_config), ranks)
         self._adapt(model)
+        self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks, *self.counting).train()
@@ -66,8 +68,11 @@ class ZeroEngine(Engine):
         return output
 
     def _forward(self, micro: Batch) -> LossSum:
-        micro = micro.to(self.ranks.device)
-        return self.objective.loss(micro, self.deepspeed(micro.input_ids, micro.labels, micro.position_ids))
+        micro, ranks = micro.to(self.ranks.device), self.ranks
+        noise = None if micro.noise is None else micro.noise.chunk(ranks.sequence_size, 1)[ranks.sequence]
+        with noisy(self._embedding, noise):
+            losses = self.deepspeed(micro.input_ids, micro.labels, micro.position_ids)
+        return self.objective.loss(micro, losses)
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""

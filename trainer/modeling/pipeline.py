@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
+from ..data.noise import with_noise
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
 from ..ranks.ranks import Ranks
@@ -125,9 +126,10 @@ class Embedding(nn.Module):
         make = functools.partial(nn.Embedding, config.vocab_size, config.hidden_size, padding)
         self.table = builder.make(family.embedding, make)
 
-    def forward(self, inputs: Carried) -> Carried:
-        ids, positions = inputs
-        return self.table(ids), positions
+    def forward(self, inputs: tuple[Tensor, ...]) -> Carried:
+        ids, positions, *noise = inputs  # noise in training alone, if at all
+        hidden = self.table(ids)
+        return (with_noise(hidden, *noise) if noise else hidden), positions
 
 
 class Positions(nn.Module):

@@ -53,7 +53,8 @@ HEADING = f"{'layout':<44} {'loss':>8} {'norm':>8} {'weights':>8}"
 def parity(
     recipe: Recipe, ds: Mapping[str, Any], ranks: int = 4, steps: int = 20, bounds: Bounds | None = None
 ) -> Iterator[Verdict]:
-    """Trains `steps` steps in fp32, without dropout, on every legal layout of 1, 2, 4 … `ranks` ranks of this machine.
+    """Trains `steps` steps in fp32, without dropout or noise, on every legal layout of 1, 2, 4 … `ranks` ranks of this
+    machine.
 
     Raises:
         UserError: the recipe cannot be planned on one rank or has an adapter, or its family has no table of parameters.
@@ -162,10 +163,16 @@ def _layouts(ranks: int) -> Iterator[Layout]:
 
 
 def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
-    """The recipe's plan on another layout, in fp32 and without dropout, with two micro batches or more where it can."""
+    """The recipe's plan on another layout, in fp32, without dropout or noise, with two micro batches or more where it
+    can.
+    """
     config, family = recipe.model.config, family_of(recipe.model.config)
     quiet_model = {**config, **dict.fromkeys(family.dropout.values() if family else (), 0.0)}
+    objective = recipe.objective
+    if not isinstance(objective, str):
+        objective = {key: value for key, value in objective.items() if key != "neftune"}
     changed = {
+        "objective": objective,
         "model": recipe.model.model_copy(update={"config": quiet_model}),
         "parallel": recipe.parallel.model_copy(update={"pipeline": layout.pipeline}),
         "duration": recipe.duration.model_copy(update={"steps": steps, "tokens": None, "epochs": None}),

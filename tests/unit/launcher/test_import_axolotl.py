@@ -248,7 +248,6 @@ def test_no_key_disappears(folder):
         "relora_steps",
         "some_new_key",
         "unfrozen_parameters",
-        "neftune_noise_alpha",
         "hub_model_id",
     ):
         (folder / "one.yml").write_text(base + f"{key}: 5\n")
@@ -333,6 +332,7 @@ def test_text_and_a_json_of_its_own(imported, folder):
         ("deepspeed: {zero_optimization: {stage: 7}}", "zero_optimization.stage must be 0, 1, 2 or 3"),
         ("base_model:", "base_model: missing"),
         ("learning_rate: 0", "the recipe that comes of it: optimizer.lr: must be greater than 0, got 0.0"),
+        ("neftune_noise_alpha: -5", "the recipe that comes of it: objective.neftune -5: must be a number above 0"),
         ("x: [", "line 11: "),
         ("x: 1\nx: 2", "line 11: 'x' is stated twice"),
     ],
@@ -377,3 +377,13 @@ def test_the_rate_of_embedding_and_head(imported):
     assert "embedding_lr (line 12): the adapter leaves embedding and head as they are" in printed
     saved = "adapter: lora\nlora_modules_to_save: [lm_head]\nembedding_lr: 2e-6"
     assert imported(text + saved)[0]["optimizer"]["embedding_lr"] == pytest.approx(2e-6)
+
+
+def test_noise_and_smoothing(imported):
+    text = TEXT.replace("deepspeed: ds.json", "label_smoothing_factor: 0.1\nneftune_noise_alpha: 5\n")
+    recipe, _, printed = imported(text)
+    assert recipe["objective"] == {"type": "causal_lm", "label_smoothing": 0.1}
+    assert "neftune_noise_alpha (line 11): there is no counterpart" in printed  # for records alone
+    recipe, _, printed = imported(text.replace("type: completion, field: body", "type: chat_template"))
+    assert recipe["objective"] == {"type": "sft", "label_smoothing": 0.1, "neftune": 5}
+    assert "neftune_noise_alpha (line 11): scaled by the length of each record" in printed
