@@ -13,7 +13,7 @@ from tests.harness import RankFailed, run_ranks
 from zeropipe.trainer.families.registry import family_of
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.modeling.build import build_model
-from zeropipe.trainer.modeling.cross_entropy import Vocabulary, token_losses
+from zeropipe.trainer.modeling.cross_entropy import Scoring, token_losses
 from zeropipe.trainer.modeling.slices import local_slice, merge_slices
 from zeropipe.trainer.modeling.split_randomness import SplitRandomness
 from zeropipe.trainer.modeling.tensor_parallel import RowParallelLinear, parallelise
@@ -77,7 +77,7 @@ def _train(config: dict, tensor: int, seed: int | None = None, checkpointing: bo
         ids, labels, positions = micro_batch(config, step, 0, 1, 0, 1)
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         vocab = 1 << 20 if defect == "padding predicted" else config["vocab_size"]
-        loss = token_losses(logits, labels, Vocabulary(vocab, vocab, ranks)).sum() / (labels != -100).sum()
+        loss = token_losses(logits, labels, Scoring(vocab, vocab, ranks)).sum() / (labels != -100).sum()
         loss.backward()
         curve.norms.append(_clip(parameters, ranks))
         optimizer.step()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
 from .attention import text_lengths
-from .cross_entropy import Vocabulary, head_token_losses, token_losses, whole_logits
+from .cross_entropy import Scoring, head_token_losses, token_losses, whole_logits
 from .penalty import NO_PENALTY, Penalty
 
 
@@ -56,14 +56,14 @@ class CausalLM(nn.Module):
             inputs["attention_mask"] = text_lengths(position_ids)
         if labels is None:
             return whole_logits(self.model(**inputs).logits, self.vocab_size, self.ranks)
-        vocabulary = Vocabulary(
+        scoring = Scoring(
             self.vocab_size,
             self.model.config.vocab_size,
             self.ranks,
             self.penalty if self.training else NO_PENALTY,
         )
         if family is None or not family.plain_head:
-            return token_losses(self.model(**inputs).logits, labels, vocabulary)
+            return token_losses(self.model(**inputs).logits, labels, scoring)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
-        return head_token_losses(head, hidden, labels, vocabulary, self.uniform, self.sparse)
+        return head_token_losses(head, hidden, labels, scoring, self.uniform, self.sparse)

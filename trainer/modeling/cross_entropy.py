@@ -19,8 +19,8 @@ from .penalty import NO_PENALTY, Penalty
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """Which columns of the logits a rank has, and what is counted of them.
+class Scoring:
+    """How logits are scored: which columns of the vocabulary a rank has, and what is added to a token's nats.
 
     The columns are split over tensor-parallel ranks as in Megatron-LM (arXiv:1909.08053, 3).
     """
@@ -66,8 +66,8 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss of every token from logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
-        losses, slope = vocabulary.losses_and_slope(logits.to(torch.float32, copy=True), labels)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
+        losses, slope = scoring.losses_and_slope(logits.to(torch.float32, copy=True), labels)
         ctx.save_for_backward(slope)
         ctx.dtype = logits.dtype
         return losses
@@ -86,7 +86,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scoring: Scoring, rows: int) -> Tensor:
         device = hidden.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         inputs, matrix = hidden.to(cast), weight.to(cast)
@@ -97,7 +97,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             part = slice(first, first + rows)
             with torch.autocast(device, enabled=False):
                 scores = F.linear(inputs[part], matrix).float()
-                losses[part], slope = vocabulary.losses_and_slope(scores, labels[part])
+                losses[part], slope = scoring.losses_and_slope(scores, labels[part])
                 slope = slope.to(cast)
                 if slope_in is not None:
                     torch.mm(slope, matrix, out=slope_in[part])
@@ -120,7 +120,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
     """Cross entropy of every label in nats, fp32 [...], 0 where it is IGNORE; the same on every tensor rank.
 
     Args:
@@ -128,7 +128,7 @@ def token_losses(logits: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tens
         labels: [...], ids already shifted: the token that follows, or IGNORE.
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    losses = _CrossEntropy.apply(flat, targets, vocabulary)
+    losses = _CrossEntropy.apply(flat, targets, scoring)
     return losses.view(labels.shape)  # type: ignore[union-attr]
 
 
@@ -136,7 +136,7 @@ def head_token_losses(
     head: nn.Linear,
     hidden: Tensor,
     labels: Tensor,
-    vocabulary: Vocabulary,
+    scoring: Scoring,
     uniform: bool = False,
     sparse: bool = False,
 ) -> Tensor:
@@ -153,17 +153,17 @@ def head_token_losses(
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if sparse:
         kept = (targets != IGNORE).nonzero()[:, 0]
-        losses = head_token_losses(head, flat.index_select(0, kept), targets[kept], vocabulary, uniform)
+        losses = head_token_losses(head, flat.index_select(0, kept), targets[kept], scoring, uniform)
         whole = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
         return whole.index_copy(0, kept, losses).view(labels.shape)
-    rows = chunk_rows(vocabulary.columns, flat.device.type == "cpu")
+    rows = chunk_rows(scoring.columns, flat.device.type == "cpu")
     if uniform and torch.is_grad_enabled():
-        return _inside(
-            head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, vocabulary, rows)
-        ).view(labels.shape)
+        return _inside(head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, scoring, rows)).view(
+            labels.shape
+        )
 
     def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
-        return _CrossEntropy.apply(head(hidden_chunk), label_chunk, vocabulary)  # type: ignore[return-value]
+        return _CrossEntropy.apply(head(hidden_chunk), label_chunk, scoring)  # type: ignore[return-value]
 
     if len(targets) <= rows:
         return chunk(flat, targets).view(labels.shape)

@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 
-from .cross_entropy import Vocabulary, head_token_losses
+from .cross_entropy import Scoring, head_token_losses
 from .pipeline import Builder, as_linear
 
 REPEATS = 3  # after one that warms up; the fastest counts
@@ -46,7 +46,7 @@ def _run(builder: Builder, kind: str, spec: LayerSpec, micro_batch: int, seq_len
         layer = functools.partial(spec.forward_fn, layer)  # type: ignore[attr-defined]
     shape = micro_batch, seq_len
     ids = torch.randint(builder.vocab_size, shape, device=ranks.device)
-    vocabulary = Vocabulary(builder.vocab_size, config.vocab_size, ranks)
+    scoring = Scoring(builder.vocab_size, config.vocab_size, ranks)
     positions = torch.arange(seq_len, device=ranks.device).expand(shape).contiguous()
     hidden = torch.randn(*shape, config.hidden_size, dtype=builder.dtype, device=ranks.device, requires_grad=True)
 
@@ -54,7 +54,7 @@ def _run(builder: Builder, kind: str, spec: LayerSpec, micro_batch: int, seq_len
         if kind == "Embedding":
             output = layer((ids, positions))[0]
         elif kind == "Head":
-            output = head_token_losses(as_linear(layer), hidden, ids, vocabulary, uniform=True)
+            output = head_token_losses(as_linear(layer), hidden, ids, scoring, uniform=True)
         else:
             output = layer((hidden, positions))
         output = output[0] if isinstance(output, tuple) else output

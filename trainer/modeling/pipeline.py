@@ -24,7 +24,7 @@ from ..families.specs import padded_vocab, parameter_table
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, causal_mask
 from .build import RandomValues, Values, make_parameter
-from .cross_entropy import Vocabulary, head_token_losses
+from .cross_entropy import Scoring, head_token_losses
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
 from .tensor_parallel import parallelise
@@ -234,9 +234,9 @@ class StageLoss:
         """Nats of every label [batch, time]."""
         assert self.head is not None
         builder = self.builder
-        vocabulary = Vocabulary(builder.vocab_size, builder.config.vocab_size, builder.ranks, penalty)
+        scoring = Scoring(builder.vocab_size, builder.config.vocab_size, builder.ranks, penalty)
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
-            return head_token_losses(self.head, hidden, labels, vocabulary, self.uniform, self.sparse)
+            return head_token_losses(self.head, hidden, labels, scoring, self.uniform, self.sparse)
 
 
 class Stages(PipelineModule):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zeropipe.trainer.data.labels import IGNORE
 from zeropipe.trainer.modeling import cross_entropy
-from zeropipe.trainer.modeling.cross_entropy import Vocabulary, head_token_losses, token_losses
+from zeropipe.trainer.modeling.cross_entropy import Scoring, head_token_losses, token_losses
 from zeropipe.trainer.modeling.penalty import NO_PENALTY, Penalty
 from zeropipe.trainer.ranks.ranks import Ranks
 
@@ -37,8 +37,8 @@ def ours(penalty: Penalty, dtype: torch.dtype, uniform: bool, sparse: bool, auto
     hidden, head = HIDDEN.to(dtype, copy=True).requires_grad_(), nn.Linear(WIDTH, COLUMNS, bias=False, dtype=dtype)
     head.weight = nn.Parameter(WEIGHT.to(dtype, copy=True))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        vocabulary = Vocabulary(SIZE, COLUMNS, Ranks(), penalty)
-        losses = head_token_losses(head, hidden, LABELS, vocabulary, uniform, sparse)
+        scoring = Scoring(SIZE, COLUMNS, Ranks(), penalty)
+        losses = head_token_losses(head, hidden, LABELS, scoring, uniform, sparse)
     (losses.sum() / 2).backward()
     assert "forward" not in vars(head) and torch.equal(head.weight, WEIGHT.to(dtype))
     assert hidden.grad is not None and head.weight.grad is not None
@@ -70,7 +70,7 @@ def test_without_labels_and_with_a_frozen_head():
     hidden = HIDDEN.clone().requires_grad_()
     nothing = torch.full_like(LABELS, IGNORE)
     for sparse in (False, True):
-        losses = head_token_losses(head, hidden, nothing, Vocabulary(SIZE, COLUMNS, Ranks()), True, sparse)
+        losses = head_token_losses(head, hidden, nothing, Scoring(SIZE, COLUMNS, Ranks()), True, sparse)
         losses.sum().backward()
         assert not losses.any() and head.weight.grad is None
     assert hidden.grad is not None and not hidden.grad.any()
@@ -78,7 +78,7 @@ def test_without_labels_and_with_a_frozen_head():
 
 def test_what_is_not_weighted_alike_is_noticed():
     head, hidden = nn.Linear(WIDTH, COLUMNS, bias=False), HIDDEN.clone().requires_grad_()
-    losses = head_token_losses(head, hidden, LABELS, Vocabulary(SIZE, COLUMNS, Ranks()), uniform=True)
+    losses = head_token_losses(head, hidden, LABELS, Scoring(SIZE, COLUMNS, Ranks()), uniform=True)
     with pytest.raises(AssertionError, match="does not weight all tokens alike"):
         (losses * torch.arange(TOKENS)).sum().backward()
 
@@ -86,6 +86,6 @@ def test_what_is_not_weighted_alike_is_noticed():
 def test_padding_gets_no_probability():
     logits = torch.zeros(1, COLUMNS)
     logits[0, SIZE:] = 50.0
-    losses = token_losses(logits, torch.tensor([3]), Vocabulary(SIZE, COLUMNS, Ranks()))
+    losses = token_losses(logits, torch.tensor([3]), Scoring(SIZE, COLUMNS, Ranks()))
     assert losses.item() == pytest.approx(torch.tensor(float(SIZE)).log().item(), rel=1e-6)
     assert (logits[0, SIZE:] == 50.0).all()  # the caller's logits are as they were
