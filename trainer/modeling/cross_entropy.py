@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.labels import IGNORE
 from ..ranks.ranks import Ranks
-from .chunks import chunk_rows
+from .chunks import cached_rows, chunk_rows
 from .penalty import NO_PENALTY, Penalty
 
 
@@ -86,23 +86,27 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scoring: Scoring, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
         device = hidden.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         inputs, matrix = hidden.to(cast), weight.to(cast)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slope_in = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         slope_weight = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        for first in range(0, len(inputs), rows):
-            part = slice(first, first + rows)
-            with torch.autocast(device, enabled=False):
-                scores = F.linear(inputs[part], matrix).float()
-                losses[part], slope = scoring.losses_and_slope(scores, labels[part])
-                slope = slope.to(cast)
+        rows, inner = chunk_rows(scoring.columns), cached_rows(scoring.columns, device)
+        with torch.autocast(device, enabled=False):
+            for part in map(slice, range(0, len(inputs), rows), range(rows, len(inputs) + rows, rows)):
+                logits = F.linear(inputs[part], matrix)  # whose slope takes its place, piece by piece
+                for nats, piece, own in zip(
+                    losses[part].split(inner), logits.split(inner), labels[part].split(inner), strict=True
+                ):
+                    found, slope = scoring.losses_and_slope(piece.to(torch.float32, copy=True), own)
+                    nats.copy_(found)
+                    piece.copy_(slope)
                 if slope_in is not None:
-                    torch.mm(slope, matrix, out=slope_in[part])
+                    torch.mm(logits, matrix, out=slope_in[part])
                 if slope_weight is not None:
-                    slope_weight.addmm_(slope.T, inputs[part])
+                    slope_weight.addmm_(logits.T, inputs[part])
         ctx.slopes, ctx.dtypes = (slope_in, slope_weight), (hidden.dtype, weight.dtype)
         return losses
 
@@ -114,7 +118,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         alike = given[:1].sum()  # of no tokens: 0
         slopes, ctx.slopes = ctx.slopes, (None, None)  # scaled in place: they are used once
         scaled = (
-            None if slope is None else slope.mul_(alike.to(slope.dtype)).to(dtype)
+            None if slope is None else slope.mul_(alike).to(dtype)
             for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
         )
         return *scaled, None, None, None
@@ -156,15 +160,15 @@ def head_token_losses(
         losses = head_token_losses(head, flat.index_select(0, kept), targets[kept], scoring, uniform)
         whole = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
         return whole.index_copy(0, kept, losses).view(labels.shape)
-    rows = chunk_rows(scoring.columns, flat.device.type == "cpu")
     if uniform and torch.is_grad_enabled():
-        return _inside(head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, scoring, rows)).view(
+        return _inside(head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, scoring)).view(
             labels.shape
         )
 
     def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
         return _CrossEntropy.apply(head(hidden_chunk), label_chunk, scoring)  # type: ignore[return-value]
 
+    rows = chunk_rows(scoring.columns)
     if len(targets) <= rows:
         return chunk(flat, targets).view(labels.shape)
     chunks = zip(flat.split(rows), targets.split(rows), strict=True)
