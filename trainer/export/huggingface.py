@@ -31,8 +31,9 @@ from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
 SHARD_BYTES = 4 * 10**9
 # Largest |difference| of logits over the largest |logit| between the live training engine and the reloaded export, by
 # the coarser of the two precisions. Measured between two attention kernels, and against float64, on GPT-2 and Llama of
-# 24 layers: 1.0e-6, 2.7e-3, 2.2e-2.
-BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# 24 layers: 1.0e-6, 2.7e-3, 2.2e-2. A trained model has positions that round worse: SmolLM2-135M in float32 is 6.6e-6
+# off float64 at the worst, and 2.8e-5 with an adapter folded in, rightly.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def check(run: Path, output: Path | None = None) -> None:
     with torch.no_grad():
         logits = model(ids).logits
     assert (logits - trained).abs().max() <= 1e-5 * trained.abs().max()
-    assert done.deviation is not None and done.deviation <= 1e-5 == done.bound
+    assert done.deviation is not None and done.deviation <= 1e-5 < done.bound == BOUNDS[torch.float32]
     # trained weights, not initial ones: the record of step 3 differs
     earlier = Checkpoint.open(run / "checkpoints" / "step-00000003")
     weights = dict(model.named_parameters())
