@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-VERSIONS = ("torch", "deepspeed", "transformers", "tokenizers", "gigatoken", "safetensors", "numpy")
+VERSIONS = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "gigatoken", "safetensors", "numpy")
 TITLE = """# Verification
 
 Written by `make verify`, nothing by hand. These are the long matrices, by test file; `make test` runs the rest.

@@ -114,4 +114,5 @@ def _speaks(ranks: Ranks) -> bool:
 
 
 def _attached(samples: Samples, found: dict[str, np.ndarray]) -> Samples:
-    return replace(samples, reference=found[samples.fingerprint]) if isinstance(samples, Packs) else samples
+    """Held-out samples that are never evaluated have none."""
+    return replace(samples, reference=found.get(samples.fingerprint)) if isinstance(samples, Packs) else samples
