@@ -30,12 +30,12 @@ from ..run.directory import run_directory, run_precision, tokenizer_folder
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
 
 SHARD_BYTES = 4 * 10**9
-# |difference| of logits over the largest |logit| between the live training engine and the reloaded export, at the middle
-# one of the probe's positions, by the coarser of the two precisions. Measured between two attention kernels, and against
-# float64, on GPT-2 and Llama of 24 layers, at the worst position: 1.0e-6, 2.7e-3, 2.2e-2. But a trained model may have
-# positions at which rounding decides: SmolLM2-135M with an adapter folded in is 2.8e-5 off at the worst in float32 and
-# 3.0e-1 in bfloat16, rightly or with a matrix of 210 in disorder; at the middle one it is 1.4e-2 off in bfloat16, and
-# 6e-2 or more with that disorder.
+# |difference| of logits over the largest |logit| between the live training engine and the reloaded export, at the
+# middle one of the probe's positions, by the coarser of the two precisions. Measured between two attention kernels, and
+# against float64, on GPT-2 and Llama of 24 layers, at the worst position: 1.0e-6, 2.7e-3, 2.2e-2. But a trained model
+# may have positions at which rounding decides: SmolLM2-135M with an adapter folded in is 2.8e-5 off at the worst in
+# float32 and 3.0e-1 in bfloat16, rightly or with a matrix of 210 in disorder; at the middle one it is 1.4e-2 off in
+# bfloat16, and 6e-2 or more with that disorder.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
