@@ -36,10 +36,15 @@ def main(argv: Sequence[str]) -> int:
         print(done.stdout, flush=True)
         failed += [file.name] if done.returncode else []
         outcome = "" if done.returncode == 0 else f"FAILED with exit code {done.returncode}, "
-        ran = f"{outcome}{time.monotonic() - started:.0f} s, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, revision {revision()}"
-        where = f"{machine()}, Python {platform.python_version()}"
-        versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
-        sections[file.name] = f"{ran}, {where}, {versions}\n\n```\n{done.stdout.rstrip()}\n```"
+        facts = [
+            f"{outcome}{time.monotonic() - started:.0f} s",
+            f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            f"revision {revision()}",
+            machine(),
+            f"Python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in VERSIONS),
+        ]
+        sections[file.name] = f"{', '.join(facts)}\n\n```\n{done.stdout.rstrip()}\n```"
         target.write_text(page(sections), encoding="utf-8")
     print(f"{target}: {len(sections)} benchmarks" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
