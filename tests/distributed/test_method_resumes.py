@@ -22,6 +22,7 @@ LORA = {"type": "lora", "r": 4, "alpha": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft"},
     "sft+lora": {"objective": "sft", "adapter": LORA},
+    "sft+qlora": {"objective": "sft", "adapter": {**LORA, "type": "qlora"}},
     "dpo": {"objective": "dpo"},
     "dpo+lora": {"objective": "dpo", "adapter": LORA},
 }
