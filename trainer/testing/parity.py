@@ -12,6 +12,7 @@ import numpy as np
 from ...data_prep.errors import UserError
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import gradient_noise
+from ..objectives.registry import objective_of
 from ..plan.layout import Layout
 from ..plan.plan import Plan, make_plan
 from ..recipe.recipe import Recipe
@@ -53,11 +54,12 @@ HEADING = f"{'layout':<44} {'loss':>8} {'norm':>8} {'weights':>8}"
 def parity(
     recipe: Recipe, ds: Mapping[str, Any], ranks: int = 4, steps: int = 20, bounds: Bounds | None = None
 ) -> Iterator[Verdict]:
-    """Trains `steps` steps in fp32, without dropout or noise, on every legal layout of 1, 2, 4 … `ranks` ranks of this
-    machine.
+    """Trains `steps` steps in fp32, without dropout, noise or penalties, on every legal layout of 1, 2, 4 … `ranks`
+    ranks of this machine.
 
     Raises:
-        UserError: the recipe cannot be planned on one rank or has an adapter, or its family has no table of parameters.
+        UserError: the recipe cannot be planned on one rank, has an adapter or an objective that weights tokens, or its
+            family has no table of parameters.
     """
     from .curves import one_process
 
@@ -136,6 +138,8 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
     if family_of(first.model_config) is None:
         family = first.model_config["model_type"]
         raise UserError(f"model_type {family!r} has no table of parameters; there are tables for {', '.join(FAMILIES)}")
+    if not objective_of(recipe.objective).uniform:
+        raise UserError(f"parity compares losses of tokens that count alike, not the objective {recipe.objective!r}")
     if recipe.adapter != "none":
         raise UserError(
             f"parity trains the whole model, which the adapter {recipe.adapter!r} does not; say adapter=none"
@@ -163,14 +167,15 @@ def _layouts(ranks: int) -> Iterator[Layout]:
 
 
 def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
-    """The recipe's plan on another layout, in fp32, without dropout or noise, with two micro batches or more where it
-    can.
+    """The recipe's plan on another layout, in fp32, without dropout, noise or penalties, with two micro batches or more
+    where it can.
     """
     config, family = recipe.model.config, family_of(recipe.model.config)
     quiet_model = {**config, **dict.fromkeys(family.dropout.values() if family else (), 0.0)}
     objective = recipe.objective
     if not isinstance(objective, str):
-        objective = {key: value for key, value in objective.items() if key != "neftune"}
+        added = ("neftune", "label_smoothing", "z_loss")  # which the plain loop does not know
+        objective = {key: value for key, value in objective.items() if key not in added}
     changed = {
         "objective": objective,
         "model": recipe.model.model_copy(update={"config": quiet_model}),
