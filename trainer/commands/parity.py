@@ -11,7 +11,8 @@ EXIT_DIFFERS = 1  # some layout does not follow one process
 
 _DESCRIPTION = """\
 Trains a recipe for a few steps on every legal layout of 1, 2, 4 … ranks of this machine, in fp32 without dropout,
-noise or penalties, and compares each loss, gradient norm and the final weights with one process of plain Hugging Face and torch.
+noise or penalties, and compares each loss, gradient norm and the final weights with one process of plain Hugging Face
+and torch.
 
 Use it with a small model, after an upgrade of torch, DeepSpeed or transformers, or on new machines.
 Exit code 0: all are the same; 1: some layout differs, and its line names the first step and quantity.
