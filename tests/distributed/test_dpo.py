@@ -201,6 +201,19 @@ def test_several_pairs_in_a_row_count_alike(tmp_path):
         assert ours["rewards/margins"] == pytest.approx(theirs["rewards/margins"], rel=1e-3, abs=1e-6)
 
 
+def test_what_is_trained_on_may_be_evaluated_too(store, tmp_path):
+    """The same pairs under two names, of which the evaluation reads a few: all of them keep their reference."""
+    sections = {
+        "eval": {"every": 3, "batches": 1, "sets": {"again": [{"store": str(store)}]}},
+        "duration": {"steps": 3},
+    }
+    train_on_ranks(2, recipe_of(store, tmp_path / "run", **sections), tiny_json("zero1", 2))
+    found = records_of(tmp_path / "run")
+    train_on_ranks(2, recipe_of(store, tmp_path / "alone", duration={"steps": 3}), tiny_json("zero1", 2))
+    assert [record["loss"] for record in found] == [record["loss"] for record in records_of(tmp_path / "alone")]
+    assert all(math.isfinite(record["logps/chosen"]) for record in found)
+
+
 def test_smoothing_and_no_reference_are_the_papers_formulas(store):
     packs = open_samples(plan_of(recipe_of(store, store / "run"), tiny_json(), 1).recipe, "train")[0]
     smooth, free = (objective_of({"type": "dpo", "beta": 0.5, **options}) for options in SMOOTH_AND_FREE)

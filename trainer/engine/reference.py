@@ -28,6 +28,7 @@ from .base import Engine
 
 FILE = "reference.safetensors"  # by fingerprint of the samples: fp32 [records, 2], NaN where nothing was asked for
 AT_ONCE = 1 << 18  # samples of the order looked at together
+BATCHES = 16  # global batches held at a time
 _DOING = "the log-probabilities before training cannot be kept"
 
 
@@ -45,7 +46,8 @@ def with_reference(data: RunData, engine: Engine) -> RunData:
     known = ranks.together(lambda: _read(file, initial), _DOING, file)
     found = dict(known)
     for packs, rows in ranks.together(lambda: _rows_to_read(data)):
-        array = known.get(packs.fingerprint, np.full((len(packs.lengths), 2), np.nan, np.float32))
+        # what is trained on may be evaluated as well: the second adds to the first
+        array = found.get(packs.fingerprint, np.full((len(packs.lengths), 2), np.nan, np.float32))
         lacking = [(packs, int(row)) for row in rows if np.isnan(array[packs.rows[row]]).any()]
         found[packs.fingerprint] = _complete(array, lacking, data, engine) if lacking else array
     if any(array is not known.get(key) for key, array in found.items()):
@@ -94,23 +96,23 @@ def _rows_to_read(data: RunData) -> list[tuple[Packs, np.ndarray]]:
 
 def _complete(array: np.ndarray, lacking: Sequence[tuple[Packs, int]], data: RunData, engine: Engine) -> np.ndarray:
     """A part's log-probabilities with those of some rows added. Collective."""
-    ranks = engine.ranks
+    ranks, several = engine.ranks, BATCHES * data.plan.global_batch
     numbers, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for batch in ranks.together(lambda: list(batches_of(lacking, data.shape, ranks))):
-        losses = engine.token_losses(batch)
-        if losses is not None and _speaks(ranks):
-            sums = text_sums(batch.to(ranks.device), -losses)
-            numbers.append(batch.extras["numbers"].numpy())
-            values.append(sums.float().cpu().numpy())
+    for first in range(0, len(lacking), several):
+        rows = lacking[first : first + several]
+        # read before any rank begins: one that cannot must not leave the others waiting
+        for batch in ranks.together(lambda rows=rows: list(batches_of(rows, data.shape, ranks))):
+            losses = engine.token_losses(batch)
+            if (
+                losses is not None and ranks.tensor == ranks.sequence == 0
+            ):  # the others of their groups compute the same
+                sums = text_sums(batch.to(ranks.device), -losses)
+                numbers.append(batch.extras["numbers"].numpy())
+                values.append(sums.float().cpu().numpy())
     array = array.copy()
     for others, theirs in ranks.gather_objects((np.concatenate(numbers), np.concatenate(values))):
         array[others // 2, others % 2] = theirs
     return array
-
-
-def _speaks(ranks: Ranks) -> bool:
-    """Ranks of a tensor or sequence group compute the same."""
-    return ranks.tensor == ranks.sequence == 0
 
 
 def _attached(samples: Samples, found: dict[str, np.ndarray]) -> Samples:
