@@ -249,18 +249,21 @@ def test_wrong_options_are_refused(options, message):
 def test_the_verb_eval_finds_what_the_run_found(store, tmp_path, capsys):
     """A run from a folder; the verb compares with that folder's model, or one that is named, and asks for one."""
     plain_model("llama").save_pretrained(tmp_path / "initial")  # type: ignore[operator]
-    sections = {"eval": {"every": 6, "batches": 100}, "duration": {"steps": 6}, "save": {"every": 0}}
-    recipe = recipe_of(store, tmp_path / "run", **sections)
+    held = {"every": 6, "batches": 100, "sets": {"whole": [{"store": str(store)}]}}
+    sections = {"eval": held, "duration": {"steps": 6}, "save": {"every": 0}}
+    recipe = recipe_of(store, tmp_path / "run", objective={"type": "dpo", "beta": 0.5}, **sections)
     recipe["model"] = {"init": str(tmp_path / "initial")}
     recipe["data"] = {**recipe["data"], "split": "80,20"}
     train_on_ranks(2, recipe, tiny_json("zero2", 2))
-    (held_out,) = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
-    capsys.readouterr()
-    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    for name in ("loss", *REWARDS):
-        assert found[name] == pytest.approx(held_out[name], rel=1e-5, abs=1e-6), name
-    assert found["loss"] < math.log(2)
+    held_out = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "eval"]
+    assert [record["split"] for record in held_out] == ["valid", "whole"]
+    for record, words in zip(held_out, ([], ["--store", str(store)]), strict=True):
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / "run"), *words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for name in ("loss", *REWARDS):
+            assert found[name] == pytest.approx(record[name], rel=1e-5, abs=1e-6), name
+        assert found["loss"] < math.log(2)
     initial = str(tmp_path / "initial")
     assert main(["eval", initial, "--store", str(store), "--seq-len", str(SEQ), "--reference", initial, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -86,7 +86,7 @@ def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
     if args.store is not None:
         recipe = load_run_recipe(run) if run else None
         seq_len = args.seq_len or Checkpoint.open(source, verify=False).state["seq_len"]
-        return store_data(args.store, seq_len, tokenizer, bool(recipe and recipe.data.document_mask))
+        return store_data(args.store, seq_len, tokenizer, recipe)
     if run is None:
         raise UserError(f"{source}: this checkpoint lies in no run directory; name a token store with --store")
     state = Checkpoint.open(source, verify=False).state

@@ -245,19 +245,20 @@ def run_data(recipe: Recipe, split: str, tokenizer: Path | None, global_batch: i
     return HeldOutData(name, samples, train, global_batch, tokenizer, objective, initial)
 
 
-def store_data(path: str, seq_len: int, tokenizer: Path | None, document_mask: bool = False) -> HeldOutData:
-    """A whole store to evaluate on."""
+def store_data(path: str, seq_len: int, tokenizer: Path | None, recipe: Recipe | None = None) -> HeldOutData:
+    """A whole store to evaluate on; as a run's recipe says, where it is one that the run could have learnt from."""
     from ..data.samples import samples_of
     from ..data.splits import whole_part
     from ..recipe.recipe import WeightedStore
 
     part = whole_part(WeightedStore(store=path))
-    store = part.store
-    samples, objective = (
-        samples_of(part, seq_len, document_mask),
-        objective_of("causal_lm" if store.kind == "text" else store.kind),
-    )
-    return HeldOutData(str(path), [samples], [], 8, tokenizer or store.tokenizer, objective)
+    kind, mask, packing, initial = part.store.kind, False, None, None
+    objective = objective_of("causal_lm" if kind == "text" else kind)
+    if recipe is not None and objective_of(recipe.objective).reads == kind:
+        mask, packing, objective = recipe.data.document_mask, recipe.data.packing, objective_of(recipe.objective)
+        initial = None if recipe.model.init == "random" else recipe.model.init
+    samples = samples_of(part, seq_len, mask, packing)
+    return HeldOutData(str(path), [samples], [], 8, tokenizer or part.store.tokenizer, objective, initial)
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
