@@ -18,6 +18,7 @@ def run(job: dict[str, Any], work: Path) -> None:
     found = PEERS[job["peer"]](job, work)
     if os.environ.get("RANK", "0") == "0":
         Path(os.environ["REPORT"]).write_text(json.dumps(found))
+    os._exit(0)  # threads of the process group may abort a process that ends by itself
 
 
 def rows(job: dict[str, Any]) -> Any:

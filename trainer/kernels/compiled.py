@@ -6,7 +6,8 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,10 +22,25 @@ def uncompiled(function: _F) -> _F:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[Any]) -> None:
     """Compiles modules in place, at their first forward. What was compiled before, in another run too, is reused."""
     for block in blocks:
-        block.compile()
+        if getattr(block, "gradient_checkpointing", False):
+            # what is computed again is compiled, and not that it is: a checkpoint around what may break into pieces
+            block._gradient_checkpointing_func = partial(_recomputed, block._gradient_checkpointing_func)
+        else:
+            block.compile()
+
+
+def _recomputed(checkpoint: Callable, forward: partial, *inputs: Any) -> Any:
+    """transformers' checkpointing of a block, whose class's `forward` comes bound to the block and its options."""
+    compiled = partial(_compiled(forward.func), *forward.args, **forward.keywords)
+    return checkpoint(compiled, *inputs)
+
+
+@cache
+def _compiled(forward: Callable) -> Callable:
+    return torch.compile(forward)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

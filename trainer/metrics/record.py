@@ -45,6 +45,7 @@ class RunLog:
         self.hosts = ranks.gather_objects(describe_host())
         self._sinks: list[Sink] = []
         self._last_step, self._clock = 0, time.monotonic()
+        self._warmth: list[float] = []  # seconds of the first steps, where something is compiled
 
     def __enter__(self) -> RunLog:
         return self
@@ -73,6 +74,8 @@ class RunLog:
             **output.metrics,
         }
         self._attempt({"kind": "train", "step": state.step, **record})
+        if self.plan.recipe.compile != "none" and len(self._warmth) < 2:
+            self._report_compilation(state.step, output.seconds)
 
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
@@ -94,6 +97,13 @@ class RunLog:
         if error is None:
             hosts = len({host["host"] for host in self.hosts})
             print(closing(self.plan, self._last_step, hosts, self._clock), flush=True)
+
+    def _report_compilation(self, step: int, seconds: float) -> None:
+        self._warmth.append(seconds)
+        if len(self._warmth) == 2:
+            first, second = self._warmth
+            told = f"compiled blocks: the first step took {first:.1f} s, the second {second:.1f} s"
+            self.event("compiled", step, told, first_step_seconds=first, second_step_seconds=second)
 
     def _start(self, event: str, step: int, message: str | None, fields: Mapping[str, Any]) -> None:
         plan = self.plan
