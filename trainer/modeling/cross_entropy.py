@@ -129,9 +129,9 @@ def token_losses(logits: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
 
     Args:
         logits: [..., columns], this tensor rank's columns of the padded vocabulary.
-        labels: [...], ids already shifted: the token that follows, or IGNORE.
+        labels: [...], ids already shifted: the token that follows, or IGNORE; on that device or on the host.
     """
-    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device, non_blocking=True)
     losses = _CrossEntropy.apply(flat, targets, scoring)
     return losses.view(labels.shape)  # type: ignore[union-attr]
 
@@ -151,15 +151,17 @@ def head_token_losses(
         hidden: [..., width].
         uniform: whether all token losses are going to be weighted alike; else a chunk's logits are computed again in
             the backward pass.
-        sparse: leaves out the places without a label, of which there should be many: looking for them makes a GPU's
-            host wait.
+        sparse: leaves out the places without a label, of which there should be many. They are looked for where the
+            labels are: on a GPU, the host would wait for that.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if sparse:
-        kept = (targets != IGNORE).nonzero()[:, 0]
-        losses = head_token_losses(head, flat.index_select(0, kept), targets[kept], scoring, uniform)
+        labelled = (targets != IGNORE).nonzero()[:, 0]
+        kept = labelled.to(hidden.device, non_blocking=True)
+        losses = head_token_losses(head, flat.index_select(0, kept), targets[labelled], scoring, uniform)
         whole = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
         return whole.index_copy(0, kept, losses).view(labels.shape)
+    targets = targets.to(hidden.device, non_blocking=True)
     if uniform and torch.is_grad_enabled():
         return _inside(head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, scoring)).view(
             labels.shape
