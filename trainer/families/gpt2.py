@@ -28,11 +28,20 @@ def _block(config: Mapping[str, Any]) -> list[ParamSpec]:
     ]
 
 
+def _inside_mlp(config: Mapping[str, Any]) -> int:
+    # transformers' gelu_new is a chain of element-wise operations and keeps its input, tanh and both factors
+    return (5 if config["activation_function"] in ("gelu_new", "gelu_fast") else 2) * _inner(config)
+
+
+def _mlp_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
+    width, mask = config["n_embd"], config["resid_pdrop"] > 0
+    casts = width * (precision.compute - precision.stream)  # of the input, which autocast keeps in its stead
+    return (_inside_mlp(config) / tensor + mask * width) * precision.compute + (casts if precision.autocast else 0)
+
+
 def _block_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
     width, stream = config["n_embd"], precision.stream
-    # transformers' gelu_new is a chain of element-wise operations and keeps its input, tanh and both factors
-    in_mlp = 5 if config["activation_function"] in ("gelu_new", "gelu_fast") else 2
-    split = (3 + 1) * width + in_mlp * _inner(config)  # q, k, v and attention's output; the MLP
+    split = (3 + 1) * width + _inside_mlp(config)  # q, k, v and attention's output; the MLP
     masks = (config["resid_pdrop"] > 0) * 2 * width
     statistics = 4 * 4 + 4 * config["n_head"] / tensor
     return 2 * width * stream + (2 * width + masks + split / tensor) * precision.compute + statistics
@@ -94,5 +103,7 @@ GPT2 = Family(
     ),
     dropout={"embedding": "embd_pdrop", "attention": "attn_pdrop", "residual": "resid_pdrop"},
     block_bytes=_block_bytes,
+    mlp="mlp",
+    mlp_bytes=_mlp_bytes,
     noise={"attn.c_attn.bias": 1},  # of the keys
 )

@@ -65,10 +65,14 @@ def attention_by_text(
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     rows, _, time, _ = query.shape
     lengths = attention_mask.flatten()
+    kernel = _has_kernel(query, key, value, dropout)
     # all rows after each other: [tokens, heads, head size]
-    whole = tuple(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    attend = _in_one_kernel if _has_kernel(query, key, value, dropout) else _one_after_the_other
-    return attend(*whole, lengths, dropout, scaling).unflatten(0, (rows, time)), None
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    if kernel:
+        output = _in_one_kernel(query, key, value, lengths, scaling)
+    else:
+        output = _one_after_the_other(query, key, value, lengths, scaling, dropout)
+    return output.unflatten(0, (rows, time)), None
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
@@ -80,9 +84,7 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bo
     return torch.backends.cuda.can_use_flash_attention(params)
 
 
-def _in_one_kernel(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, dropout: float, scaling: float | None
-) -> Tensor:
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None) -> Tensor:
     """[tokens, heads, head size] in and out; the lengths are on the host, so that nothing is waited for."""
     bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(query.device, non_blocking=True)
     longest = int(lengths.max())
@@ -93,7 +95,7 @@ def _in_one_kernel(
 
 
 def _one_after_the_other(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, dropout: float, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
     """As `_in_one_kernel`, with whatever kernel scaled dot product attention has."""
     # split, not sliced: the gradient of a slice is as large as what it was cut from

@@ -93,7 +93,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slope_in = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         slope_weight = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        rows, inner = chunk_rows(scoring.columns), cached_rows(scoring.columns, device)
+        rows, inner = chunk_rows(scoring.columns, device), cached_rows(scoring.columns, device)
         with torch.autocast(device, enabled=False):
             for part in map(slice, range(0, len(inputs), rows), range(rows, len(inputs) + rows, rows)):
                 logits = F.linear(inputs[part], matrix)  # whose slope takes its place, piece by piece
@@ -170,7 +170,7 @@ def head_token_losses(
     def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
         return _CrossEntropy.apply(head(hidden_chunk), label_chunk, scoring)  # type: ignore[return-value]
 
-    rows = chunk_rows(scoring.columns)
+    rows = chunk_rows(scoring.columns, hidden.device.type)
     if len(targets) <= rows:
         return chunk(flat, targets).view(labels.shape)
     chunks = zip(flat.split(rows), targets.split(rows), strict=True)

@@ -199,6 +199,8 @@ class Recipe(_Section):
     adapter: Choice = "none"
     """What is trained beside or instead of all weights: none, or a mapping of `type` and its options."""
     parallel: Parallel = Parallel()
+    mlp_tile: CountOrNever = 0
+    """Tokens of a rank that an MLP computes at a time, and again in the backward pass, to hold less; 0: all of them."""
     batch: BatchSize = BatchSize()
     duration: Duration
     optimizer: Hyperparameters = Hyperparameters()
