@@ -20,8 +20,10 @@ from ..adapters.registry import adapter_of
 from ..checkpoint.deepspeed_state import Live
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.order import key64
+from ..families.registry import family_of
 from ..families.specs import ParamSpec
 from ..modeling.build import RandomValues, make_parameter
+from ..modeling.tiles import tile_mlps
 from ..objectives.base import LossSum, Objective
 from ..objectives.registry import objective_of
 from ..optim.groups import RATE, parameter_groups
@@ -152,7 +154,10 @@ class Engine(ABC):
         return module if self.adapter is None else self.adapter.convert(module, compute)
 
     def _adapt(self, module: nn.Module) -> None:
-        """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say."""
+        """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say. Sees to
+        the MLPs, too."""
+        if self.plan.recipe.mlp_tile:
+            tile_mlps(module, family_of(self.plan.model_config), self.plan.recipe.mlp_tile)
         drawn = RandomValues(self.plan.recipe.seed)
 
         def make(spec: ParamSpec, values: Tensor | None = None) -> nn.Parameter:

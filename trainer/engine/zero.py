@@ -57,8 +57,7 @@ class ZeroEngine(Engine):
         return sums, self.deepspeed.get_global_grad_norm() if norm is None else norm
 
     def token_losses(self, micro: Batch) -> Tensor:
-        micro = micro.to(self.ranks.device)
-        return self._evaluated(micro.input_ids, micro.labels, micro.position_ids)
+        return self._evaluated(micro.input_ids.to(self.ranks.device), micro.labels, micro.position_ids)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         return self._evaluated(input_ids.to(self.ranks.device))
@@ -71,11 +70,12 @@ class ZeroEngine(Engine):
         return output
 
     def _forward(self, micro: Batch) -> LossSum:
-        micro, ranks = micro.to(self.ranks.device), self.ranks
-        noise = None if micro.noise is None else micro.noise.chunk(ranks.sequence_size, 1)[ranks.sequence]
+        moved, ranks = micro.to(self.ranks.device), self.ranks
+        noise = None if moved.noise is None else moved.noise.chunk(ranks.sequence_size, 1)[ranks.sequence]
         with noisy(self._embedding, noise):
-            losses = self.deepspeed(micro.input_ids, micro.labels, micro.position_ids)
-        return self.objective.loss(micro, losses)
+            # labels and positions as they are on the host: what the model looks up in them, it need not wait for
+            losses = self.deepspeed(moved.input_ids, micro.labels, micro.position_ids)
+        return self.objective.loss(moved, losses)
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""

@@ -9,7 +9,7 @@ Most fields are what transformers declares of the family, so that they can be re
     block                     shapes of the first block on the meta device
     block_class, norm_class, rotary_class   types of those modules there
 
-`feeds`, `attention` and the formulas of bytes are ours.
+`feeds`, `attention`, `mlp` and the formulas of bytes are ours.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class Family:
     feeds: Mapping[str, tuple[str, ...]]  # module whose output enters split linears → which of them; relative names
     attention: Attention
     block_bytes: Callable[[Config, Precision, int], float]  # kept for backward by a block per token, of tensor ranks
+    mlp: str | None = None  # name in a block of what treats each token by itself, from one tensor to one of its shape
+    mlp_bytes: Callable[[Config, Precision, int], float] | None = None  # of block_bytes: kept there beyond its input
     aliases: Mapping[str, str] = field(default_factory=dict)  # standard names → the family's own
     extra_keys: frozenset[str] = frozenset()  # that the configuration takes without a field of that name
     positions: str | None = None  # learnt position embeddings, if any

@@ -28,6 +28,12 @@ def _block(config: Mapping[str, Any]) -> list[ParamSpec]:
     ]
 
 
+def _mlp_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
+    width, mask = config["n_embd"], config["resid_pdrop"] > 0
+    casts = width * (precision.compute - precision.stream)  # of the input, which autocast keeps in its stead
+    return 2 * _inner(config) / tensor * precision.compute + mask * width + (casts if precision.autocast else 0)
+
+
 def _block_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
     width, stream = config["n_embd"], precision.stream
     split = (3 + 1) * width + 2 * _inner(config)  # q, k, v and attention's output; the MLP
@@ -92,5 +98,7 @@ GPT2 = Family(
     ),
     dropout={"embedding": "embd_pdrop", "attention": "attn_pdrop", "residual": "resid_pdrop"},
     block_bytes=_block_bytes,
+    mlp="mlp",
+    mlp_bytes=_mlp_bytes,
     noise={"attn.c_attn.bias": 1},  # of the keys
 )

@@ -33,6 +33,13 @@ def _block(config: Mapping[str, Any]) -> list[ParamSpec]:
     return [*specs, *norm("input_layernorm", width), *norm("post_attention_layernorm", width)]
 
 
+def _mlp_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
+    # gate, its activation, up, their product; under autocast gate and up cast the input, each for itself
+    inside = 4 * config["intermediate_size"] / tensor * precision.compute
+    casts = config["hidden_size"] * (2 * precision.compute - precision.stream)
+    return inside + (casts if precision.autocast else 0)
+
+
 def _block_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
     width, inner = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads, head = _heads(config)
@@ -97,4 +104,6 @@ LLAMA = Family(
     dropout={"attention": "attention_dropout"},
     freezes_padding=True,
     block_bytes=_block_bytes,
+    mlp="mlp",
+    mlp_bytes=_mlp_bytes,
 )

@@ -45,15 +45,17 @@ class CausalLM(nn.Module):
         Args:
             input_ids: [batch, time] int64.
             labels: [batch, time] int64: the token that follows each input token, or `IGNORE`.
-            position_ids: [batch, time]; where they restart, attention does not look back. None: 0, 1, 2, …
+            position_ids: [batch, time]; where they restart, attention does not look back. None: 0, 1, 2, … Best left
+                on the host, where the texts' lengths are read from them.
 
         Returns:
             fp32 [batch, time], or logits [batch, time, vocab_size] in fp32.
         """
         family = FAMILIES.get(self.model.config.model_type)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if family is not None:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if family is not None:  # of others, transformers knows what its mask must be
             inputs["attention_mask"] = text_lengths(position_ids)
+        inputs["position_ids"] = None if position_ids is None else position_ids.to(input_ids.device, non_blocking=True)
         if labels is None:
             return whole_logits(self.model(**inputs).logits, self.vocab_size, self.ranks)
         scoring = Scoring(

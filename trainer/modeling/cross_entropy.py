@@ -93,7 +93,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slope_in = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         slope_weight = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        rows, inner = chunk_rows(scoring.columns), cached_rows(scoring.columns, device)
+        rows, inner = chunk_rows(scoring.columns, device), cached_rows(scoring.columns, device)
         with torch.autocast(device, enabled=False):
             for part in map(slice, range(0, len(inputs), rows), range(rows, len(inputs) + rows, rows)):
                 logits = F.linear(inputs[part], matrix)  # whose slope takes its place, piece by piece
@@ -129,9 +129,9 @@ def token_losses(logits: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
 
     Args:
         logits: [..., columns], this tensor rank's columns of the padded vocabulary.
-        labels: [...], ids already shifted: the token that follows, or IGNORE.
+        labels: [...], ids already shifted: the token that follows, or IGNORE; on that device or on the host.
     """
-    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device, non_blocking=True)
     losses = _CrossEntropy.apply(flat, targets, scoring)
     return losses.view(labels.shape)  # type: ignore[union-attr]
 
@@ -151,15 +151,17 @@ def head_token_losses(
         hidden: [..., width].
         uniform: whether all token losses are going to be weighted alike; else a chunk's logits are computed again in
             the backward pass.
-        sparse: leaves out the places without a label, of which there should be many: looking for them makes a GPU's
-            host wait.
+        sparse: leaves out the places without a label, of which there should be many. They are looked for where the
+            labels are: on a GPU, the host would wait for that.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if sparse:
-        kept = (targets != IGNORE).nonzero()[:, 0]
-        losses = head_token_losses(head, flat.index_select(0, kept), targets[kept], scoring, uniform)
+        labelled = (targets != IGNORE).nonzero()[:, 0]
+        kept = labelled.to(hidden.device, non_blocking=True)
+        losses = head_token_losses(head, flat.index_select(0, kept), targets[labelled], scoring, uniform)
         whole = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
         return whole.index_copy(0, kept, losses).view(labels.shape)
+    targets = targets.to(hidden.device, non_blocking=True)
     if uniform and torch.is_grad_enabled():
         return _inside(head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, scoring)).view(
             labels.shape
@@ -168,7 +170,7 @@ def head_token_losses(
     def chunk(hidden_chunk: Tensor, label_chunk: Tensor) -> Tensor:
         return _CrossEntropy.apply(head(hidden_chunk), label_chunk, scoring)  # type: ignore[return-value]
 
-    rows = chunk_rows(scoring.columns)
+    rows = chunk_rows(scoring.columns, hidden.device.type)
     if len(targets) <= rows:
         return chunk(flat, targets).view(labels.shape)
     chunks = zip(flat.split(rows), targets.split(rows), strict=True)

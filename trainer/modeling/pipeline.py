@@ -24,7 +24,7 @@ from ..families.specs import padded_vocab, parameter_table
 from ..kernels.dropout import Dropout
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
-from .attention import BY_TEXT, causal_mask
+from .attention import BY_TEXT, text_lengths
 from .build import RandomValues, Values, make_parameter
 from .cross_entropy import Scoring, head_token_losses
 from .partition import stage_bounds
@@ -87,7 +87,7 @@ class Builder:
         return self._memo[2]
 
     def _attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        mask = causal_mask(self.config, hidden, positions)
+        mask = text_lengths(positions)
         if self.family.rotary_class is None:
             return {"attention_mask": mask}
         if self._rotary is None:  # kept out of the model: DeepSpeed would cast its frequencies to bfloat16

@@ -8,7 +8,6 @@ every ZeRO stage.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.compiled import uncompiled
 from ..ranks.ranks import Ranks
-from .attention import attention_by_text, causal_mask
+from .attention import attention_by_text, text_lengths
 
 _NAME = "zeropipe_ulysses"  # of the attention, in Hugging Face's registry
 SEQUENCE, HEADS = 1, 2  # dimensions of [batch, time, heads, head size]
@@ -58,7 +57,6 @@ class SequenceParallel(nn.Module):
         self.ranks: Any = ranks
         self.mask: Tensor | None = None
         config = self.causal.model.config
-        self._mask_config: Any = copy.deepcopy(config)  # whose attention is still a plain one
         config._attn_implementation = _NAME
         exchange = DistributedAttention(_local_attention, ranks.sequence_group, HEADS, SEQUENCE)  # type: ignore[arg-type]
         for module in causal.modules():
@@ -77,16 +75,11 @@ class SequenceParallel(nn.Module):
             assert labels is None, f"{size} ranks cannot share {time} tokens"
             input_ids = F.pad(input_ids, (0, size - time % size))  # a later token changes no earlier logit
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-        hidden = torch.empty(*input_ids.shape, 1, device=input_ids.device, dtype=self._dtype)
-        self.mask = causal_mask(self._mask_config, hidden, position_ids)
+            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        self.mask = text_lengths(position_ids)  # of whole sequences
         mine = None if labels is None else self._mine(labels)
         output: Any = _Gather.apply(self.causal(self._mine(input_ids), mine, self._mine(position_ids)), self.ranks)
         return output[:, :time]
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(parameter.dtype for parameter in self.parameters())
 
     def _mine(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.ranks.sequence_size, SEQUENCE)[self.ranks.sequence].contiguous()

@@ -21,8 +21,10 @@ def activation_bytes(
     *,
     in_flight: int = 1,
     checkpointing: bool = False,
+    mlp_tile: int = 0,
     head: bool = True,
     padded_vocab: int = 0,
+    uniform: bool = True,
     tensor: int = 1,
 ) -> int:
     """Bytes of activations at the peak of one rank's backward pass.
@@ -32,23 +34,31 @@ def activation_bytes(
         tokens: of one micro batch on this rank.
         layers: blocks on this rank.
         in_flight: micro batches whose activations this rank holds at once (a pipeline's first stages hold several).
+        mlp_tile: as the recipe's.
         head: whether the final norm, the output embedding and the loss are on this rank.
         padded_vocab: columns of the whole output embedding.
+        uniform: as `head_token_losses`.
     """
     family = FAMILIES[model["model_type"]]
     width = family.value(model, "hidden_size")
     block = round(family.block_bytes(family.complete(model), precision, tensor))
+    tile = 0
+    if layers and family.mlp_bytes is not None and 0 < mlp_tile < tokens:  # of one MLP at a time
+        mlp = round(family.mlp_bytes(family.complete(model), precision, tensor))
+        block, tile = block - mlp, mlp_tile * mlp
     if checkpointing:  # a block's input stays; one block at a time is computed again
-        total = tokens * (layers * width * precision.stream * in_flight + (block if layers else 0))
+        total = tokens * (layers * width * precision.stream * in_flight + (block if layers else 0)) + tile
     else:
-        total = tokens * layers * block * in_flight
+        total = tokens * layers * block * in_flight + tile
     if head:
         cast = precision.compute if precision.autocast else 0
         total += tokens * width * (2 * precision.stream + family.norm_bytes + cast)  # the last norm, the head's input
-        total += head_bytes(tokens, padded_vocab, tensor)
+        total += head_bytes(tokens, padded_vocab, precision, tensor, uniform)
     return total
 
 
-def head_bytes(tokens: int, padded_vocab: int, tensor: int = 1) -> int:
-    """Logits, log-probabilities and their gradients of one chunk of the loss: three fp32 numbers a column."""
-    return min(tokens, chunk_rows(padded_vocab)) * 12 * padded_vocab // tensor
+def head_bytes(tokens: int, padded_vocab: int, precision: Precision, tensor: int = 1, uniform: bool = True) -> int:
+    """Logits of one chunk of the loss, and an fp32 copy whose place their gradient takes; where that is not known at
+    once, one more. On a CPU there are fewer tokens in a chunk, but plans know of no device."""
+    number = precision.compute + (4 if uniform else 8)
+    return min(tokens, chunk_rows(padded_vocab)) * number * padded_vocab // tensor

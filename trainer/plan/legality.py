@@ -59,6 +59,11 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
     refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
     if not refusals:
         refusals += [*_groups(recipe, settings, layout, model)]
+    if recipe.mlp_tile and getattr(FAMILIES.get(model["model_type"]), "mlp", None) is None:
+        refusals.append(
+            f"mlp_tile of model_type {model['model_type']!r}: its record names no MLP, or there is none; leave it out, "
+            "and add an activation_checkpointing section to the DeepSpeed JSON"
+        )
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(

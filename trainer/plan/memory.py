@@ -64,6 +64,8 @@ def estimate_memory(
     partition: str = "parameters",
     rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
     embedding_rate: float = 1.0,
+    uniform: bool = True,
+    mlp_tile: int = 0,
 ) -> MemoryEstimate:
     """Memory of the heaviest rank.
 
@@ -73,13 +75,15 @@ def estimate_memory(
         partition: how a pipeline's layers are shared out.
         rows: puts the rows of an adapter beside those of a stage.
         embedding_rate: of embedding and head, which then are groups of their own.
+        uniform, mlp_tile: as `activation_bytes`.
     """
     assert settings.micro_batch is not None and settings.accumulation is not None
     table = parameter_table(model, layout.tensor)
     tokens = settings.micro_batch * seq_len // layout.sequence
     estimates = []
     for number, stage in enumerate(split_layers(table, layout.pipeline, partition)):
-        sizes = _sizes(rows(stage.specs), layout.tensor, settings.optimizer, embedding_rate)
+        specs, last = rows(stage.specs), number == layout.pipeline - 1
+        sizes = _sizes(specs, layout.tensor, settings.optimizer, embedding_rate)
         states = _STATES[layout.zero_stage](sizes, layout, settings)
         activations = activation_bytes(
             model,
@@ -88,12 +92,27 @@ def estimate_memory(
             stage.blocks,
             in_flight=min(layout.pipeline - number, settings.accumulation),
             checkpointing=settings.activation_checkpointing,
-            head=number == layout.pipeline - 1,
+            mlp_tile=mlp_tile,
+            head=last,
+            uniform=uniform,
             padded_vocab=padded_vocab(model["vocab_size"], layout.tensor),
             tensor=layout.tensor,
         )
+        if last:
+            activations += _head_gradient(specs, layout, settings)
         estimates.append(MemoryEstimate(**states, activations=activations))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
+
+
+def _head_gradient(specs: Sequence[ParamSpec], layout: Layout, settings: Settings) -> int:
+    """Gradient of the head's weight: it is there before the backward pass begins, whole, as the products' type has it.
+
+    ZeRO-0 and 1 count it among the gradients, but for one that is going to be added to those of earlier micro batches.
+    """
+    head = [spec for spec in specs if spec.kind == "vocab"][-1]
+    if not head.trained or (layout.zero_stage < 2 and settings.accumulation == 1):
+        return 0
+    return settings.precision.compute * math.prod(head.local_shape(0, layout.tensor))
 
 
 def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float) -> Sizes:

@@ -179,8 +179,17 @@ def _parameters(recipe: Recipe, model: Mapping[str, Any], layout: Layout) -> tup
 def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-    rows, rate = rows_of(adapter_of(recipe.adapter)), recipe.optimizer.embedding_rate
-    return estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition, rows, rate)
+    return estimate_memory(
+        model,
+        layout,
+        settings,
+        recipe.data.seq_len,
+        recipe.parallel.partition,
+        rows_of(adapter_of(recipe.adapter)),
+        recipe.optimizer.embedding_rate,
+        objective_of(recipe.objective).uniform,
+        recipe.mlp_tile,
+    )
 
 
 def _train_samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> list[Samples]:

@@ -201,6 +201,8 @@ class Recipe(_Section):
     compile: Literal["none", "blocks"] = "none"
     """blocks: torch.compile of the model's blocks; the first steps take longer, the others less."""
     parallel: Parallel = Parallel()
+    mlp_tile: CountOrNever = 0
+    """Tokens of a rank that an MLP computes at a time, and again in the backward pass, to hold less; 0: all of them."""
     batch: BatchSize = BatchSize()
     duration: Duration
     optimizer: Hyperparameters = Hyperparameters()

@@ -51,7 +51,7 @@ def ours(penalty: Penalty, dtype: torch.dtype, uniform: bool, sparse: bool, auto
 @pytest.mark.parametrize("uniform", [False, True], ids=["recomputed", "fused"])
 @pytest.mark.parametrize("rows", [1000, 8])
 def test_losses_and_gradients_are_torchs(penalty, sparse, uniform, rows, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda columns: rows)
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda columns, device: rows)
     monkeypatch.setattr(cross_entropy, "cached_rows", lambda columns, device: 3)
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for found, expected in zip(ours(penalty, dtype, uniform, sparse), torchs_own(penalty, dtype), strict=True):
