@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_the_definition(dtype, bound, kv_heads
     truth = dense(*flat, lengths.flatten(), 0.2).view(rows, time, 4, HEAD)
     truth = [truth, *torch.autograd.grad((truth * weights).sum(), here)]
     for one, other in zip(ours, truth, strict=True):
-            assert float((one.detach().cpu().float() - other).abs().max() / other.abs().max()) < bound
+        assert float((one.detach().cpu().float() - other).abs().max() / other.abs().max()) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
