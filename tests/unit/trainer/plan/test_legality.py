@@ -88,3 +88,16 @@ def test_the_table_is_read_as_it_was_written(tmp_path):
 def test_the_nearest(wanted: Combination, ways: list[str]):
     found = nearest_working(wanted, TABLE, most=20)
     assert set(ways) <= set(found) if ways else found == [""]
+
+
+def test_tiled_mlps_need_a_record_that_names_them():
+    sections = {"data": {"train": [{"store": "none"}], "seq_len": 32}, "duration": {"steps": 3}, "mlp_tile": 16}
+    settings = read_settings({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+
+    def refuse(model: dict) -> None:
+        recipe = Recipe.model_validate({"model": {"config": model}, **sections})
+        check(recipe, settings, layout_of(recipe, settings, 1), model)
+
+    refuse(MODEL)
+    with pytest.raises(UserError, match=r"^mlp_tile of model_type 'qwen3': its record names no MLP"):
+        refuse({"model_type": "qwen3", "vocab_size": 500})
