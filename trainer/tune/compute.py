@@ -1,0 +1,129 @@
+"""Seconds that one rank computes on a micro batch: a roofline of products, attention and everything element-wise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..families.registry import FAMILIES
+from ..families.specs import ParamSpec
+from ..plan.settings import Settings
+from ..plan.stages import Stage
+from .hardware import Device
+from .work import Product, attention_flops, head_product, parameters_of, products_of
+
+OPERATIONS = 45  # that the host starts for a block's forward pass; twice as many for its backward pass
+HOOKS = {0: 1, 1: 2, 2: 6, 3: 40}  # and DeepSpeed's, for a parameter in a micro batch, by ZeRO stage
+FORWARD = 0.4  # share of the element-wise traffic that the forward pass has
+FLASH_BACKWARD = 2.5  # fused attention computes its scores again in the backward pass (arXiv:2205.14135, 3.1)
+SCORES = 5  # bytes that unfused attention keeps for a score (arXiv:2205.05198, table 2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, whatever the layout.
+
+    `fused` and `interleave` describe others' programs, for comparison with what they published: whether attention keeps
+    no scores, and how many stretches of layers each pipeline stage has (arXiv:2104.04473, 2.2). Ours has one.
+    """
+
+    model: Mapping[str, Any]
+    seq_len: int
+    partition: str = "parameters"
+    rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list  # puts an adapter's rows beside those of a stage
+    uniform: bool = True  # whether all tokens count alike; else the head's logits are computed twice
+    fused: bool = True
+    interleave: int = 1
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of a stage's forward and backward passes, and of what the backward pass computes again."""
+
+    forward: float
+    backward: float
+    again: float = 0.0
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward + self.again
+
+
+def stage_passes(
+    job: Job, stage: Stage, settings: Settings, device: Device, tensor: int, tokens: int, head: bool
+) -> Passes:
+    """Seconds of one micro batch on one rank of a stage, as if nobody shared its processor.
+
+    Args:
+        tokens: of the micro batch on this rank.
+        head: whether the output embedding and the loss are on this stage.
+    """
+    specs = job.rows(stage.specs)
+    forward = backward = again = 0.0
+    if stage.blocks:
+        first = min(spec.layer for spec in specs if spec.layer is not None)
+        block = [spec for spec in specs if spec.layer == first]
+        passes = _block(job, block, settings, device, tensor, tokens)
+        forward, backward = stage.blocks * passes.forward, stage.blocks * passes.backward
+        again = forward if settings.activation_checkpointing else 0.0
+    if head:
+        extra = _head(job, settings, device, tensor, tokens)
+        forward, backward = forward + extra.forward, backward + extra.backward
+    return Passes(forward, backward + _accumulation(specs, settings, device, tensor), again)
+
+
+def _block(
+    job: Job, specs: Sequence[ParamSpec], settings: Settings, device: Device, tensor: int, tokens: int
+) -> Passes:
+    products, precision = products_of(specs, tensor), settings.precision
+    forward = sum(_product(product, tokens, settings, device) for product in products)
+    slopes = forward + sum(_product(product, tokens, settings, device) for product in products if product.trained)
+    attend, slope = _attention(job, settings, device, tensor, tokens)
+    family = FAMILIES[job.model["model_type"]]
+    kept = family.block_bytes(family.complete(job.model), precision, tensor)
+    if not job.fused:
+        kept += SCORES * family.value(job.model, "num_attention_heads") / tensor * job.seq_len
+    moved = device.passes * kept * tokens / device.bandwidth
+    hooks = HOOKS[settings.zero_stage] * len(specs) * device.dispatch
+    started = OPERATIONS * device.dispatch
+    return Passes(
+        _with_host(device, forward + attend + FORWARD * moved, started + hooks / 3),
+        _with_host(device, slopes + slope + (1 - FORWARD) * moved, 2 * started + hooks * 2 / 3),
+    )
+
+
+def _with_host(device: Device, computed: float, started: float) -> float:
+    """A queue hides the host's time, as long as the device has more to do."""
+    return max(computed, started) if device.queued else computed + started
+
+
+def _product(product: Product, tokens: int, settings: Settings, device: Device) -> float:
+    sides = (tokens, product.inner, product.outer)
+    slower = 1 + device.tile * sum(1 / side for side in sides)
+    width = settings.precision.compute
+    moved = width * (tokens * product.inner + product.inner * product.outer + tokens * product.outer)
+    computed = product.flops * tokens / device.rate(settings.precision.products) * slower
+    return max(computed, moved / device.bandwidth)
+
+
+def _attention(job: Job, settings: Settings, device: Device, tensor: int, tokens: int) -> tuple[float, float]:
+    """Forward and backward of one block's scores and their use; the fused kernels leave out what is not causal."""
+    flops = attention_flops(job.model, job.seq_len) * tokens / tensor
+    rate = device.rate(settings.precision.products) * device.attention
+    if job.fused:
+        return flops / 2 / rate, FLASH_BACKWARD * flops / 2 / rate
+    return flops / rate, 2 * flops / rate
+
+
+def _head(job: Job, settings: Settings, device: Device, tensor: int, tokens: int) -> Passes:
+    product = head_product(job.model, tensor)
+    once = _product(product, tokens, settings, device)
+    scored = device.logit_passes * 4 * tokens * product.outer / device.bandwidth
+    return Passes(once * (1 if job.uniform else 2) + scored, 2 * once)
+
+
+def _accumulation(specs: Sequence[ParamSpec], settings: Settings, device: Device, tensor: int) -> float:
+    """Gradients are written once and, from the second micro batch on, read and written again."""
+    trained, _ = parameters_of(specs, tensor)
+    return 3 * settings.precision.width * trained / device.bandwidth
