@@ -24,13 +24,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import published_runs
+
 from tests import tiny
-from zeropipe.trainer.plan.plan import make_plan
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.tune.hardware import Device, Link
 from zeropipe.trainer.tune.machine import measure_machine
 from zeropipe.trainer.tune.measure import measure_plan
-from zeropipe.trainer.tune.search import Candidate, search, with_pipeline
+from zeropipe.trainer.tune.search import Candidate, plan_of_candidate, search
 
 VOCAB, TIME, SEQUENCES = 2048, 128, 8
 WORLDS = (1, 2, 4)
@@ -53,8 +54,12 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seconds", type=float, default=220, help="for each family")
     parser.add_argument("--results", type=Path, help="a JSON file of what was measured before; it is added to")
+    parser.add_argument("--published", action="store_true", help="compare with published runs alone")
     arguments = parser.parse_args()
     print(__doc__)
+    print("\n".join(published_runs.lines()))
+    if arguments.published:
+        return
     with tempfile.TemporaryDirectory() as folder:
         store = tiny.tiny_store(Path(folder) / "store", documents=1000, vocab=VOCAB)
         for family in arguments.families:
@@ -74,8 +79,7 @@ def here(family: str, store: Path, seconds: float, results: Path | None) -> None
     for one in missing:
         if time.monotonic() > deadline:
             break
-        plan = make_plan(with_pipeline(recipe, one.layout.pipeline), one.ds, one.layout.world)
-        steps[name_of(one)] = measure_plan(plan)
+        steps[name_of(one)] = measure_plan(plan_of_candidate(recipe, one))
         if results:
             results.write_text(json.dumps(known, indent=1))
     compare(family, [one for one in candidates if name_of(one) in steps], steps, len(candidates))

@@ -125,3 +125,34 @@ def with_network(device: Device, per_node: int | None, far_gbit: float | None, m
     far = device.far if far_gbit is None else replace(device.far, bandwidth=0.8 * far_gbit / 8 * GB)
     memory = device.memory if memory_gb is None else memory_gb * GB
     return replace(device, per_node=per_node or device.per_node, far=far, memory=memory)
+
+
+_NUMBERS = {"bf16": 0.0, "memory": 0.0, "bandwidth": 0.0, "nvlink": 32.0, "network": 200.0, "fp32": 0.0}
+
+
+def parse_device(text: str) -> Device:
+    """A device by its numbers: bf16=TFLOP/s,memory=GB,bandwidth=GB/s[,nvlink=GB/s one way][,network=Gbit/s][,fp32=…].
+
+    Raises:
+        UserError: an unknown name, no number, or one of the first three is missing.
+    """
+    found = dict(_NUMBERS)
+    for word in text.split(","):
+        name, _, value = word.partition("=")
+        if name not in _NUMBERS:
+            raise UserError(
+                f"--gpu {word!r}: there is no {name!r}{did_you_mean(name, _NUMBERS)}; it takes NAME=NUMBER "
+                f"of {', '.join(_NUMBERS)}"
+            )
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = 0.0
+        if not 0 < found[name] < float("inf"):
+            raise UserError(f"--gpu {word!r}: expected a number above 0")
+    if lacking := [name for name in ("bf16", "memory", "bandwidth") if not found[name]]:
+        raise UserError(f"--gpu {text!r}: {', '.join(lacking)} is missing; such as bf16=312,memory=80,bandwidth=2039")
+    fp32 = found["fp32"] or found["bf16"] / 16
+    port = found["network"] / 8
+    sizes = found["memory"] * GB, found["bf16"], fp32, found["bandwidth"], found["nvlink"], port
+    return _gpu("GPU as stated", *sizes, _PCIE4, 0.8)

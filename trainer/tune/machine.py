@@ -41,7 +41,9 @@ def _device(computed: Mapping[str, float], linked: Mapping[str, float], ranks: i
     bandwidth = computed["copied"] / computed["copy"]
     # an all-reduce sends all but a rank's own share twice
     sent = 2 * MESSAGE * (ranks - 1) / ranks
-    link = Link(sent / max(linked["seconds"] - linked["latency"], 1e-9), linked["latency"] / max(1, (ranks - 1).bit_length()))
+    link = Link(
+        sent / max(linked["seconds"] - linked["latency"], 1e-9), linked["latency"] / max(1, (ranks - 1).bit_length())
+    )
     return Device(
         name="this machine",
         memory=computed["memory"],
@@ -100,7 +102,9 @@ def compute_probe() -> dict[str, float]:
 
     heads, head, length = 4, 64, 256
     query = torch.randn(1, heads, length, head, device=device, requires_grad=True)
-    found["attention"] = timed(lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward())
+    found["attention"] = timed(
+        lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    )
     found["attended"] = (1 + FLASH_BACKWARD) * 2 * heads * head * length**2
 
     hidden = torch.randn(512, 1024, device=device, requires_grad=True)

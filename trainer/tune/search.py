@@ -28,7 +28,7 @@ SHARE = 0.94  # of a device's memory that a plan may take: the rest is the libra
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "pipeline")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One way to run the recipe."""
 
@@ -186,9 +186,7 @@ def _check(recipe: Recipe, json: Mapping[str, Any], layout: Layout, base: Plan) 
     return read_settings(resolved)
 
 
-def _candidate(
-    recipe: Recipe, json: dict[str, Any], layout: Layout, base: Plan, job: Job, device: Device
-) -> Candidate:
+def _candidate(recipe: Recipe, json: dict[str, Any], layout: Layout, base: Plan, job: Job, device: Device) -> Candidate:
     settings = _check(recipe, json, layout, base)
     run = replace(layout, zero_stage=max(1, layout.zero_stage)) if layout.pipeline > 1 else layout
     rate = recipe.optimizer.embedding_rate
@@ -198,3 +196,10 @@ def _candidate(
     checkpointing = settings.activation_checkpointing
     assert settings.micro_batch is not None
     return Candidate(layout, settings.micro_batch, checkpointing, json, settings, cost, memory, fits)
+
+
+def plan_of_candidate(recipe: Recipe, one: Candidate) -> Plan:
+    """The whole plan of a candidate, as `zeropipe plan` makes it."""
+    batch = recipe.batch.model_copy(update={"global_batch": one.settings.global_batch})
+    changed = with_pipeline(recipe, one.layout.pipeline).model_copy(update={"batch": batch})
+    return make_plan(changed, one.ds, one.layout.world)
