@@ -1,12 +1,12 @@
-"""What `zeropipe tune` predicts, against steps that are measured here and runs that others have published.
+"""What `zeropipe tune` predicts, against runs that others have published and steps that are measured here.
 
     python benchmarks/tune.py [--families gpt2 llama] [--seconds 220] [--results FILE] [--published]
 
 Here: every legal layout of 1, 2 and 4 ranks of this machine (data, tensor, sequence, pipeline, each ZeRO stage; no
-offload, which on a CPU goes nowhere), the smallest and the largest micro batch, with and without checkpointing, in fp32;
-the median of three steps after one. In an order drawn by lot, until the time is up; with --results, a later run goes on
-with what is missing. The machine's record is measured in the same run. Spearman's rank correlation says whether tune
-would choose well.
+offload, which on a CPU goes nowhere), the smallest and the largest micro batch, with and without checkpointing, in
+fp32; the median of three steps after one. In an order drawn by lot, until the time is up; with --results, a later run
+goes on with what is missing. The machine's record is measured in the same run. Spearman's rank correlation says
+whether tune would choose well.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import published_runs
 

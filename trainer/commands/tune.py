@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found_records(found, args.top, measured), indent=2))
     else:
         print("\n".join(found_lines(found, device, args.top, measured)))
-    _hand_over(args, recipe, best, devices)
+    _hand_over(args, recipe, best, device)
     return 0
 
 
@@ -169,7 +169,7 @@ def _best(found: Found, measured: dict[Candidate, float | str]) -> Candidate:
     return min(ran, key=lambda one: ran[one]) if ran else found.fitting[0]
 
 
-def _hand_over(args: argparse.Namespace, recipe: Recipe, best: Candidate, devices: int) -> None:
+def _hand_over(args: argparse.Namespace, recipe: Recipe, best: Candidate, device: Device) -> None:
     """Checks the best by `make_plan`, writes its JSON, and prints how to launch it."""
     from ..tune.report import overrides_of, write_json
     from ..tune.search import plan_of_candidate
@@ -180,7 +180,8 @@ def _hand_over(args: argparse.Namespace, recipe: Recipe, best: Candidate, device
     if args.json:
         return
     words: list[Any] = ["zeropipe", "launch", args.recipe, "--deepspeed_config", args.output or "ds.json"]
-    words += ["--devices", devices] if devices <= (args.gpus_per_node or 8) else ["--hostfile", "hostfile"]
+    devices = best.layout.world
+    words += ["--devices", devices] if devices <= device.per_node else ["--hostfile", "hostfile"]
     words += overrides_of(best, recipe.parallel.pipeline, recipe.batch.global_batch, args.overrides)
     print(f"\nbest: {best}")
     if args.output is None:

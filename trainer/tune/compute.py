@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..families.registry import FAMILIES
-from ..families.specs import ParamSpec
+from ..families.specs import ParamSpec, parameter_table
 from ..plan.settings import Settings
-from ..plan.stages import Stage
+from ..plan.stages import Stage, split_layers
 from .hardware import Device
 from .work import Product, attention_flops, head_product, parameters_of, products_of
 
@@ -35,6 +35,15 @@ class Job:
     uniform: bool = True  # whether all tokens count alike; else the head's logits are computed twice
     fused: bool = True
     interleave: int = 1
+    _stages: dict[tuple[int, int], list[Stage]] = field(default_factory=dict, repr=False, compare=False)
+
+    def stages(self, tensor: int, pipeline: int) -> list[Stage]:
+        """As the plan cuts them, with an adapter's rows; kept, for a search asks for the same ones again and again."""
+        if (tensor, pipeline) not in self._stages:
+            table = parameter_table(self.model, tensor)
+            cut = split_layers(table, pipeline, self.partition)
+            self._stages[tensor, pipeline] = [Stage(tuple(self.rows(own.specs)), own.blocks) for own in cut]
+        return self._stages[tensor, pipeline]
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def stage_passes(
         tokens: of the micro batch on this rank.
         head: whether the output embedding and the loss are on this stage.
     """
-    specs = job.rows(stage.specs)
+    specs = stage.specs
     forward = backward = again = 0.0
     if stage.blocks:
         first = min(spec.layer for spec in specs if spec.layer is not None)

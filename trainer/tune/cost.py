@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from ..families.registry import FAMILIES
-from ..families.specs import parameter_table
 from ..plan.layout import Layout
 from ..plan.settings import Settings
-from ..plan.stages import Stage, split_layers
+from ..plan.stages import Stage
 from .compute import Job, Passes, stage_passes
 from .hardware import Device
 from .links import Group
@@ -62,7 +61,7 @@ def predict(job: Job, layout: Layout, settings: Settings, device: Device) -> Cos
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
     micros, tokens = settings.accumulation, settings.micro_batch * job.seq_len // layout.sequence
-    stages = split_layers(parameter_table(job.model, layout.tensor), layout.pipeline, job.partition)
+    stages = job.stages(layout.tensor, layout.pipeline)
     passes = [
         stage_passes(job, stage, settings, device, layout.tensor, tokens, number == len(stages) - 1)
         for number, stage in enumerate(stages)
@@ -75,8 +74,8 @@ def predict(job: Job, layout: Layout, settings: Settings, device: Device) -> Cos
     # the slowest stage sets the pace; filling and draining take what the others need once
     paces = [own.both * inner + sent for own, sent in zip(passes, tensor, strict=True)]
     waiting = _waiting(job, layout, settings, device, paces, tokens, micros, inner)
-    weights = [_data(job, layout, settings, device, stage, own) for stage, own in zip(stages, passes, strict=True)]
-    updates = [_update(job, layout, settings, device, stage) for stage in stages]
+    weights = [_data(layout, settings, device, stage, own) for stage, own in zip(stages, passes, strict=True)]
+    updates = [_update(layout, settings, device, stage) for stage in stages]
     per_step = settings.micro_batch * micros * layout.data * job.seq_len
     cost = Cost(
         compute=computed - again,
@@ -139,20 +138,22 @@ def _waiting(
         return 0.0
     width = FAMILIES[job.model["model_type"]].value(job.model, "hidden_size")
     group = Group(device, layout.pipeline, layout.world // layout.pipeline)
-    message = group.send(tokens * width * settings.precision.stream)
+    # Megatron-LM's tensor ranks send a part each and gather it on the other node (arXiv:2104.04473, 4.1)
+    parts = layout.tensor if job.interleave > 1 else 1
+    message = group.send(tokens * width * settings.precision.stream / parts)
     fill = (sum(paces) - max(paces) + 2 * (layout.pipeline - 1) * message) / job.interleave
     path = micros * (max(paces) + 2 * job.interleave * message) + fill
     together = micros * sum(paces) / layout.pipeline * device.crowding / inner
     return max(path, together) - micros * max(paces)
 
 
-def _data(job: Job, layout: Layout, settings: Settings, device: Device, stage: Stage, passes: Passes) -> float:
+def _data(layout: Layout, settings: Settings, device: Device, stage: Stage, passes: Passes) -> float:
     """Gradients, and parameters that ZeRO has cut, over the ranks that hold the same weights."""
     group = Group(device, layout.data * layout.sequence, layout.tensor)
     if group.size == 1:
         return 0.0
     assert settings.accumulation is not None
-    specs, width, micros = job.rows(stage.specs), settings.precision.width, settings.accumulation
+    specs, width, micros = stage.specs, settings.precision.width, settings.accumulation
     trained, frozen = parameters_of(specs, layout.tensor)
     buckets = max(1, -(-trained // max(1, settings.reduce_bucket_size)))
     if layout.zero_stage == 0:
@@ -175,9 +176,9 @@ def _exposed(seconds: float, beside: float, device: Device, overlaps: bool) -> f
     return seconds - OVERLAP * min(seconds, beside) if device.queued and overlaps else seconds
 
 
-def _update(job: Job, layout: Layout, settings: Settings, device: Device, stage: Stage) -> float:
+def _update(layout: Layout, settings: Settings, device: Device, stage: Stage) -> float:
     """The optimizer on a rank's share, where its states are; and the way to the host and back."""
-    specs, width = job.rows(stage.specs), settings.precision.width
+    specs, width = stage.specs, settings.precision.width
     trained, frozen = parameters_of(specs, layout.tensor)
     replicas = layout.data * layout.sequence
     own = trained / replicas if layout.zero_stage > 0 else trained

@@ -9,13 +9,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..testing.local_ranks import on_local_ranks
 from .compute import FLASH_BACKWARD
-from .hardware import Device, Link
+from .hardware import GB, SUSTAINED, Device, Link
 
-LARGE, SMALL = 1024, 128  # sides of square products
+LARGE, SMALL = 1024, 256  # sides of square products
+WIDE = 8  # times as long on an accelerator
 REPEATS = 7
 MESSAGE = 1 << 22  # bytes
 
@@ -29,52 +31,60 @@ def measure_machine(ranks: int) -> Device:
     at_once = min(ranks, cores) if on_cpu else ranks
     computed = _slowest(on_local_ranks(at_once, compute_probe))
     linked = _slowest(on_local_ranks(ranks, link_probe)) if ranks > 1 else {"latency": 0.0, "seconds": 1.0}
-    return _device(computed, linked, ranks, ranks / at_once, not on_cpu)
+    return _device(computed, linked, ranks, ranks / at_once, on_cpu)
 
 
 def _slowest(found: list[dict[str, float]]) -> dict[str, float]:
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
-def _device(computed: Mapping[str, float], linked: Mapping[str, float], ranks: int, crowding: float, queued: bool):
-    peak, tile = _rates(computed)
+def _device(
+    computed: Mapping[str, float], linked: Mapping[str, float], ranks: int, crowding: float, on_cpu: bool
+) -> Device:
     bandwidth = computed["copied"] / computed["copy"]
     # an all-reduce sends all but a rank's own share twice
     sent = 2 * MESSAGE * (ranks - 1) / ranks
-    link = Link(
-        sent / max(linked["seconds"] - linked["latency"], 1e-9), linked["latency"] / max(1, (ranks - 1).bit_length())
-    )
-    return Device(
+    latency = linked["latency"] / max(1, (ranks - 1).bit_length())
+    link = Link(sent / max(linked["seconds"] - linked["latency"], linked["seconds"] / 4), latency)
+    peak = {dtype: computed[f"{dtype} flops"] / computed[f"{dtype} large"] for dtype in ("float32", "bfloat16")}
+    peak["float16"] = peak["bfloat16"]
+    found = Device(
         name="this machine",
         memory=computed["memory"],
         peak=peak,
         bandwidth=bandwidth,
         near=link,
         far=link,
-        host=Link(bandwidth, 0.0),
+        host=Link(25 * GB, 1e-5),
         per_node=ranks,
+        reach=SUSTAINED,
+        dispatch=computed["dispatch"],
+    )
+    return _of_a_cpu(found, computed, crowding) if on_cpu else found
+
+
+def _of_a_cpu(device: Device, computed: Mapping[str, float], crowding: float) -> Device:
+    """What accelerators have in common is not true of a CPU, and is measured instead."""
+    bandwidth = device.bandwidth
+    # two sizes of a product give two equations, for the rate of endlessly large ones and for what small ones lose
+    large, small = device.peak["float32"], 2 * SMALL**3 / computed["float32 small"]
+    tile = max(0.0, (large - small) / max(3 * (small / SMALL - large / LARGE), 1e-9))
+    tile = min(tile, float(SMALL))
+    peak = {dtype: rate * (1 + 3 * tile / LARGE) for dtype, rate in device.peak.items()}
+    return replace(
+        device,
+        peak=peak,
+        host=Link(bandwidth, 0.0),
+        host_bandwidth=bandwidth,
         reach=1.0,
         tile=tile,
         attention=computed["attended"] / computed["attention"] / peak["float32"],
         passes=computed["elementwise"] * bandwidth / computed["kept"],
         logit_passes=computed["logits"] * bandwidth / computed["scored"],
         update_bytes=computed["update"] * bandwidth / computed["updated"],
-        host_bandwidth=bandwidth,
-        dispatch=computed["dispatch"],
-        queued=queued,
+        queued=False,
         crowding=crowding,
     )
-
-
-def _rates(computed: Mapping[str, float]) -> tuple[dict[str, float], float]:
-    """Rates of endlessly large products, and how much slower small ones are: two sizes give two equations."""
-    rates, tile = {}, 0.0
-    for dtype in ("float32", "bfloat16"):
-        large, small = 2 * LARGE**3 / computed[f"{dtype} large"], 2 * SMALL**3 / computed[f"{dtype} small"]
-        found = max(0.0, (large - small) / max(3 * (small / SMALL - large / LARGE), 1e-9))
-        tile = tile or min(found, float(SMALL))
-        rates[dtype] = large * (1 + 3 * tile / LARGE)
-    return {**rates, "float16": rates["bfloat16"]}, tile
 
 
 def compute_probe() -> dict[str, float]:
@@ -92,11 +102,14 @@ def compute_probe() -> dict[str, float]:
     def timed(run: Callable[[], Any]) -> float:
         return _seconds(run, synchronize)
 
+    wide = 1 if device.type == "cpu" else WIDE
     for dtype in (torch.float32, torch.bfloat16):
-        for name, side in (("large", LARGE), ("small", SMALL)):
+        word = str(dtype).removeprefix("torch.")
+        for name, side in (("large", LARGE * wide), ("small", SMALL)):
             left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-            found[f"{str(dtype).removeprefix('torch.')} {name}"] = timed(lambda a=left, b=right: a @ b)
-    block = torch.randn(1 << 24, device=device)
+            found[f"{word} {name}"] = timed(lambda a=left, b=right: a @ b)
+        found[f"{word} flops"] = 2.0 * (LARGE * wide) ** 3
+    block = torch.randn(wide << 24, device=device)
     target = torch.empty_like(block)
     found |= {"copy": timed(lambda: target.copy_(block)), "copied": 2.0 * block.nbytes}
 
@@ -137,7 +150,11 @@ def _element_wise(hidden: Any) -> Any:
 
 
 def link_probe() -> dict[str, float]:
-    """Seconds of an all-reduce of one number, and of MESSAGE bytes."""
+    """Seconds of an all-reduce of one number, and of MESSAGE bytes.
+
+    As in training, every rank computes a little before each: where ranks take turns on a core, the wait for the last
+    one is most of it.
+    """
     import torch
     import torch.distributed as dist
 
@@ -145,9 +162,21 @@ def link_probe() -> dict[str, float]:
 
     ranks = init_distributed(1, 1, 1)
     one, many = (torch.zeros(size, device=ranks.device) for size in (1, MESSAGE // 4))
+    left = torch.randn(SMALL, 4 * SMALL, device=ranks.device)
     synchronize = accelerator().synchronize
+
+    def work() -> None:
+        for _ in range(4):
+            left @ left.T
+
+    def work_and_meet() -> None:
+        work()
+        dist.all_reduce(one)
+
+    computed = _seconds(work, synchronize, 30)
+    met = _seconds(work_and_meet, synchronize, 60)
     return {
-        "latency": _seconds(lambda: dist.all_reduce(one), synchronize, 30),
+        "latency": max(met - computed, _seconds(lambda: dist.all_reduce(one), synchronize, 30)),
         "seconds": _seconds(lambda: dist.all_reduce(many), synchronize),
     }
 

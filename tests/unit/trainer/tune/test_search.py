@@ -81,14 +81,14 @@ def test_the_global_batch_of_the_json_is_kept(store):
 def test_a_family_without_a_table_is_refused(store):
     config = {"model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     with pytest.raises(
-        UserError, match="cannot count the work of model_type 'qwen3'.*no table of parameters.*gpt2, llama"
+        UserError, match=r"cannot count the work of model_type 'qwen3'.*no table of parameters.*gpt2, llama"
     ):
         search(recipe_of(store, config), tiny_json("zero1"), 2, H100)
 
 
 def test_accelerators_by_name_and_by_numbers():
     assert device_named("A100").memory == 80 * 2**30
-    with pytest.raises(UserError, match="'h10'.*did you mean 'h100'.*leave it out"):
+    with pytest.raises(UserError, match=r"'h10'.*did you mean 'h100'.*leave it out"):
         device_named("h10")
     own = parse_device("bf16=500,memory=64,bandwidth=1800,network=100")
     assert (own.peak["bfloat16"], own.memory, own.bandwidth) == (500e12, 64e9, 1800e9)
