@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tune import VOCAB, chosen, name_of, recipe_of, spearman
+
 from tests import tiny
 from tests.hosts.netns import VirtualHost, virtual_hosts, what_is_missing
-from tune import VOCAB, chosen, name_of, recipe_of, spearman
 from zeropipe.trainer.recipe.recipe import dump_recipe
 from zeropipe.trainer.run.quiet import quiet
 from zeropipe.trainer.tune.hardware import Device, Link

@@ -21,9 +21,10 @@ from .links import Group
 from .work import model_flops, parameters_of
 
 OVERLAP = 0.8
-STEP_OPERATIONS, MICRO_OPERATIONS = 400, 150  # of DeepSpeed's engine and ours, on the host
-STAGE_OPERATIONS = 150  # and of a pipeline, for a micro batch
-STEP_REDUCTIONS = 4  # small ones over all ranks: what a step weighs, its loss, the gradient's norm
+# what the host does, in operations, fitted as those of `compute`
+STEP_OPERATIONS, MICRO_OPERATIONS = 2000, 175  # of DeepSpeed's engine and ours
+STAGE_OPERATIONS = 180  # and of a pipeline, for a micro batch
+STEP_REDUCTIONS = 2  # small ones over all ranks: what a step weighs, its loss, the gradient's norm
 
 
 @dataclass(frozen=True)

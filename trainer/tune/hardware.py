@@ -30,7 +30,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Link:
-    """How a rank reaches others: seconds of a message = latency + bytes / bandwidth."""
+    """How a rank reaches others: seconds of a message = latency + bytes / bandwidth.
+
+    Of a collective, the latency is that of a round: a binary tree's depth of them, and twice for an all-reduce.
+    """
 
     bandwidth: float  # bytes a second, one way, of one rank
     latency: float  # seconds
@@ -66,7 +69,7 @@ class Device:
 
 SUSTAINED = 0.96  # of the best product ever seen, over a whole step
 # a message between GPUs of a node and between nodes, as NCCL needs it; PCIe 4 and 5 x16 as they copy in practice
-_NEAR, _FAR = 6e-6, 15e-6
+_NEAR, _FAR = 3e-6, 8e-6
 _PCIE4, _PCIE5 = Link(24 * GB, 1e-5), Link(50 * GB, 1e-5)
 
 

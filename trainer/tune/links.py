@@ -36,12 +36,14 @@ class Group:
         return link.latency * math.ceil(math.log2(self.size)) if self.size > 1 else 0.0
 
     def reduce(self, data: float, calls: int = 1) -> float:
-        """All-reduce of `data` bytes in `calls` pieces: as much goes out twice, but for a rank's own share."""
-        return self._seconds(2 * data * (self.size - 1) / self.size, calls)
+        """All-reduce of `data` bytes in `calls` pieces: a reduce-scatter and an all-gather."""
+        return 2 * self.gather(data, calls)
 
     def gather(self, data: float, calls: int = 1) -> float:
         """All-gather to, or reduce-scatter from, `data` bytes on every rank."""
-        return self._seconds(data * (self.size - 1) / self.size, calls)
+        if self.size == 1:
+            return 0.0
+        return calls * self.latency + data * (self.size - 1) / self.size / self.bandwidth
 
     def exchange(self, data: float, calls: int = 1) -> float:
         """All-to-all of `data` bytes that each rank holds."""
@@ -52,6 +54,3 @@ class Group:
         crosses = self.stride >= self.device.per_node
         link = self.device.far if crosses else self.device.near
         return calls * link.latency + data / link.bandwidth if self.size > 1 else 0.0
-
-    def _seconds(self, data: float, calls: int) -> float:
-        return 0.0 if self.size == 1 else calls * self.latency + data / self.bandwidth

@@ -19,7 +19,7 @@ from .hardware import GB, SUSTAINED, Device, Link
 LARGE, SMALL = 1024, 256  # sides of square products
 WIDE = 8  # times as long on an accelerator
 REPEATS = 7
-MESSAGE = 1 << 22  # bytes
+LITTLE, MESSAGE = 1 << 15, 1 << 22  # bytes
 
 
 def measure_machine(ranks: int) -> Device:
@@ -44,7 +44,7 @@ def _device(
     bandwidth = computed["copied"] / computed["copy"]
     # an all-reduce sends all but a rank's own share twice
     sent = 2 * MESSAGE * (ranks - 1) / ranks
-    latency = linked["latency"] / max(1, (ranks - 1).bit_length())
+    latency = linked["latency"] / 2 / max(1, (ranks - 1).bit_length())
     link = Link(sent / max(linked["seconds"] - linked["latency"], linked["seconds"] / 4), latency)
     peak = {dtype: computed[f"{dtype} flops"] / computed[f"{dtype} large"] for dtype in ("float32", "bfloat16")}
     peak["float16"] = peak["bfloat16"]
@@ -150,10 +150,10 @@ def _element_wise(hidden: Any) -> Any:
 
 
 def link_probe() -> dict[str, float]:
-    """Seconds of an all-reduce of one number, and of MESSAGE bytes.
+    """Seconds that all-reduces of LITTLE and of MESSAGE bytes add to a step.
 
     As in training, every rank computes a little before each: where ranks take turns on a core, the wait for the last
-    one is most of it.
+    one is most of it, and it varies, so that the mean counts.
     """
     import torch
     import torch.distributed as dist
@@ -161,24 +161,23 @@ def link_probe() -> dict[str, float]:
     from ..ranks.ranks import accelerator, init_distributed
 
     ranks = init_distributed(1, 1, 1)
-    one, many = (torch.zeros(size, device=ranks.device) for size in (1, MESSAGE // 4))
-    left = torch.randn(SMALL, 4 * SMALL, device=ranks.device)
+    little, message = (torch.zeros(size // 4, device=ranks.device) for size in (LITTLE, MESSAGE))
+    left, right = torch.randn(128, 256, device=ranks.device), torch.randn(256, 1024, device=ranks.device)
     synchronize = accelerator().synchronize
 
     def work() -> None:
-        for _ in range(4):
-            left @ left.T
+        for _ in range(6):
+            left @ right
 
-    def work_and_meet() -> None:
+    def work_and_meet(tensor: Any) -> None:
         work()
-        dist.all_reduce(one)
+        dist.all_reduce(tensor)
 
-    computed = _seconds(work, synchronize, 30)
-    met = _seconds(work_and_meet, synchronize, 60)
-    return {
-        "latency": max(met - computed, _seconds(lambda: dist.all_reduce(one), synchronize, 30)),
-        "seconds": _seconds(lambda: dist.all_reduce(many), synchronize),
-    }
+    computed = _seconds(work, synchronize, 40, statistics.mean)
+    met = [
+        _seconds(lambda t=tensor: work_and_meet(t), synchronize, 40, statistics.mean) for tensor in (little, message)
+    ]
+    return {"latency": max(met[0] - computed, 1e-6), "seconds": max(met[1] - computed, 1e-6)}
 
 
 def _memory(ranks: Any) -> float:
@@ -190,7 +189,12 @@ def _memory(ranks: Any) -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / ranks.world
 
 
-def _seconds(run: Callable[[], Any], synchronize: Callable[[], Any], repeats: int = REPEATS) -> float:
+def _seconds(
+    run: Callable[[], Any],
+    synchronize: Callable[[], Any],
+    repeats: int = REPEATS,
+    middle: Callable[[list[float]], float] = statistics.median,
+) -> float:
     found = []
     for _ in range(repeats + 1):
         synchronize()
@@ -198,4 +202,4 @@ def _seconds(run: Callable[[], Any], synchronize: Callable[[], Any], repeats: in
         run()
         synchronize()
         found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    return middle(found[1:])

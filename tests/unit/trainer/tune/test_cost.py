@@ -94,7 +94,7 @@ def test_stages_that_share_a_core_are_bound_by_all_work_together():
 
 def test_collectives_by_hand():
     device = replace(IDEAL, near=Link(100.0, 1.0), far=Link(10.0, 2.0), per_node=8)
-    assert Group(device, 8, 1).reduce(800.0) == 3 * 1.0 + 2 * 800 * 7 / 8 / 100
+    assert Group(device, 8, 1).reduce(800.0) == 2 * (3 * 1.0 + 800 * 7 / 8 / 100)
     assert Group(device, 8, 1).gather(800.0, 2) == 2 * 3 * 1.0 + 800 * 7 / 8 / 100
     # sixteen on two nodes have eight ports each way; one of each node has one
     assert Group(device, 16, 1).bandwidth == 80.0
