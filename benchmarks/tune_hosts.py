@@ -2,9 +2,9 @@
 
     python benchmarks/tune_hosts.py [--mbit 200] [--steps 4]
 
-The hosts are network namespaces of this machine (as root), the link is held to a rate by `tc tbf`; the ranks are started
-over ssh by `zeropipe launch`. The same GPT-2 as in benchmarks/tune.py, every legal layout of two ranks, the largest micro
-batch; the median of the steps after the first. The rate of the link is stated, not measured.
+The hosts are network namespaces of this machine (as root), the link is held to a rate by `tc tbf`; the ranks are
+started over ssh by `zeropipe launch`. The same GPT-2 as in benchmarks/tune.py, every legal layout of two ranks, the
+largest micro batch; the median of the steps after the first. The rate of the link is stated, not measured.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def estimate_memory(
     partition: str = "parameters",
     rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
     embedding_rate: float = 1.0,
+    stages: Sequence[tuple[Sizes, int]] | None = None,
 ) -> MemoryEstimate:
     """Memory of the heaviest rank.
 
@@ -73,19 +74,21 @@ def estimate_memory(
         partition: how a pipeline's layers are shared out.
         rows: puts the rows of an adapter beside those of a stage.
         embedding_rate: of embedding and head, which then are groups of their own.
+        stages: what `stage_sizes` says, for callers that estimate many layouts of one model.
     """
     assert settings.micro_batch is not None and settings.accumulation is not None
-    table = parameter_table(model, layout.tensor)
+    if stages is None:
+        shape = model, layout.tensor, layout.pipeline, partition
+        stages = stage_sizes(*shape, settings.optimizer, rows, embedding_rate)
     tokens = settings.micro_batch * seq_len // layout.sequence
     estimates = []
-    for number, stage in enumerate(split_layers(table, layout.pipeline, partition)):
-        sizes = _sizes(rows(stage.specs), layout.tensor, settings.optimizer, embedding_rate)
+    for number, (sizes, blocks) in enumerate(stages):
         states = _STATES[layout.zero_stage](sizes, layout, settings)
         activations = activation_bytes(
             model,
             settings.precision,
             tokens,
-            stage.blocks,
+            blocks,
             in_flight=min(layout.pipeline - number, settings.accumulation),
             checkpointing=settings.activation_checkpointing,
             head=number == layout.pipeline - 1,
@@ -94,6 +97,20 @@ def estimate_memory(
         )
         estimates.append(MemoryEstimate(**states, activations=activations))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
+
+
+def stage_sizes(
+    model: Mapping[str, Any],
+    tensor: int,
+    pipeline: int,
+    partition: str,
+    optimizer: Optimizer,
+    rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
+    embedding_rate: float = 1.0,
+) -> list[tuple[Sizes, int]]:
+    """What a rank of each pipeline stage holds, and how many blocks."""
+    stages = split_layers(parameter_table(model, tensor), pipeline, partition)
+    return [(_sizes(rows(stage.specs), tensor, optimizer, embedding_rate), stage.blocks) for stage in stages]
 
 
 def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float) -> Sizes:

@@ -9,9 +9,9 @@ from typing import Any
 from ..families.registry import FAMILIES
 from ..families.specs import ParamSpec, parameter_table
 from ..plan.settings import Settings
-from ..plan.stages import Stage, split_layers
+from ..plan.stages import split_layers
 from .hardware import Device
-from .work import Product, attention_flops, head_product, parameters_of, products_of
+from .work import Part, Product, attention_flops, head_product, part_of
 
 # what the host does, in operations (`Device.dispatch`), fitted on a GPT-2 of four layers on two cores
 OPERATIONS = 40  # of a block's forward pass; twice as many of its backward pass
@@ -36,15 +36,14 @@ class Job:
     uniform: bool = True  # whether all tokens count alike; else the head's logits are computed twice
     fused: bool = True
     interleave: int = 1
-    _stages: dict[tuple[int, int], list[Stage]] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[tuple[int, int], list[Part]] = field(default_factory=dict, repr=False, compare=False)
 
-    def stages(self, tensor: int, pipeline: int) -> list[Stage]:
-        """As the plan cuts them, with an adapter's rows; kept, for a search asks for the same ones again and again."""
-        if (tensor, pipeline) not in self._stages:
-            table = parameter_table(self.model, tensor)
-            cut = split_layers(table, pipeline, self.partition)
-            self._stages[tensor, pipeline] = [Stage(tuple(self.rows(own.specs)), own.blocks) for own in cut]
-        return self._stages[tensor, pipeline]
+    def parts(self, tensor: int, pipeline: int) -> list[Part]:
+        """The stages as the plan cuts them; kept, for a search asks for the same ones again and again."""
+        if (tensor, pipeline) not in self._parts:
+            stages = split_layers(parameter_table(self.model, tensor), pipeline, self.partition)
+            self._parts[tensor, pipeline] = [part_of(self.rows(own.specs), own.blocks, tensor) for own in stages]
+        return self._parts[tensor, pipeline]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Passes:
 
 
 def stage_passes(
-    job: Job, stage: Stage, settings: Settings, device: Device, tensor: int, tokens: int, head: bool
+    job: Job, part: Part, settings: Settings, device: Device, tensor: int, tokens: int, head: bool
 ) -> Passes:
     """Seconds of one micro batch on one rank of a stage, as if nobody shared its processor.
 
@@ -69,33 +68,28 @@ def stage_passes(
         tokens: of the micro batch on this rank.
         head: whether the output embedding and the loss are on this stage.
     """
-    specs = stage.specs
-    forward = backward = again = 0.0
-    if stage.blocks:
-        first = min(spec.layer for spec in specs if spec.layer is not None)
-        block = [spec for spec in specs if spec.layer == first]
-        passes = _block(job, block, settings, device, tensor, tokens)
-        forward, backward = stage.blocks * passes.forward, stage.blocks * passes.backward
-        again = forward if settings.activation_checkpointing else 0.0
+    block = _block(job, part, settings, device, tensor, tokens)
+    forward, backward = part.blocks * block.forward, part.blocks * block.backward
+    again = forward if settings.activation_checkpointing else 0.0
     if head:
         extra = _head(job, settings, device, tensor, tokens)
         forward, backward = forward + extra.forward, backward + extra.backward
-    return Passes(forward, backward + _accumulation(specs, settings, device, tensor), again)
+    # gradients are written once and, from the second micro batch on, read and written again
+    backward += 3 * settings.precision.width * part.trained / device.bandwidth
+    return Passes(forward, backward, again)
 
 
-def _block(
-    job: Job, specs: Sequence[ParamSpec], settings: Settings, device: Device, tensor: int, tokens: int
-) -> Passes:
-    products, precision = products_of(specs, tensor), settings.precision
-    forward = sum(_product(product, tokens, settings, device) for product in products)
-    slopes = forward + sum(_product(product, tokens, settings, device) for product in products if product.trained)
+def _block(job: Job, part: Part, settings: Settings, device: Device, tensor: int, tokens: int) -> Passes:
+    times = [(product, _product(product, tokens, settings, device)) for product in part.products]
+    forward = sum(seconds for _, seconds in times)
+    slopes = forward + sum(seconds for product, seconds in times if product.trained)
     attend, slope = _attention(job, settings, device, tensor, tokens)
     family = FAMILIES[job.model["model_type"]]
-    kept = family.block_bytes(family.complete(job.model), precision, tensor)
+    kept = family.block_bytes(family.complete(job.model), settings.precision, tensor)
     if not job.fused:
         kept += SCORES * family.value(job.model, "num_attention_heads") / tensor * job.seq_len
     moved = device.passes * kept * tokens / device.bandwidth
-    hooks = HOOKS[settings.zero_stage] * len(specs) * device.dispatch
+    hooks = HOOKS[settings.zero_stage] * part.parameters * device.dispatch
     started = OPERATIONS * device.dispatch
     return Passes(
         _with_host(device, forward + attend + FORWARD * moved, started + hooks / 3),
@@ -131,9 +125,3 @@ def _head(job: Job, settings: Settings, device: Device, tensor: int, tokens: int
     once = _product(product, tokens, settings, device)
     scored = device.logit_passes * 4 * tokens * product.outer / device.bandwidth
     return Passes(once * (1 if job.uniform else 2) + scored, 2 * once)
-
-
-def _accumulation(specs: Sequence[ParamSpec], settings: Settings, device: Device, tensor: int) -> float:
-    """Gradients are written once and, from the second micro batch on, read and written again."""
-    trained, _ = parameters_of(specs, tensor)
-    return 3 * settings.precision.width * trained / device.bandwidth

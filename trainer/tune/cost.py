@@ -14,11 +14,10 @@ from dataclasses import dataclass, fields, replace
 from ..families.registry import FAMILIES
 from ..plan.layout import Layout
 from ..plan.settings import Settings
-from ..plan.stages import Stage
 from .compute import Job, Passes, stage_passes
 from .hardware import Device
 from .links import Group
-from .work import model_flops, parameters_of
+from .work import Part, model_flops
 
 OVERLAP = 0.8
 # what the host does, in operations, fitted as those of `compute`
@@ -62,21 +61,18 @@ def predict(job: Job, layout: Layout, settings: Settings, device: Device) -> Cos
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
     micros, tokens = settings.accumulation, settings.micro_batch * job.seq_len // layout.sequence
-    stages = job.stages(layout.tensor, layout.pipeline)
-    passes = [
-        stage_passes(job, stage, settings, device, layout.tensor, tokens, number == len(stages) - 1)
-        for number, stage in enumerate(stages)
-    ]
+    parts = job.parts(layout.tensor, layout.pipeline)
+    passes = [stage_passes(job, part, settings, device, layout.tensor, tokens, part is parts[-1]) for part in parts]
     inner = _crowding_within_a_stage(layout, device)
     again = micros * max(own.again for own in passes) * inner
     computed = micros * max(own.both for own in passes) * inner
-    tensor = [_tensor(job, layout, settings, device, stage, tokens, stage is stages[-1]) for stage in stages]
-    sequence = micros * _sequence(job, layout, settings, device, stages[0], tokens)
+    tensor = [_tensor(job, layout, settings, device, part, tokens, part is parts[-1]) for part in parts]
+    sequence = micros * _sequence(job, layout, settings, device, parts[0], tokens)
     # the slowest stage sets the pace; filling and draining take what the others need once
     paces = [own.both * inner + sent for own, sent in zip(passes, tensor, strict=True)]
     waiting = _waiting(job, layout, settings, device, paces, tokens, micros, inner)
-    weights = [_data(layout, settings, device, stage, own) for stage, own in zip(stages, passes, strict=True)]
-    updates = [_update(layout, settings, device, stage) for stage in stages]
+    weights = [_data(layout, settings, device, part, own) for part, own in zip(parts, passes, strict=True)]
+    updates = [_update(layout, settings, device, part) for part in parts]
     per_step = settings.micro_batch * micros * layout.data * job.seq_len
     cost = Cost(
         compute=computed - again,
@@ -100,23 +96,21 @@ def _crowding_within_a_stage(layout: Layout, device: Device) -> float:
     return max(1.0, layout.world / layout.pipeline / processors)
 
 
-def _tensor(
-    job: Job, layout: Layout, settings: Settings, device: Device, stage: Stage, tokens: int, last: bool
-) -> float:
+def _tensor(job: Job, layout: Layout, settings: Settings, device: Device, part: Part, tokens: int, last: bool) -> float:
     """All-reduces of a micro batch: two a block forward and two backward, and two more where it is computed again."""
     group = Group(device, layout.tensor, 1)
     width = FAMILIES[job.model["model_type"]].value(job.model, "hidden_size")
-    calls = stage.blocks * (6 if settings.activation_checkpointing else 4) + 1 + last
+    calls = part.blocks * (6 if settings.activation_checkpointing else 4) + 1 + last
     return group.reduce(calls * tokens * width * settings.precision.compute, calls)
 
 
-def _sequence(job: Job, layout: Layout, settings: Settings, device: Device, stage: Stage, tokens: int) -> float:
+def _sequence(job: Job, layout: Layout, settings: Settings, device: Device, part: Part, tokens: int) -> float:
     """Queries, keys, values and the output change hands in both passes (Jacobs et al., arXiv:2309.14509)."""
     group = Group(device, layout.sequence, layout.tensor)
     family = FAMILIES[job.model["model_type"]]
     heads, head = family.value(job.model, "num_attention_heads"), family.head_size(job.model)
     kv_heads = max(family.value(job.model, "num_key_value_heads") or heads, layout.sequence * layout.tensor)
-    rounds = stage.blocks * (3 if settings.activation_checkpointing else 2)
+    rounds = part.blocks * (3 if settings.activation_checkpointing else 2)
     one = tokens * (2 * heads + 2 * kv_heads) * head / layout.tensor * settings.precision.compute
     return group.exchange(rounds * one, rounds * 4)
 
@@ -148,14 +142,14 @@ def _waiting(
     return max(path, together) - micros * max(paces)
 
 
-def _data(layout: Layout, settings: Settings, device: Device, stage: Stage, passes: Passes) -> float:
+def _data(layout: Layout, settings: Settings, device: Device, part: Part, passes: Passes) -> float:
     """Gradients, and parameters that ZeRO has cut, over the ranks that hold the same weights."""
     group = Group(device, layout.data * layout.sequence, layout.tensor)
     if group.size == 1:
         return 0.0
     assert settings.accumulation is not None
-    specs, width, micros = stage.specs, settings.precision.width, settings.accumulation
-    trained, frozen = parameters_of(specs, layout.tensor)
+    trained, frozen = part.trained, part.frozen
+    width, micros = settings.precision.width, settings.accumulation
     buckets = max(1, -(-trained // max(1, settings.reduce_bucket_size)))
     if layout.zero_stage == 0:
         return group.reduce(width * trained, buckets)
@@ -165,7 +159,7 @@ def _data(layout: Layout, settings: Settings, device: Device, stage: Stage, pass
         exposed = _exposed(reduced, passes.backward + passes.again, device, overlaps)
         times = micros if layout.zero_stage == 2 else 1
         return times * exposed + group.gather(width * trained, max(1, buckets))
-    split = sum(spec.numel > settings.persistence_threshold for spec in specs)
+    split = sum(size > settings.persistence_threshold for size in part.sizes)
     keeps = trained + frozen <= settings.max_reuse_distance  # then what forward gathered is still there in backward
     times = 1 if keeps else 3 if settings.activation_checkpointing else 2
     gathered = times * group.gather(width * (trained + frozen), split)
@@ -177,10 +171,9 @@ def _exposed(seconds: float, beside: float, device: Device, overlaps: bool) -> f
     return seconds - OVERLAP * min(seconds, beside) if device.queued and overlaps else seconds
 
 
-def _update(layout: Layout, settings: Settings, device: Device, stage: Stage) -> float:
+def _update(layout: Layout, settings: Settings, device: Device, part: Part) -> float:
     """The optimizer on a rank's share, where its states are; and the way to the host and back."""
-    specs, width = stage.specs, settings.precision.width
-    trained, frozen = parameters_of(specs, layout.tensor)
+    trained, frozen, width = part.trained, part.frozen, settings.precision.width
     replicas = layout.data * layout.sequence
     own = trained / replicas if layout.zero_stage > 0 else trained
     if not layout.offload_optimizer:

@@ -73,6 +73,7 @@ def _of_a_cpu(device: Device, computed: Mapping[str, float], crowding: float) ->
     peak = {dtype: rate * (1 + 3 * tile / LARGE) for dtype, rate in device.peak.items()}
     return replace(
         device,
+        memory=device.memory / crowding,
         peak=peak,
         host=Link(bandwidth, 0.0),
         host_bandwidth=bandwidth,
@@ -167,7 +168,7 @@ def link_probe() -> dict[str, float]:
 
     def work() -> None:
         for _ in range(6):
-            left @ right
+            torch.mm(left, right)
 
     def work_and_meet(tensor: Any) -> None:
         work()

@@ -15,7 +15,7 @@ from ..objectives.registry import objective_of
 from ..plan.deepspeed_json import reconcile
 from ..plan.layout import Layout
 from ..plan.legality import check
-from ..plan.memory import MemoryEstimate, estimate_memory
+from ..plan.memory import MemoryEstimate, Sizes, estimate_memory, stage_sizes
 from ..plan.plan import Plan, make_plan
 from ..plan.settings import BUCKET, Settings, read_settings
 from ..recipe.recipe import Recipe
@@ -69,19 +69,13 @@ def search(recipe: Recipe, ds: Mapping[str, Any], devices: int, device: Device) 
     """
     base = base_plan(recipe, ds)
     recipe = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"global_batch": base.global_batch})})
-    adapter = adapter_of(recipe.adapter)
-    job = Job(
-        base.model_config,
-        base.seq_len,
-        recipe.parallel.partition,
-        rows_of(adapter),
-        uniform=objective_of(recipe.objective).uniform,
-    )
+    estimates = _Estimates(recipe, base, device)
     found, refused = [], {}
     for layout in layouts(devices):
         on_layout = with_pipeline(recipe, layout.pipeline)
         try:
-            _check(on_layout, json_for(ds, layout, 1, False, device), layout, base)
+            settings = _resolved(on_layout, json_for(ds, layout, 1, False, device), layout, base)
+            check(on_layout, settings, layout, base.model_config)
         except UserError as error:
             reason = str(error).split(":")[0].split(";")[0]
             refused[reason] = refused.get(reason, 0) + 1
@@ -89,7 +83,7 @@ def search(recipe: Recipe, ds: Mapping[str, Any], devices: int, device: Device) 
         for micro in micro_batches(base.global_batch, layout):
             for recomputes in (False, True):
                 json = json_for(ds, layout, micro, recomputes, device)
-                found.append(_candidate(on_layout, json, layout, base, job, device))
+                found.append(estimates.candidate(on_layout, json, layout))
     if not found:
         raise UserError(f"no layout of {devices} devices is legal: " + "; ".join(refused))
     return Found(sorted(found, key=lambda one: (not one.fits, one.cost.seconds)), refused)
@@ -175,27 +169,47 @@ def json_for(
     return json
 
 
-def _check(recipe: Recipe, json: Mapping[str, Any], layout: Layout, base: Plan) -> Settings:
-    """As `make_plan`, without opening the data again. UserError where it would refuse."""
+def _resolved(recipe: Recipe, json: Mapping[str, Any], layout: Layout, base: Plan) -> Settings:
+    """The JSON as `make_plan` resolves it, without opening the data again. UserError where it would refuse."""
     resolved = reconcile(recipe, read_settings(json), layout)
-    settings = read_settings(resolved)
-    check(recipe, settings, layout, base.model_config)
     if layout.zero_stage > 0 or layout.pipeline > 1:
         assert base.parameters is not None
         resolved["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, base.parameters))
     return read_settings(resolved)
 
 
-def _candidate(recipe: Recipe, json: dict[str, Any], layout: Layout, base: Plan, job: Job, device: Device) -> Candidate:
-    settings = _check(recipe, json, layout, base)
-    run = replace(layout, zero_stage=max(1, layout.zero_stage)) if layout.pipeline > 1 else layout
-    rate = recipe.optimizer.embedding_rate
-    memory = estimate_memory(job.model, run, settings, job.seq_len, job.partition, job.rows, rate)
-    cost = predict(job, layout, settings, device)
-    fits = memory.peak <= SHARE * device.memory
-    checkpointing = settings.activation_checkpointing
-    assert settings.micro_batch is not None
-    return Candidate(layout, settings.micro_batch, checkpointing, json, settings, cost, memory, fits)
+class _Estimates:
+    """Costs and memory of the candidates of one search."""
+
+    def __init__(self, recipe: Recipe, base: Plan, device: Device) -> None:
+        self.base, self.device, self.rate = base, device, recipe.optimizer.embedding_rate
+        self.job = Job(
+            base.model_config,
+            base.seq_len,
+            recipe.parallel.partition,
+            rows_of(adapter_of(recipe.adapter)),
+            uniform=objective_of(recipe.objective).uniform,
+        )
+        self._sizes: dict[tuple[int, int], list[tuple[Sizes, int]]] = {}
+
+    def candidate(self, recipe: Recipe, json: dict[str, Any], layout: Layout) -> Candidate:
+        settings, device = _resolved(recipe, json, layout, self.base), self.device
+        memory, cost = self._memory(layout, settings), predict(self.job, layout, settings, device)
+        # on a CPU what is offloaded is in the same memory
+        needed = memory.peak + (0 if device.queued else memory.host)
+        fits = needed <= SHARE * device.memory
+        assert settings.micro_batch is not None
+        recomputes = settings.activation_checkpointing
+        return Candidate(layout, settings.micro_batch, recomputes, json, settings, cost, memory, fits)
+
+    def _memory(self, layout: Layout, settings: Settings) -> MemoryEstimate:
+        job, key = self.job, (layout.tensor, layout.pipeline)
+        if key not in self._sizes:
+            shape = job.model, *key, job.partition
+            self._sizes[key] = stage_sizes(*shape, settings.optimizer, job.rows, self.rate)
+        if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
+            layout = replace(layout, zero_stage=max(1, layout.zero_stage))
+        return estimate_memory(job.model, layout, settings, job.seq_len, stages=self._sizes[key])
 
 
 def plan_of_candidate(recipe: Recipe, one: Candidate) -> Plan:

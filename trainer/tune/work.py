@@ -62,7 +62,24 @@ def model_flops(model: Mapping[str, Any], seq_len: int) -> float:
     return 3.0 * (linears + head_product(model).flops + layers * attention_flops(model, seq_len))
 
 
-def parameters_of(specs: Sequence[ParamSpec], tensor: int) -> tuple[int, int]:
-    """Elements that a tensor-parallel rank trains, and those that are frozen."""
+@dataclass(frozen=True)
+class Part:
+    """What one rank of a pipeline stage works on."""
+
+    blocks: int
+    products: tuple[Product, ...]  # of one block
+    parameters: int  # of one block: tensors
+    trained: int  # elements, of the whole stage
+    frozen: int
+    sizes: tuple[int, ...]  # elements of each whole parameter
+
+
+def part_of(specs: Sequence[ParamSpec], blocks: int, tensor: int) -> Part:
+    """The part of the stage that these parameters make up."""
+    first = min((spec.layer for spec in specs if spec.layer is not None), default=None)
+    block = [spec for spec in specs if spec.layer is not None and spec.layer == first]
     sizes = [(spec.trained, math.prod(spec.local_shape(0, tensor))) for spec in specs]
-    return sum(size for trained, size in sizes if trained), sum(size for trained, size in sizes if not trained)
+    trained = sum(size for trains, size in sizes if trains)
+    frozen = sum(size for trains, size in sizes if not trains)
+    whole = tuple(spec.numel for spec in specs)
+    return Part(blocks, tuple(products_of(block, tensor)), len(block), trained, frozen, whole)

@@ -12,6 +12,8 @@ FILE = Path(__file__).parents[4] / "benchmarks" / "published_runs.py"
 @pytest.fixture(scope="module")
 def runs():
     spec = importlib.util.spec_from_file_location("published_runs", FILE)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
