@@ -23,7 +23,7 @@ from typing import Any
 
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.settings import read_settings
-from zeropipe.trainer.tune.compute import Job
+from zeropipe.trainer.tune.compute import Training
 from zeropipe.trainer.tune.cost import Cost, predict
 from zeropipe.trainer.tune.hardware import Device, device_named, with_network
 
@@ -42,7 +42,7 @@ class Run:
     device: str = "a100-80"
     recomputes: bool = False
     counts_again: bool = False  # whether the published figure counts what is computed again
-    traits: dict[str, Any] = field(default_factory=dict)  # of the Job
+    traits: dict[str, Any] = field(default_factory=dict)  # of the Training
     gbit: float | None = None  # between nodes, each GPU
 
     def predict(self) -> tuple[float, Cost, int]:
@@ -63,7 +63,7 @@ class Run:
         }
         if self.recomputes:
             json["activation_checkpointing"] = {}
-        return predict(Job(self.model, self.seq_len, **self.traits), self.layout, read_settings(json), device)
+        return predict(Training(self.model, self.seq_len, **self.traits), self.layout, read_settings(json), device)
 
 
 def gpt(layers: int, width: int, heads: int, vocab: int, positions: int = 2048, dropout: float = 0.1) -> dict[str, Any]:

@@ -171,12 +171,12 @@ def _best(found: Found, measured: dict[Candidate, float | str]) -> Candidate:
 
 def _hand_over(args: argparse.Namespace, recipe: Recipe, best: Candidate, device: Device) -> None:
     """Checks the best by `make_plan`, writes its JSON, and prints how to launch it."""
-    from ..tune.report import overrides_of, write_json
+    from ..tune.report import overrides_of, write_ds_json
     from ..tune.search import plan_of_candidate
 
     plan_of_candidate(recipe, best)
     if args.output is not None:
-        write_json(args.output, best.ds)
+        write_ds_json(args.output, best.ds)
     if args.json:
         return
     words: list[Any] = ["zeropipe", "launch", args.recipe, "--deepspeed_config", args.output or "ds.json"]

@@ -11,7 +11,7 @@ from ..families.specs import ParamSpec, parameter_table
 from ..plan.settings import Settings
 from ..plan.stages import split_layers
 from .hardware import Device
-from .work import Part, Product, attention_flops, head_product, part_of
+from .work import Product, StageWork, attention_flops, head_product, stage_work
 
 # what the host does, in operations (`Device.dispatch`), fitted on a GPT-2 of four layers on two cores
 OPERATIONS = 40  # of a block's forward pass; twice as many of its backward pass
@@ -22,7 +22,7 @@ SCORES = 5  # bytes that unfused attention keeps for a score (arXiv:2205.05198, 
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """What is trained, whatever the layout.
 
     `fused` and `interleave` describe others' programs, for comparison with what they published: whether attention keeps
@@ -36,13 +36,13 @@ class Job:
     uniform: bool = True  # whether all tokens count alike; else the head's logits are computed twice
     fused: bool = True
     interleave: int = 1
-    _parts: dict[tuple[int, int], list[Part]] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[tuple[int, int], list[StageWork]] = field(default_factory=dict, repr=False, compare=False)
 
-    def parts(self, tensor: int, pipeline: int) -> list[Part]:
+    def parts(self, tensor: int, pipeline: int) -> list[StageWork]:
         """The stages as the plan cuts them; kept, for a search asks for the same ones again and again."""
         if (tensor, pipeline) not in self._parts:
             stages = split_layers(parameter_table(self.model, tensor), pipeline, self.partition)
-            self._parts[tensor, pipeline] = [part_of(self.rows(own.specs), own.blocks, tensor) for own in stages]
+            self._parts[tensor, pipeline] = [stage_work(self.rows(own.specs), own.blocks, tensor) for own in stages]
         return self._parts[tensor, pipeline]
 
 
@@ -60,7 +60,7 @@ class Passes:
 
 
 def stage_passes(
-    job: Job, part: Part, settings: Settings, device: Device, tensor: int, tokens: int, head: bool
+    training: Training, part: StageWork, settings: Settings, device: Device, tensor: int, tokens: int, head: bool
 ) -> Passes:
     """Seconds of one micro batch on one rank of a stage, as if nobody shared its processor.
 
@@ -68,26 +68,26 @@ def stage_passes(
         tokens: of the micro batch on this rank.
         head: whether the output embedding and the loss are on this stage.
     """
-    block = _block(job, part, settings, device, tensor, tokens)
+    block = _block(training, part, settings, device, tensor, tokens)
     forward, backward = part.blocks * block.forward, part.blocks * block.backward
     again = forward if settings.activation_checkpointing else 0.0
     if head:
-        extra = _head(job, settings, device, tensor, tokens)
+        extra = _head(training, settings, device, tensor, tokens)
         forward, backward = forward + extra.forward, backward + extra.backward
     # gradients are written once and, from the second micro batch on, read and written again
     backward += 3 * settings.precision.width * part.trained / device.bandwidth
     return Passes(forward, backward, again)
 
 
-def _block(job: Job, part: Part, settings: Settings, device: Device, tensor: int, tokens: int) -> Passes:
+def _block(training: Training, part: StageWork, settings: Settings, device: Device, tensor: int, tokens: int) -> Passes:
     times = [(product, _product(product, tokens, settings, device)) for product in part.products]
     forward = sum(seconds for _, seconds in times)
     slopes = forward + sum(seconds for product, seconds in times if product.trained)
-    attend, slope = _attention(job, settings, device, tensor, tokens)
-    family = FAMILIES[job.model["model_type"]]
-    kept = family.block_bytes(family.complete(job.model), settings.precision, tensor)
-    if not job.fused:
-        kept += SCORES * family.value(job.model, "num_attention_heads") / tensor * job.seq_len
+    attend, slope = _attention(training, settings, device, tensor, tokens)
+    family = FAMILIES[training.model["model_type"]]
+    kept = family.block_bytes(family.complete(training.model), settings.precision, tensor)
+    if not training.fused:
+        kept += SCORES * family.value(training.model, "num_attention_heads") / tensor * training.seq_len
     moved = device.passes * kept * tokens / device.bandwidth
     hooks = HOOKS[settings.zero_stage] * part.parameters * device.dispatch
     started = OPERATIONS * device.dispatch
@@ -111,17 +111,17 @@ def _product(product: Product, tokens: int, settings: Settings, device: Device) 
     return max(computed, moved / device.bandwidth)
 
 
-def _attention(job: Job, settings: Settings, device: Device, tensor: int, tokens: int) -> tuple[float, float]:
+def _attention(training: Training, settings: Settings, device: Device, tensor: int, tokens: int) -> tuple[float, float]:
     """Forward and backward of one block's scores and their use; the fused kernels leave out what is not causal."""
-    flops = attention_flops(job.model, job.seq_len) * tokens / tensor
+    flops = attention_flops(training.model, training.seq_len) * tokens / tensor
     rate = device.rate(settings.precision.products) * device.attention
-    if job.fused:
+    if training.fused:
         return flops / 2 / rate, FLASH_BACKWARD * flops / 2 / rate
     return flops / rate, 2 * flops / rate
 
 
-def _head(job: Job, settings: Settings, device: Device, tensor: int, tokens: int) -> Passes:
-    product = head_product(job.model, tensor)
+def _head(training: Training, settings: Settings, device: Device, tensor: int, tokens: int) -> Passes:
+    product = head_product(training.model, tensor)
     once = _product(product, tokens, settings, device)
     scored = device.logit_passes * 4 * tokens * product.outer / device.bandwidth
-    return Passes(once * (1 if job.uniform else 2) + scored, 2 * once)
+    return Passes(once * (1 if training.uniform else 2) + scored, 2 * once)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields, replace
 from ..families.registry import FAMILIES
 from ..plan.layout import Layout
 from ..plan.settings import Settings
-from .compute import Job, Passes, stage_passes
+from .compute import Passes, Training, stage_passes
 from .hardware import Device
-from .links import Group
-from .work import Part, model_flops
+from .links import Links
+from .work import StageWork, model_flops
 
 OVERLAP = 0.8
 # what the host does, in operations, fitted as those of `compute`
@@ -50,7 +50,7 @@ class Cost:
         return self.tokens / self.seconds
 
 
-def predict(job: Job, layout: Layout, settings: Settings, device: Device) -> Cost:
+def predict(training: Training, layout: Layout, settings: Settings, device: Device) -> Cost:
     """The step of a layout.
 
     Args:
@@ -60,20 +60,22 @@ def predict(job: Job, layout: Layout, settings: Settings, device: Device) -> Cos
     assert settings.micro_batch is not None and settings.accumulation is not None
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-    micros, tokens = settings.accumulation, settings.micro_batch * job.seq_len // layout.sequence
-    parts = job.parts(layout.tensor, layout.pipeline)
-    passes = [stage_passes(job, part, settings, device, layout.tensor, tokens, part is parts[-1]) for part in parts]
+    micros, tokens = settings.accumulation, settings.micro_batch * training.seq_len // layout.sequence
+    parts = training.parts(layout.tensor, layout.pipeline)
+    passes = [
+        stage_passes(training, part, settings, device, layout.tensor, tokens, part is parts[-1]) for part in parts
+    ]
     inner = _crowding_within_a_stage(layout, device)
     again = micros * max(own.again for own in passes) * inner
     computed = micros * max(own.both for own in passes) * inner
-    tensor = [_tensor(job, layout, settings, device, part, tokens, part is parts[-1]) for part in parts]
-    sequence = micros * _sequence(job, layout, settings, device, parts[0], tokens)
+    tensor = [_tensor(training, layout, settings, device, part, tokens, part is parts[-1]) for part in parts]
+    sequence = micros * _sequence(training, layout, settings, device, parts[0], tokens)
     # the slowest stage sets the pace; filling and draining take what the others need once
     paces = [own.both * inner + sent for own, sent in zip(passes, tensor, strict=True)]
-    waiting = _waiting(job, layout, settings, device, paces, tokens, micros, inner)
+    waiting = _waiting(training, layout, settings, device, paces, tokens, micros, inner)
     weights = [_data(layout, settings, device, part, own) for part, own in zip(parts, passes, strict=True)]
     updates = [_update(layout, settings, device, part) for part in parts]
-    per_step = settings.micro_batch * micros * layout.data * job.seq_len
+    per_step = settings.micro_batch * micros * layout.data * training.seq_len
     cost = Cost(
         compute=computed - again,
         recompute=again,
@@ -87,7 +89,7 @@ def predict(job: Job, layout: Layout, settings: Settings, device: Device) -> Cos
         utilisation=0.0,
     )
     peak = layout.world / device.crowding * device.peak[settings.precision.products]
-    return replace(cost, utilisation=model_flops(job.model, job.seq_len) * cost.tokens_per_second / peak)
+    return replace(cost, utilisation=model_flops(training.model, training.seq_len) * cost.tokens_per_second / peak)
 
 
 def _crowding_within_a_stage(layout: Layout, device: Device) -> float:
@@ -96,27 +98,31 @@ def _crowding_within_a_stage(layout: Layout, device: Device) -> float:
     return max(1.0, layout.world / layout.pipeline / processors)
 
 
-def _tensor(job: Job, layout: Layout, settings: Settings, device: Device, part: Part, tokens: int, last: bool) -> float:
+def _tensor(
+    training: Training, layout: Layout, settings: Settings, device: Device, part: StageWork, tokens: int, last: bool
+) -> float:
     """All-reduces of a micro batch: two a block forward and two backward, and two more where it is computed again."""
-    group = Group(device, layout.tensor, 1)
-    width = FAMILIES[job.model["model_type"]].value(job.model, "hidden_size")
+    group = Links(device, layout.tensor, 1)
+    width = FAMILIES[training.model["model_type"]].value(training.model, "hidden_size")
     calls = part.blocks * (6 if settings.activation_checkpointing else 4) + 1 + last
     return group.reduce(calls * tokens * width * settings.precision.compute, calls)
 
 
-def _sequence(job: Job, layout: Layout, settings: Settings, device: Device, part: Part, tokens: int) -> float:
+def _sequence(
+    training: Training, layout: Layout, settings: Settings, device: Device, part: StageWork, tokens: int
+) -> float:
     """Queries, keys, values and the output change hands in both passes (Jacobs et al., arXiv:2309.14509)."""
-    group = Group(device, layout.sequence, layout.tensor)
-    family = FAMILIES[job.model["model_type"]]
-    heads, head = family.value(job.model, "num_attention_heads"), family.head_size(job.model)
-    kv_heads = max(family.value(job.model, "num_key_value_heads") or heads, layout.sequence * layout.tensor)
+    group = Links(device, layout.sequence, layout.tensor)
+    family = FAMILIES[training.model["model_type"]]
+    heads, head = family.value(training.model, "num_attention_heads"), family.head_size(training.model)
+    kv_heads = max(family.value(training.model, "num_key_value_heads") or heads, layout.sequence * layout.tensor)
     rounds = part.blocks * (3 if settings.activation_checkpointing else 2)
     one = tokens * (2 * heads + 2 * kv_heads) * head / layout.tensor * settings.precision.compute
     return group.exchange(rounds * one, rounds * 4)
 
 
 def _waiting(
-    job: Job,
+    training: Training,
     layout: Layout,
     settings: Settings,
     device: Device,
@@ -131,20 +137,20 @@ def _waiting(
     """
     if layout.pipeline == 1:
         return 0.0
-    width = FAMILIES[job.model["model_type"]].value(job.model, "hidden_size")
-    group = Group(device, layout.pipeline, layout.world // layout.pipeline)
+    width = FAMILIES[training.model["model_type"]].value(training.model, "hidden_size")
+    group = Links(device, layout.pipeline, layout.world // layout.pipeline)
     # Megatron-LM's tensor ranks send a part each and gather it on the other node (arXiv:2104.04473, 4.1)
-    parts = layout.tensor if job.interleave > 1 else 1
+    parts = layout.tensor if training.interleave > 1 else 1
     message = group.send(tokens * width * settings.precision.stream / parts)
-    fill = (sum(paces) - max(paces) + 2 * (layout.pipeline - 1) * message) / job.interleave
-    path = micros * (max(paces) + 2 * job.interleave * message) + fill
+    fill = (sum(paces) - max(paces) + 2 * (layout.pipeline - 1) * message) / training.interleave
+    path = micros * (max(paces) + 2 * training.interleave * message) + fill
     together = micros * sum(paces) / layout.pipeline * device.crowding / inner
     return max(path, together) - micros * max(paces)
 
 
-def _data(layout: Layout, settings: Settings, device: Device, part: Part, passes: Passes) -> float:
+def _data(layout: Layout, settings: Settings, device: Device, part: StageWork, passes: Passes) -> float:
     """Gradients, and parameters that ZeRO has cut, over the ranks that hold the same weights."""
-    group = Group(device, layout.data * layout.sequence, layout.tensor)
+    group = Links(device, layout.data * layout.sequence, layout.tensor)
     if group.size == 1:
         return 0.0
     assert settings.accumulation is not None
@@ -171,7 +177,7 @@ def _exposed(seconds: float, beside: float, device: Device, overlaps: bool) -> f
     return seconds - OVERLAP * min(seconds, beside) if device.queued and overlaps else seconds
 
 
-def _update(layout: Layout, settings: Settings, device: Device, part: Part) -> float:
+def _update(layout: Layout, settings: Settings, device: Device, part: StageWork) -> float:
     """The optimizer on a rank's share, where its states are; and the way to the host and back."""
     trained, frozen, width = part.trained, part.frozen, settings.precision.width
     replicas = layout.data * layout.sequence
@@ -191,5 +197,5 @@ def _host(layout: Layout, device: Device, micros: int) -> float:
     operations = STEP_OPERATIONS
     if not device.queued:
         operations += micros * (MICRO_OPERATIONS + (STAGE_OPERATIONS if layout.pipeline > 1 else 0))
-    everyone = Group(device, layout.world, 1)
+    everyone = Links(device, layout.world, 1)
     return operations * device.dispatch * device.crowding + STEP_REDUCTIONS * everyone.latency

@@ -102,7 +102,7 @@ DEVICES: Mapping[str, Device] = {
         _gpu("mi300x", 192 * GB, 1307, 163.4, 5300, 448, 50, _PCIE5, 0.514),
     )
 }
-ALIASES = {"a100": "a100-80", "a100-40gb": "a100-40", "a100-80gb": "a100-80", "h100-80gb": "h100"}
+DEVICE_ALIASES = {"a100": "a100-80", "a100-40gb": "a100-40", "a100-80gb": "a100-80", "h100-80gb": "h100"}
 
 
 def device_named(name: str) -> Device:
@@ -112,7 +112,7 @@ def device_named(name: str) -> Device:
         UserError: there is none such; names the nearest.
     """
     word = name.lower().replace("_", "-")
-    found = DEVICES.get(ALIASES.get(word, word))
+    found = DEVICES.get(DEVICE_ALIASES.get(word, word))
     if found is None:
         raise UserError(
             f"--gpu {name!r}: not in the table{did_you_mean(word, DEVICES)}; there are {', '.join(DEVICES)}, or leave "

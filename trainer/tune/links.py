@@ -9,7 +9,7 @@ from .hardware import Device
 
 
 @dataclass(frozen=True)
-class Group:
+class Links:
     """Ranks that communicate: `size` of them, neighbours `stride` ranks apart (as `ranks.Ranks` orders the axes)."""
 
     device: Device

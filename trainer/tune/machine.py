@@ -18,7 +18,7 @@ from .hardware import GB, SUSTAINED, Device, Link
 
 LARGE, SMALL = 1024, 256  # sides of square products
 WIDE = 8  # times as long on an accelerator
-REPEATS = 7
+PROBES = 7
 LITTLE, MESSAGE = 1 << 15, 1 << 22  # bytes
 
 
@@ -31,16 +31,22 @@ def measure_machine(ranks: int) -> Device:
     at_once = min(ranks, cores) if on_cpu else ranks
     computed = _slowest(on_local_ranks(at_once, compute_probe))
     linked = _slowest(on_local_ranks(ranks, link_probe)) if ranks > 1 else {"latency": 0.0, "seconds": 1.0}
-    return _device(computed, linked, ranks, ranks / at_once, on_cpu)
+    return device_of(computed, linked, ranks, ranks / at_once, on_cpu)
 
 
 def _slowest(found: list[dict[str, float]]) -> dict[str, float]:
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
-def _device(
+def device_of(
     computed: Mapping[str, float], linked: Mapping[str, float], ranks: int, crowding: float, on_cpu: bool
 ) -> Device:
+    """The record that the slowest rank's figures make.
+
+    Args:
+        computed, linked: what `compute_probe` and `link_probe` say.
+        crowding: ranks that share what one had when it computed.
+    """
     bandwidth = computed["copied"] / computed["copy"]
     # an all-reduce sends all but a rank's own share twice
     sent = 2 * MESSAGE * (ranks - 1) / ranks
@@ -193,7 +199,7 @@ def _memory(ranks: Any) -> float:
 def _seconds(
     run: Callable[[], Any],
     synchronize: Callable[[], Any],
-    repeats: int = REPEATS,
+    repeats: int = PROBES,
     middle: Callable[[list[float]], float] = statistics.median,
 ) -> float:
     found = []

@@ -100,7 +100,7 @@ def found_records(found: Found, most: int, measured: Mapping[Candidate, float | 
     ]
 
 
-def write_json(file: Path, ds: Mapping[str, Any]) -> None:
+def write_ds_json(file: Path, ds: Mapping[str, Any]) -> None:
     """Writes a DeepSpeed JSON that is not there yet.
 
     Raises:
@@ -117,7 +117,8 @@ def write_json(file: Path, ds: Mapping[str, Any]) -> None:
 def device_line(device: Device, ranks: int) -> str:
     """What a prediction rests on."""
     rates = ", ".join(f"{device.rate(key) / 1e12:.3g} {key}" for key in ("bfloat16", "float32"))
-    nodes = f"{-(-ranks // device.per_node)} nodes of {min(ranks, device.per_node)}"
+    count = -(-ranks // device.per_node)
+    nodes = f"{count} node{'s' if count > 1 else ''} of {min(ranks, device.per_node)}"
     shared = f", {device.crowding:g} ranks share a core" if device.crowding > 1 else ""
     return (
         f"{ranks} x {device.name} ({nodes}{shared}): {rates} TFLOP/s at most, {format_bytes(device.memory)}, "

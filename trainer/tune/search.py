@@ -19,7 +19,7 @@ from ..plan.memory import MemoryEstimate, Sizes, estimate_memory, stage_sizes
 from ..plan.plan import Plan, make_plan
 from ..plan.settings import BUCKET, Settings, read_settings
 from ..recipe.recipe import Recipe
-from .compute import Job
+from .compute import Training
 from .cost import Cost, predict
 from .hardware import Device
 
@@ -77,7 +77,7 @@ def search(recipe: Recipe, ds: Mapping[str, Any], devices: int, device: Device) 
             settings = _resolved(on_layout, json_for(ds, layout, 1, False, device), layout, base)
             check(on_layout, settings, layout, base.model_config)
         except UserError as error:
-            reason = str(error).split(":")[0].split(";")[0]
+            reason = str(error).removeprefix("recipe and DeepSpeed JSON do not agree: ").split(":")[0].split(";")[0]
             refused[reason] = refused.get(reason, 0) + 1
             continue
         for micro in micro_batches(base.global_batch, layout):
@@ -86,7 +86,7 @@ def search(recipe: Recipe, ds: Mapping[str, Any], devices: int, device: Device) 
                 found.append(estimates.candidate(on_layout, json, layout))
     if not found:
         raise UserError(f"no layout of {devices} devices is legal: " + "; ".join(refused))
-    return Found(sorted(found, key=lambda one: (not one.fits, one.cost.seconds)), refused)
+    return Found(sorted(found, key=lambda one: (not one.fits, one.cost.seconds, one.memory.peak)), refused)
 
 
 def base_plan(recipe: Recipe, ds: Mapping[str, Any]) -> Plan:
@@ -183,7 +183,7 @@ class _Estimates:
 
     def __init__(self, recipe: Recipe, base: Plan, device: Device) -> None:
         self.base, self.device, self.rate = base, device, recipe.optimizer.embedding_rate
-        self.job = Job(
+        self.training = Training(
             base.model_config,
             base.seq_len,
             recipe.parallel.partition,
@@ -194,7 +194,7 @@ class _Estimates:
 
     def candidate(self, recipe: Recipe, json: dict[str, Any], layout: Layout) -> Candidate:
         settings, device = _resolved(recipe, json, layout, self.base), self.device
-        memory, cost = self._memory(layout, settings), predict(self.job, layout, settings, device)
+        memory, cost = self._memory(layout, settings), predict(self.training, layout, settings, device)
         # on a CPU what is offloaded is in the same memory
         needed = memory.peak + (0 if device.queued else memory.host)
         fits = needed <= SHARE * device.memory
@@ -203,13 +203,13 @@ class _Estimates:
         return Candidate(layout, settings.micro_batch, recomputes, json, settings, cost, memory, fits)
 
     def _memory(self, layout: Layout, settings: Settings) -> MemoryEstimate:
-        job, key = self.job, (layout.tensor, layout.pipeline)
+        training, key = self.training, (layout.tensor, layout.pipeline)
         if key not in self._sizes:
-            shape = job.model, *key, job.partition
-            self._sizes[key] = stage_sizes(*shape, settings.optimizer, job.rows, self.rate)
+            shape = training.model, *key, training.partition
+            self._sizes[key] = stage_sizes(*shape, settings.optimizer, training.rows, self.rate)
         if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
             layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-        return estimate_memory(job.model, layout, settings, job.seq_len, stages=self._sizes[key])
+        return estimate_memory(training.model, layout, settings, training.seq_len, stages=self._sizes[key])
 
 
 def plan_of_candidate(recipe: Recipe, one: Candidate) -> Plan:

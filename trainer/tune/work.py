@@ -63,7 +63,7 @@ def model_flops(model: Mapping[str, Any], seq_len: int) -> float:
 
 
 @dataclass(frozen=True)
-class Part:
+class StageWork:
     """What one rank of a pipeline stage works on."""
 
     blocks: int
@@ -74,7 +74,7 @@ class Part:
     sizes: tuple[int, ...]  # elements of each whole parameter
 
 
-def part_of(specs: Sequence[ParamSpec], blocks: int, tensor: int) -> Part:
+def stage_work(specs: Sequence[ParamSpec], blocks: int, tensor: int) -> StageWork:
     """The part of the stage that these parameters make up."""
     first = min((spec.layer for spec in specs if spec.layer is not None), default=None)
     block = [spec for spec in specs if spec.layer is not None and spec.layer == first]
@@ -82,4 +82,4 @@ def part_of(specs: Sequence[ParamSpec], blocks: int, tensor: int) -> Part:
     trained = sum(size for trains, size in sizes if trains)
     frozen = sum(size for trains, size in sizes if not trains)
     whole = tuple(spec.numel for spec in specs)
-    return Part(blocks, tuple(products_of(block, tensor)), len(block), trained, frozen, whole)
+    return StageWork(blocks, tuple(products_of(block, tensor)), len(block), trained, frozen, whole)

@@ -8,10 +8,10 @@ from tests.tiny import NO_DROPOUT
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.settings import read_settings
-from zeropipe.trainer.tune.compute import Job
+from zeropipe.trainer.tune.compute import Training
 from zeropipe.trainer.tune.cost import predict
 from zeropipe.trainer.tune.hardware import Device, Link, device_named
-from zeropipe.trainer.tune.links import Group
+from zeropipe.trainer.tune.links import Links
 from zeropipe.trainer.tune.work import model_flops, products_of
 
 INFINITE = float("inf")
@@ -51,7 +51,7 @@ def step(layout, device=IDEAL, model=GPT2, micro=1, steps=8, seq_len=1024, **jso
         "zero_optimization": {"stage": layout.zero_stage, **json.pop("zero", {})},
         **json,
     }
-    return predict(Job(model, seq_len), layout, read_settings(ds), device)
+    return predict(Training(model, seq_len), layout, read_settings(ds), device)
 
 
 def test_flops_are_six_for_each_weight_and_twelve_for_attention():
@@ -94,13 +94,13 @@ def test_stages_that_share_a_core_are_bound_by_all_work_together():
 
 def test_collectives_by_hand():
     device = replace(IDEAL, near=Link(100.0, 1.0), far=Link(10.0, 2.0), per_node=8)
-    assert Group(device, 8, 1).reduce(800.0) == 2 * (3 * 1.0 + 800 * 7 / 8 / 100)
-    assert Group(device, 8, 1).gather(800.0, 2) == 2 * 3 * 1.0 + 800 * 7 / 8 / 100
+    assert Links(device, 8, 1).reduce(800.0) == 2 * (3 * 1.0 + 800 * 7 / 8 / 100)
+    assert Links(device, 8, 1).gather(800.0, 2) == 2 * 3 * 1.0 + 800 * 7 / 8 / 100
     # sixteen on two nodes have eight ports each way; one of each node has one
-    assert Group(device, 16, 1).bandwidth == 80.0
-    assert Group(device, 2, 8).gather(800.0) == 2.0 + 400 / 10
-    assert Group(device, 2, 8).send(800.0) == 2.0 + 800 / 10
-    assert Group(device, 1, 1).reduce(800.0) == 0.0
+    assert Links(device, 16, 1).bandwidth == 80.0
+    assert Links(device, 2, 8).gather(800.0) == 2.0 + 400 / 10
+    assert Links(device, 2, 8).send(800.0) == 2.0 + 800 / 10
+    assert Links(device, 1, 1).reduce(800.0) == 0.0
 
 
 def test_gradients_of_each_stage_of_zero_by_hand():

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -24,7 +26,7 @@ def test_writes_a_json_that_plan_takes(pair, tmp_path, capsys):
     file = tmp_path / "best.json"
     assert main(words(pair, "--devices", "8", "--gpu", "h100", "--top", "3", "-o", str(file))) == 0
     printed = capsys.readouterr().out
-    assert "8 x h100 (1 nodes of 8)" in printed
+    assert "8 x h100 (1 node of 8)" in printed
     launch = next(line for line in printed.splitlines() if "zeropipe launch" in line)
     command = shlex.split(launch)
     assert command[3:5] == ["--deepspeed_config", str(file)]
@@ -60,3 +62,13 @@ def test_refuses(pair, more, said, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_login_node_needs_no_torch(pair):
+    """Where the accelerator is named, nothing is measured."""
+    script = (
+        "import sys; from zeropipe.launcher.cli import main; "
+        f"assert main({words(pair, '--devices', '2', '--gpu', 'h100')!r}) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
