@@ -66,12 +66,12 @@ def predict(training: Training, layout: Layout, settings: Settings, device: Devi
         stage_passes(training, part, settings, device, layout.tensor, tokens, part is parts[-1]) for part in parts
     ]
     inner = _crowding_within_a_stage(layout, device)
-    again = micros * max(own.again for own in passes) * inner
-    computed = micros * max(own.both for own in passes) * inner
     tensor = [_tensor(training, layout, settings, device, part, tokens, part is parts[-1]) for part in parts]
     sequence = micros * _sequence(training, layout, settings, device, parts[0], tokens)
-    # the slowest stage sets the pace; filling and draining take what the others need once
     paces = [own.both * inner + sent for own, sent in zip(passes, tensor, strict=True)]
+    slowest = paces.index(max(paces))  # sets the pace; filling and draining take what the others need once
+    again = micros * passes[slowest].again * inner
+    computed = micros * passes[slowest].both * inner
     waiting = _waiting(training, layout, settings, device, paces, tokens, micros, inner)
     weights = [_data(layout, settings, device, part, own) for part, own in zip(parts, passes, strict=True)]
     updates = [_update(layout, settings, device, part) for part in parts]
@@ -79,7 +79,7 @@ def predict(training: Training, layout: Layout, settings: Settings, device: Devi
     cost = Cost(
         compute=computed - again,
         recompute=again,
-        tensor=micros * max(tensor),
+        tensor=micros * tensor[slowest],
         sequence=sequence,
         pipeline=waiting,
         data=max(weights),
@@ -140,8 +140,8 @@ def _waiting(
     width = FAMILIES[training.model["model_type"]].value(training.model, "hidden_size")
     group = Links(device, layout.pipeline, layout.world // layout.pipeline)
     # Megatron-LM's tensor ranks send a part each and gather it on the other node (arXiv:2104.04473, 4.1)
-    parts = layout.tensor if training.interleave > 1 else 1
-    message = group.send(tokens * width * settings.precision.stream / parts)
+    shares = layout.tensor if training.interleave > 1 else 1
+    message = group.send(tokens * width * settings.precision.stream / shares)
     fill = (sum(paces) - max(paces) + 2 * (layout.pipeline - 1) * message) / training.interleave
     path = micros * (max(paces) + 2 * training.interleave * message) + fill
     together = micros * sum(paces) / layout.pipeline * device.crowding / inner

@@ -18,7 +18,7 @@ from .hardware import GB, SUSTAINED, Device, Link
 
 LARGE, SMALL = 1024, 256  # sides of square products
 WIDE = 8  # times as long on an accelerator
-PROBES = 7
+PROBE_RUNS = 7
 LITTLE, MESSAGE = 1 << 15, 1 << 22  # bytes
 
 
@@ -199,7 +199,7 @@ def _memory(ranks: Any) -> float:
 def _seconds(
     run: Callable[[], Any],
     synchronize: Callable[[], Any],
-    repeats: int = PROBES,
+    repeats: int = PROBE_RUNS,
     middle: Callable[[list[float]], float] = statistics.median,
 ) -> float:
     found = []
