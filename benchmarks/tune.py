@@ -106,13 +106,9 @@ def name_of(one: Candidate) -> str:
 
 
 def chosen(recipe: Recipe, world: int, device: Device) -> list[Candidate]:
-    """All legal ones without offload, of the smallest and largest micro batch; a pipeline's ZeRO-0 is its ZeRO-1."""
+    """All legal ones without offload, of the smallest and largest micro batch."""
     found = search(recipe, tiny.tiny_json("zero1"), world, device).candidates
-    kept = [
-        one
-        for one in found
-        if not one.layout.offload_optimizer and not (one.layout.pipeline > 1 and one.layout.zero_stage == 0)
-    ]
+    kept = [one for one in found if not one.layout.offload_optimizer]
     sizes: dict[Any, list[int]] = {}
     for one in kept:
         sizes.setdefault(one.layout, []).append(one.micro_batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..families.registry import FAMILIES
@@ -11,7 +12,7 @@ from ..families.specs import ParamSpec, parameter_table
 from ..plan.settings import Settings
 from ..plan.stages import split_layers
 from .hardware import Device
-from .work import Product, StageWork, attention_flops, head_product, stage_work
+from .work import Product, StageWork, attention_flops, head_product, model_flops, stage_work
 
 # what the host does, in operations (`Device.dispatch`), fitted on a GPT-2 of four layers on two cores
 OPERATIONS = 40  # of a block's forward pass; twice as many of its backward pass
@@ -37,6 +38,11 @@ class Training:
     fused: bool = True
     interleave: int = 1
     _parts: dict[tuple[int, int], list[StageWork]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def flops(self) -> float:
+        """Of a token, as `model_flops` counts them."""
+        return model_flops(self.model, self.seq_len)
 
     def parts(self, tensor: int, pipeline: int) -> list[StageWork]:
         """The stages as the plan cuts them; kept, for a search asks for the same ones again and again."""

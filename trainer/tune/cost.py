@@ -17,7 +17,7 @@ from ..plan.settings import Settings
 from .compute import Passes, Training, stage_passes
 from .hardware import Device
 from .links import Links
-from .work import StageWork, model_flops
+from .work import StageWork
 
 OVERLAP = 0.8
 # what the host does, in operations, fitted as those of `compute`
@@ -89,7 +89,7 @@ def predict(training: Training, layout: Layout, settings: Settings, device: Devi
         utilisation=0.0,
     )
     peak = layout.world / device.crowding * device.peak[settings.precision.products]
-    return replace(cost, utilisation=model_flops(training.model, training.seq_len) * cost.tokens_per_second / peak)
+    return replace(cost, utilisation=training.flops * cost.tokens_per_second / peak)
 
 
 def _crowding_within_a_stage(layout: Layout, device: Device) -> float:

@@ -118,14 +118,17 @@ def with_pipeline(recipe: Recipe, stages: int) -> Recipe:
 
 
 def layouts(devices: int) -> Iterator[Layout]:
-    """Every product of axes that makes up the devices, on every ZeRO stage, with and without offload."""
+    """Every product of axes that makes up the devices, on every ZeRO stage, with and without offload.
+
+    A pipeline's ZeRO-0 is left out: it is run as ZeRO-1.
+    """
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     for pipeline in sizes:
         for tensor in (size for size in sizes if devices // pipeline % size == 0):
             for sequence in (size for size in sizes if devices // pipeline // tensor % size == 0):
                 data = devices // pipeline // tensor // sequence
                 whole = Layout(devices, data, tensor, sequence, pipeline)
-                for stage in range(4):
+                for stage in range(pipeline > 1, 4):
                     yield replace(whole, zero_stage=stage)
                     if stage:
                         yield replace(whole, zero_stage=stage, offload_optimizer=True)
