@@ -12,11 +12,12 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {"data_prep": (), "trainer": ("data_prep",), "launcher": ("trainer", "data_prep")}
 # rooms and single files of the trainer; each imports itself and what stands to its right
 ORDER = [
-    "__main__", "commands", "testing", "loop", "evaluation", "export", "engine", "metrics", "run", "plan", "objectives",
-    "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "data", "ranks", "recipe",
+    "__main__", "commands", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run", "plan",
+    "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "data", "ranks",
+    "recipe",
 ]  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
-LIGHT_ROOMS = ("recipe", "families", "optim", "sinks", "objectives", "plan", "commands")  # without HEAVY
+LIGHT_ROOMS = ("recipe", "families", "optim", "sinks", "objectives", "plan", "tune", "commands")  # without HEAVY
 LIGHT_FILES = (
     "data.order", "data.splits", "data.ledger", "data.vocabulary", "data.packing", "data.samples",
     "modeling.partition", "modeling.chunks", "modeling.penalty", "run.exit_notes",

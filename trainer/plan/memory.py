@@ -46,6 +46,7 @@ class Sizes:
     frozen: tuple[int, ...] = ()
     packed: tuple[int, ...] = ()  # bytes of the frozen ones that are kept in four bits; they are in no other field
     scales: int = 0  # bytes of what belongs to those; ZeRO does not partition it
+    head: int = 0  # elements of the output embedding, on the last stage, where it is trained
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -66,6 +67,7 @@ def estimate_memory(
     embedding_rate: float = 1.0,
     uniform: bool = True,
     mlp_tile: int = 0,
+    stages: Sequence[tuple[Sizes, int]] | None = None,
 ) -> MemoryEstimate:
     """Memory of the heaviest rank.
 
@@ -76,20 +78,22 @@ def estimate_memory(
         rows: puts the rows of an adapter beside those of a stage.
         embedding_rate: of embedding and head, which then are groups of their own.
         uniform, mlp_tile: as `activation_bytes`.
+        stages: what `stage_sizes` says, for callers that estimate many layouts of one model.
     """
     assert settings.micro_batch is not None and settings.accumulation is not None
-    table = parameter_table(model, layout.tensor)
+    if stages is None:
+        shape = model, layout.tensor, layout.pipeline, partition
+        stages = stage_sizes(*shape, settings.optimizer, rows, embedding_rate)
     tokens = settings.micro_batch * seq_len // layout.sequence
     estimates = []
-    for number, stage in enumerate(split_layers(table, layout.pipeline, partition)):
-        specs, last = rows(stage.specs), number == layout.pipeline - 1
-        sizes = _sizes(specs, layout.tensor, settings.optimizer, embedding_rate)
+    for number, (sizes, blocks) in enumerate(stages):
+        last = number == layout.pipeline - 1
         states = _STATES[layout.zero_stage](sizes, layout, settings)
         activations = activation_bytes(
             model,
             settings.precision,
             tokens,
-            stage.blocks,
+            blocks,
             in_flight=min(layout.pipeline - number, settings.accumulation),
             checkpointing=settings.activation_checkpointing,
             mlp_tile=mlp_tile,
@@ -99,20 +103,33 @@ def estimate_memory(
             tensor=layout.tensor,
         )
         if last:
-            activations += _head_gradient(specs, layout, settings)
+            activations += _head_gradient(sizes, layout, settings)
         estimates.append(MemoryEstimate(**states, activations=activations))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
 
 
-def _head_gradient(specs: Sequence[ParamSpec], layout: Layout, settings: Settings) -> int:
+def _head_gradient(sizes: Sizes, layout: Layout, settings: Settings) -> int:
     """Gradient of the head's weight: it is there before the backward pass begins, whole, as the products' type has it.
 
     ZeRO-0 and 1 count it among the gradients, but for one that is going to be added to those of earlier micro batches.
     """
-    head = [spec for spec in specs if spec.kind == "vocab"][-1]
-    if not head.trained or (layout.zero_stage < 2 and settings.accumulation == 1):
+    if layout.zero_stage < 2 and settings.accumulation == 1:
         return 0
-    return settings.precision.compute * math.prod(head.local_shape(0, layout.tensor))
+    return settings.precision.compute * sizes.head
+
+
+def stage_sizes(
+    model: Mapping[str, Any],
+    tensor: int,
+    pipeline: int,
+    partition: str,
+    optimizer: Optimizer,
+    rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
+    embedding_rate: float = 1.0,
+) -> list[tuple[Sizes, int]]:
+    """What a rank of each pipeline stage holds, and how many blocks."""
+    stages = split_layers(parameter_table(model, tensor), pipeline, partition)
+    return [(_sizes(rows(stage.specs), tensor, optimizer, embedding_rate), stage.blocks) for stage in stages]
 
 
 def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float) -> Sizes:
@@ -124,7 +141,9 @@ def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedd
     frozen = tuple(size(spec) for spec in specs if not spec.trained and not spec.packed)
     in_four_bits = [size(spec) for spec in specs if spec.packed]
     packed = tuple(_ceil(elements, 2) // 2 for elements in in_four_bits)
-    return Sizes(tuple(tuple(map(size, own)) for _, own in groups), frozen, packed, sum(map(_scales, in_four_bits)))
+    head = sum(size(spec) for spec in [spec for spec in specs if spec.kind == "vocab"][-1:] if spec.trained)
+    trained_sizes = tuple(tuple(map(size, own)) for _, own in groups)
+    return Sizes(trained_sizes, frozen, packed, sum(map(_scales, in_four_bits)), head)
 
 
 def _scales(elements: int) -> int:
