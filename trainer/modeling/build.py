@@ -23,6 +23,7 @@ from ..families.registry import family_of
 from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
+from .exact_sums import sum_exactly
 from .slices import local_slice
 
 Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type
@@ -67,6 +68,7 @@ def build_model(
         if zero3_config is not None:
             _partition(converted, zero3_config, ranks)
     _tie(model, made)
+    sum_exactly(model)
     leftover = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not leftover, f"never materialised: {leftover}"
     return model

@@ -25,6 +25,7 @@ from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, causal_mask
 from .build import RandomValues, Values, make_parameter
 from .cross_entropy import Scoring, head_token_losses
+from .exact_sums import sum_exactly
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
 from .tensor_parallel import parallelise
@@ -73,6 +74,7 @@ class Builder:
                     module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
+        sum_exactly(holder)
         parallelise(holder, self.family, self.ranks)
         self.adapt(holder[0])
         return holder[0]

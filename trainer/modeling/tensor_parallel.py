@@ -20,6 +20,7 @@ from ...data_prep.errors import UserError
 from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
+from .exact_sums import look_up
 from .split_randomness import SplitRandomness
 
 
@@ -82,7 +83,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         elsewhere = (ids < self.first) | (ids >= self.last)
         frozen = elsewhere if self.padding_idx is None else elsewhere | (ids == self.padding_idx)
-        rows = F.embedding((ids - self.first).masked_fill(elsewhere, 0), self.weight)
+        rows = look_up((ids - self.first).masked_fill(elsewhere, 0), self.weight)
         if self.padding_idx is not None:
             rows = torch.where(frozen[..., None], rows.detach(), rows)
         return _Reduce.apply(rows.masked_fill(elsewhere[..., None], 0), self.group)
