@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zeropipe.trainer.families.specs import gradient_noise
+from zeropipe.trainer.kernels.swap import use_kernels
 from zeropipe.trainer.testing.plain import Curve, decayed_groups, train_plainly
 
 VOCAB, TIME, BATCH = 331, 16, 8
@@ -77,6 +78,8 @@ def hugging_face(config: dict, dtype: torch.dtype = torch.float32):
 def train(config: dict, steps: int, seed: int | None = None) -> Curve:
     """Trains on the whole global batch at once. `seed` reseeds torch before every step, for dropout."""
     model = hugging_face(config).train()
+    if seed is not None:
+        use_kernels(model)  # so that it draws the same masks
     optimizer = torch.optim.AdamW(decayed_groups(model.parameters(), DECAY), lr=LR, betas=BETAS)
     batches = (batch(step, config["vocab_size"]) for step in range(steps))
     reseed = (lambda step: torch.manual_seed(seed + step)) if seed is not None else (lambda step: None)

@@ -71,15 +71,15 @@ def _tied_gradient_not_summed():
 
 
 def _mean_of_means():
-    from zeropipe.trainer.engine import base as engine
+    from zeropipe.trainer.engine.coming import Agreed
 
-    next_batch = engine.next_batch
+    take = Agreed.take
 
-    def of_this_rank(stream, ranks, objective, stop):
-        batch, totals = next_batch(stream, ranks, objective, stop)
+    def of_this_rank(self, stream, ranks):
+        batch, totals = take(self, stream, ranks)
         return batch, replace(totals, weight=batch.tokens * ranks.data_size)
 
-    engine.next_batch = of_this_rank
+    Agreed.take = of_this_rank
 
 
 def _wrong_ranks_data():

@@ -178,8 +178,10 @@ def _forward(options: LoraOptions, linear: Any, inputs: tuple[Tensor, ...], outp
     import torch
     import torch.nn.functional as F
 
+    from ..kernels.dropout import dropout
+
     x = inputs[0].to(linear.lora_A.dtype)
-    dropped = F.dropout(x, options.dropout, linear.training)
+    dropped = dropout(x, options.dropout, linear.training)
     low = F.linear(F.linear(dropped, linear.lora_A), linear.lora_B) * options.scaling
 
     def initial(seen: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...data_prep.errors import UserError
-from ..ranks.ranks import Ranks
+from ..ranks.ranks import Ranks, accelerator
 from .labels import IGNORE
 from .ledger import digest, sample_ids
 from .order import SampleOrder
@@ -28,12 +28,16 @@ class Batch:
     noise: torch.Tensor | None = None  # int64 [micro batch, time, 2], of embeddings in training; see `noise_of`
 
     def to(self, device: torch.device) -> Batch:
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        positions, noise = (None if own is None else moved(own) for own in (self.position_ids, self.noise))
-        extras = {name: moved(tensor) for name, tensor in self.extras.items()}
-        return Batch(moved(self.input_ids), moved(self.labels), positions, extras, noise)
+    def pinned(self, device: torch.device) -> Batch:
+        """In memory from which `device` can copy without making the host wait."""
+        return self if device.type == "cpu" else self._each(accelerator().pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        positions, noise = (None if own is None else change(own) for own in (self.position_ids, self.noise))
+        extras = {name: change(tensor) for name, tensor in self.extras.items()}
+        return Batch(change(self.input_ids), change(self.labels), positions, extras, noise)
 
     @property
     def tokens(self) -> int:
@@ -134,12 +138,16 @@ class BatchStream:
         self._ahead: tuple[int, Future[StepBatch]] | None = None
         self.samples_consumed = 0
 
-    def next_step(self) -> StepBatch:
-        """This rank's part of the next global batch."""
+    def ahead(self) -> StepBatch:
+        """This rank's part of the next global batch, without consuming it; waits until it is read."""
         first = self.samples_consumed
         if self._ahead is None or self._ahead[0] != first:
             self._ahead = first, self._reader.submit(self._read, first)
-        step = self._ahead[1].result()
+        return self._ahead[1].result()
+
+    def next_step(self) -> StepBatch:
+        """This rank's part of the next global batch; the one after it is read while this one is used."""
+        step = self.ahead()
         self.samples_consumed = step.stop
         self._ahead = step.stop, self._reader.submit(self._read, step.stop)
         return step
@@ -166,7 +174,7 @@ class BatchStream:
             sources, samples = self._order.sample(positions)
             rows = [(self._samples[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
             drawn = [(self._order.seed, int(position)) for position in positions]
-            micro_batches.append(make_batch(rows, shape, drawn))
+            micro_batches.append(make_batch(rows, shape, drawn).pinned(self._ranks.device))
             ledger = (ledger + digest(positions, sample_ids(sources, samples))) % 2**64
         return StepBatch(tuple(micro_batches), first, first + shape.global_batch, ledger)
 

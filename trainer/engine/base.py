@@ -19,7 +19,6 @@ from ..adapters.base import install
 from ..adapters.registry import adapter_of
 from ..checkpoint.deepspeed_state import Live
 from ..data.batches import Batch, BatchStream, StepBatch
-from ..data.ledger import join, split
 from ..data.order import key64
 from ..families.specs import ParamSpec
 from ..modeling.build import RandomValues, make_parameter
@@ -31,6 +30,7 @@ from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
 from ..run.state import StepOutput
+from .coming import Agreed, Coming
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Engine(ABC):
         self.counting = self.objective.penalty, self.objective.uniform, self.objective.reads != "text"
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
+        self._agreed: Agreed | None = None  # the next step's batch
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -87,11 +88,34 @@ class Engine(ABC):
             UserError: on every rank: data that one of them cannot read, no sample that carries loss, or a loss or
                 gradient that is no number, before such weights can be saved over good ones.
         """
-        batch, totals = next_batch(stream, self.ranks, self.objective, stop)
+        started, agreed = time.perf_counter(), self._agreed
+        if agreed is None or agreed.coming.first != stream.samples_consumed:  # the first step of this process
+            coming = Coming.of(stream, self.ranks, self.objective)
+            agreed = Agreed(coming, self.ranks.all_sum(coming.numbers))
+        waited = time.perf_counter() - started
+        batch, totals = agreed.take(stream, self.ranks)
         rate = self._set_learning_rate(step)
         sums, norm = self._update(batch, step, totals.weight)
-        loss, *metrics = (value / totals.weight for value in self._over_ranks(sums))
-        output = totals.output(loss, norm, rate, dict(zip(self.objective.metrics, metrics, strict=True)))
+        sums, coming, more = self._own(sums), None, 0.0
+        if step + 1 < self.plan.total_steps:
+            before = time.perf_counter()
+            coming = Coming.of(stream, self.ranks, self.objective)
+            more = time.perf_counter() - before
+        found = self.ranks.all_sum(sums, [float(stop), *(() if coming is None else coming.numbers)])
+        (loss, *metrics), (stopped, *numbers) = found[: len(sums)], found[len(sums) :]
+        self._agreed = None if coming is None else Agreed(coming, numbers)
+        output = StepOutput(
+            loss=loss / totals.weight,
+            grad_norm=None if norm is None else float(norm),
+            lr=rate,
+            tokens=totals.tokens,
+            seconds=time.perf_counter() - started,
+            data_seconds=waited + more,
+            samples=(batch.first, batch.stop),
+            ledger=totals.ledger,
+            stop=stopped > 0,
+            metrics={name: m / totals.weight for name, m in zip(self.objective.metrics, metrics, strict=True)},
+        )
         self._refuse_what_is_no_number(output, step)
         return output
 
@@ -103,9 +127,8 @@ class Engine(ABC):
             if losses is not None:
                 sums += self._vector(self.objective.loss(micro.to(self.ranks.device), losses))
             weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens
-        loss, *metrics = self._over_ranks(sums)
         mine = [weight, float(tokens)] if self.ranks.reads_samples else [0.0, 0.0]
-        weight, all_tokens = self.ranks.all_sum(mine)
+        loss, *metrics, weight, all_tokens = self.ranks.all_sum(self._own(sums), mine)
         return EvalSums(loss, weight, int(all_tokens), dict(zip(self.objective.metrics, metrics, strict=True)))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -154,9 +177,9 @@ class Engine(ABC):
             return torch.zeros(1 + len(names), dtype=torch.float64, device=self.ranks.device)
         return torch.stack([loss.sum.detach(), *(loss.metrics[name].detach() for name in names)]).double()
 
-    def _over_ranks(self, sums: Tensor) -> list[float]:
-        """Sums over the ranks that saw different samples: those of a tensor or sequence group computed the same."""
-        return self.ranks.all_sum((sums * (self.ranks.tensor == self.ranks.sequence == 0)).tolist())
+    def _own(self, sums: Tensor) -> Tensor:
+        """What this rank adds to the sums over all ranks: those of a tensor or sequence group computed the same."""
+        return sums * (self.ranks.tensor == self.ranks.sequence == 0)
 
     def _set_learning_rate(self, step: int) -> float:
         """The rate of this step. Where the JSON has a scheduler of its own, that one has set it."""
@@ -190,64 +213,6 @@ class Engine(ABC):
                 )
 
 
-@dataclass(frozen=True)
-class StepTotals:
-    """What all ranks together bring to a step, known before it begins; fields as in `StepOutput`."""
-
-    tokens: int
-    weight: float  # of the global batch, by the objective
-    samples: tuple[int, int]
-    ledger: int
-    stop: bool
-    started: float  # time.perf_counter, before the data were asked for
-    data_seconds: float
-
-    def output(self, loss: float, grad_norm: Any, lr: float, metrics: dict[str, float]) -> StepOutput:
-        """The step's report at its end."""
-        return StepOutput(
-            loss=loss,
-            grad_norm=None if grad_norm is None else float(grad_norm),
-            lr=lr,
-            tokens=self.tokens,
-            seconds=time.perf_counter() - self.started,
-            data_seconds=self.data_seconds,
-            samples=self.samples,
-            ledger=self.ledger,
-            stop=self.stop,
-            metrics=metrics,
-        )
-
-
-def next_batch(stream: BatchStream, ranks: Ranks, objective: Objective, stop: bool) -> tuple[StepBatch, StepTotals]:
-    """This rank's part of the next global batch, and what all ranks bring to it: one reduction. Collective.
-
-    Raises:
-        UserError: on every rank, where one of them cannot read its data, or no sample carries loss.
-    """
-    started, batch, problem = time.perf_counter(), None, None
-    try:
-        batch = stream.next_step()
-    except UserError as error:
-        problem = str(error)
-    waited = time.perf_counter() - started
-    mine = [0.0] * 4
-    if batch is not None and ranks.reads_samples:
-        weight = sum(objective.weight(micro) for micro in batch.micro_batches)
-        mine = [weight, float(batch.tokens), *split(batch.ledger)]
-    failed, stopped, weight, tokens, low, high = ranks.all_sum([float(batch is None), float(stop), *mine])
-    if failed:
-        ranks.raise_together(problem)
-    assert batch is not None
-    samples = batch.first, batch.stop
-    if not weight > 0:
-        raise UserError(
-            f"samples {samples[0]} to {samples[1] - 1} hold nothing to train on: every label is masked; look at them "
-            "with `zeropipe inspect`, or use a larger batch.global"
-        )
-    totals = StepTotals(int(tokens), weight, samples, join([low, high]), stopped > 0, started, waited)
-    return batch, totals
-
-
 def planned_rate(plan: Plan, step: int) -> float:
     """Learning rate of step `step`, counted from 0."""
     schedule = plan.recipe.schedule
@@ -270,6 +235,8 @@ def runtime_config(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """
     config = copy.deepcopy(plan.deepspeed)
     config.setdefault("steps_per_print", 2**31)
+    # else DeepSpeed waits for the device twice in every micro batch
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     config.pop("tensor_parallel", None)
     if config.pop("sequence_parallel_size", 1) > 1:
         config["train_batch_size"] *= ranks.sequence_size

@@ -30,12 +30,10 @@ def _block(config: Mapping[str, Any]) -> list[ParamSpec]:
 
 def _block_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) -> float:
     width, stream = config["n_embd"], precision.stream
-    # transformers' gelu_new is a chain of element-wise operations and keeps its input, tanh and both factors
-    in_mlp = 5 if config["activation_function"] in ("gelu_new", "gelu_fast") else 2
-    split = (3 + 1) * width + in_mlp * _inner(config)  # q, k, v and attention's output; the MLP
-    masks = (config["resid_pdrop"] > 0) * 2 * width
+    split = (3 + 1) * width + 2 * _inner(config)  # q, k, v and attention's output; the MLP
+    masks = (config["resid_pdrop"] > 0) * 2 * width  # a byte each; a CPU keeps none
     statistics = 4 * 4 + 4 * config["n_head"] / tensor
-    return 2 * width * stream + (2 * width + masks + split / tensor) * precision.compute + statistics
+    return 2 * width * stream + masks + (2 * width + split / tensor) * precision.compute + statistics
 
 
 GPT2 = Family(

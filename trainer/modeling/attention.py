@@ -14,6 +14,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.attention import causal_attention
+
 BY_TEXT = "zeropipe_by_text"  # in transformers' registries of attentions and masks
 
 
@@ -68,6 +70,10 @@ def attention_by_text(
         attention_mask: of `text_lengths`; any other is scaled dot product attention's.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
+        if attention_mask is None and dropout > 0 and query.device.type == "cpu" and query.shape[2] == key.shape[2]:
+            copies = query.shape[1] // key.shape[1]
+            whole = causal_attention(query, repeat_kv(key, copies), repeat_kv(value, copies), dropout, scaling)
+            return whole.transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, heads, time, _ = query.shape
     lengths = attention_mask.flatten().tolist()
@@ -75,13 +81,12 @@ def attention_by_text(
     whole = (query, repeat_kv(key, copies), repeat_kv(value, copies))
     # split, not sliced: the gradient of a slice is as large as what it was cut from
     pieces = [tensor.transpose(1, 2).reshape(1, rows * time, heads, -1).split(lengths, 1) for tensor in whole]
-    outputs = [
-        F.scaled_dot_product_attention(
-            *(piece.transpose(1, 2) for piece in text), dropout_p=dropout, is_causal=True, scale=scaling
-        ).transpose(1, 2)
-        for text in zip(*pieces, strict=True)
-    ]
-    return torch.cat(outputs, 1).view(rows, time, heads, -1), None
+    texts = [tuple(piece.transpose(1, 2) for piece in text) for text in zip(*pieces, strict=True)]
+    if dropout > 0:
+        outputs = [causal_attention(q, k, v, dropout, scaling) for q, k, v in texts]
+    else:
+        outputs = [F.scaled_dot_product_attention(*text, is_causal=True, scale=scaling) for text in texts]
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).view(rows, time, heads, -1), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(BY_TEXT, attention_by_text)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ...data_prep.errors import UserError
 from ..families.registry import family_of
 from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
+from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
 from .exact_sums import sum_exactly
@@ -89,6 +90,7 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
+    use_kernels(model)
     model.tie_weights()
     if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}

@@ -21,6 +21,8 @@ from transformers import AutoConfig
 from ..data.noise import with_noise
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
+from ..kernels.dropout import Dropout
+from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, causal_mask
 from .build import RandomValues, Values, make_parameter
@@ -67,6 +69,7 @@ class Builder:
         """A part of the model, called `name` by Hugging Face, with its values and its share of the tensor ranks."""
         with torch.device("meta"):
             holder = nn.Sequential(construct())  # so that the part itself can be replaced
+        use_kernels(holder)
         for path, module in list(holder[0].named_modules()):
             for key, parameter in module._parameters.items():
                 if parameter is not None:
@@ -141,7 +144,7 @@ class Positions(nn.Module):
         make = functools.partial(nn.Embedding, config.max_position_embeddings, config.hidden_size)
         assert family.positions is not None
         self.table = builder.make(family.positions, make)
-        self.drop = nn.Dropout(getattr(config, family.dropout["embedding"]) if "embedding" in family.dropout else 0.0)
+        self.drop = Dropout(getattr(config, family.dropout["embedding"]) if "embedding" in family.dropout else 0.0)
 
     def forward(self, inputs: Carried) -> Carried:
         hidden, positions = inputs

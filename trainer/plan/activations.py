@@ -1,7 +1,6 @@
 """Bytes that a forward pass keeps for the backward pass, counted tensor by tensor as Hugging Face's blocks save them.
 
-Attention is counted as the fused kernels keep it (queries, keys, values, output and one number per head and token). On
-a CPU attention *dropout* takes an unfused path that keeps three more matrices of time x time per head: left out.
+Attention is counted as the fused kernels keep it (queries, keys, values, output and one number per head and token).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...data_prep.errors import UserError, os_problem
@@ -68,10 +69,10 @@ class Ranks:
         """This process on the axes of a layout, with its groups. Collective over the world."""
         return _lay_out(self, tensor, sequence, pipeline)
 
-    def all_sum(self, values: Sequence[float]) -> list[float]:
-        """Sums float64 values over all ranks of the world. Collective."""
+    def all_sum(self, *values: Sequence[float] | Tensor) -> list[float]:
+        """Sums float64 values, given in one or more rows, over all ranks of the world. Collective."""
         # NCCL and gloo both take float64; some accelerators (MPS) do not, and none of those runs DeepSpeed
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.cat([torch.as_tensor(row, dtype=torch.float64, device=self.device) for row in values])
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()

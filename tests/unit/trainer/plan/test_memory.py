@@ -124,9 +124,12 @@ def saved_bytes(config: dict[str, Any], precision: str, checkpointing: bool) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from zeropipe.trainer.kernels.swap import use_kernels
+
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     built = AutoConfig.for_model(**config, attn_implementation="sdpa")
     model = AutoModelForCausalLM.from_config(built).to(dtype).train()
+    use_kernels(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -170,7 +173,8 @@ def test_activations_are_what_autograd_keeps(config: dict[str, Any], precision: 
         whole = activation_bytes(
             config, PRECISIONS[precision], 96, layers, checkpointing=checkpointing, padded_vocab=512
         )
-        return whole - head_bytes(96, 512)
+        masks = 0 if checkpointing or not config.get("resid_pdrop") else 96 * layers * 2 * config["n_embd"]
+        return whole - head_bytes(96, 512) - masks  # which a CPU draws again
 
     layers_key = "n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers"
 
@@ -212,7 +216,7 @@ def test_stages_tensor_ranks_and_checkpointing_divide_memory():
     assert 0.5 < split.parameters / whole.parameters < 0.51
     assert 0.5 < split.activations / whole.activations < 0.7
     again = estimate(MEDIUM, Layout(1, 1, zero_stage=1), {"activation_checkpointing": {}})
-    assert again.activations < 0.2 * whole.activations
+    assert again.activations < 0.3 * whole.activations
     half = estimate(MEDIUM, Layout(2, 1, sequence=2, zero_stage=1), {})
     assert half.activations == pytest.approx(whole.activations / 2, rel=0.15)  # the head works in chunks
 

@@ -1,0 +1,17 @@
+"""Puts faster modules in the place of a model's own that compute the same."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.activations import FastGELUActivation, NewGELUActivation
+
+from .dropout import Dropout
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Swaps dropout, and GELUs that are chains of element-wise operations, in place."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Dropout:
+            model.set_submodule(path, Dropout(module.p).train(module.training))
+        elif isinstance(module, NewGELUActivation | FastGELUActivation):  # its approximation by tanh
+            model.set_submodule(path, nn.GELU(approximate="tanh"))
