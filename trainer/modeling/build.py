@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from ...data_prep.errors import UserError
 from ..families.registry import family_of
 from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
+from ..kernels.exact_sums import sum_exactly
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
-from .exact_sums import sum_exactly
 from .slices import local_slice
 
 Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type

@@ -22,12 +22,12 @@ from ..data.noise import with_noise
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
 from ..kernels.dropout import Dropout
+from ..kernels.exact_sums import sum_exactly
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, causal_mask
 from .build import RandomValues, Values, make_parameter
 from .cross_entropy import Scoring, head_token_losses
-from .exact_sums import sum_exactly
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
 from .tensor_parallel import parallelise

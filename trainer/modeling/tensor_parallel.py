@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ...data_prep.errors import UserError
 from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
+from ..kernels.exact_sums import look_up
 from ..ranks.ranks import Ranks
-from .exact_sums import look_up
 from .split_randomness import SplitRandomness
 
 

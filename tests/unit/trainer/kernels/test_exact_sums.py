@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zeropipe.trainer.modeling.exact_sums import look_up, sum_exactly
+from zeropipe.trainer.kernels.exact_sums import look_up, sum_exactly
 
 ROUNDED_ONCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10}  # twice the relative error of one rounding
 TOKENS, WIDTH = 6000, 32
