@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from ...data_prep.errors import UserError
 from ..families.registry import family_of
 from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
-from ..kernels.exact_sums import sum_exactly
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
@@ -69,7 +68,6 @@ def build_model(
         if zero3_config is not None:
             _partition(converted, zero3_config, ranks)
     _tie(model, made)
-    sum_exactly(model)
     leftover = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not leftover, f"never materialised: {leftover}"
     return model

@@ -22,7 +22,6 @@ from ..data.noise import with_noise
 from ..families.registry import FAMILIES
 from ..families.specs import padded_vocab, parameter_table
 from ..kernels.dropout import Dropout
-from ..kernels.exact_sums import sum_exactly
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, causal_mask
@@ -77,7 +76,6 @@ class Builder:
                     module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
-        sum_exactly(holder)
         parallelise(holder, self.family, self.ranks)
         self.adapt(holder[0])
         return holder[0]
