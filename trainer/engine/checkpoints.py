@@ -11,10 +11,12 @@ from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
 from ..data.batches import BatchStream
 from ..metrics.record import RunLog
 from ..run.data import RunData
+from ..run.guard import check_claim
 from ..run.state import TrainState
 from .base import Engine
 
 PROBE_TOKENS = 16
+_CANNOT_SAVE = "cannot write the checkpoint (older ones are untouched)"
 
 
 class Checkpoints:
@@ -64,7 +66,10 @@ class Checkpoints:
             self.log.event("save", state.step, path=str(path), drawn=self.stream.drawn())
 
     def save(self, state: TrainState) -> None:
-        """Saves now. Collective, and raises, as `save_if_due`."""
+        """Saves now, if the run directory is still this run's. Collective, and raises, as `save_if_due`."""
+        self.ranks.together(
+            lambda: check_claim(self.recipe.output, self.log.run) if self.ranks.is_main else None, _CANNOT_SAVE
+        )
         record = {
             "step": state.step,
             "samples_consumed": state.samples_consumed,

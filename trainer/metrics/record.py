@@ -19,7 +19,7 @@ from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.environment import describe_host, environment
 from ..run.exit_notes import LAUNCH_FOLDER
-from ..run.guard import StopRequest, record_configuration
+from ..run.guard import StopRequest, claim, record_configuration
 from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
@@ -101,6 +101,7 @@ class RunLog:
         record = {"kind": "event", "event": event, "step": step, **fields, **facts}
         settings = SinkSettings(self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record))
         self.directory.mkdir(parents=True, exist_ok=True)
+        claim(self.directory, self.run)
         record_configuration(plan)
         text = json.dumps(environment(self.run, self.hosts), indent=2)
         write_durably(self.directory / "environment.json", text + "\n")
