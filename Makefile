@@ -39,7 +39,7 @@ verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
 
 bench: setup
-	$(BIN)/python scripts/bench.py docs/benchmarks.md
+	$(BIN)/python scripts/bench.py docs/performance.md
 
 clean:
 	rm -rf build dist demo demo-sft .pytest_cache .ruff_cache .hypothesis

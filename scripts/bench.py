@@ -17,7 +17,7 @@ from pathlib import Path
 from verify import VERSIONS, machine, read_page, revision
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-TITLE = """# Benchmarks
+TITLE = """# Performance
 
 Written by `make bench`, nothing by hand. Each measures this project and a peer or a limit in one run.
 """

@@ -23,22 +23,27 @@ class Stream:
     """Stands in for BatchStream: this rank's micro batches of one global batch after the other."""
 
     def __init__(self, config: dict, ranks: Ranks, accumulation: int):
-        self.config, self.ranks, self.accumulation, self.step = config, ranks, accumulation, 0
+        self.config, self.ranks, self.accumulation, self.samples_consumed = config, ranks, accumulation, 0
 
-    def next_step(self) -> StepBatch:
-        place = self.ranks.data, self.ranks.data_size
-        micro = [micro_batch(self.config, self.step, *place, m, self.accumulation) for m in range(self.accumulation)]
-        first = self.step * BATCH
-        self.step += 1
+    def ahead(self) -> StepBatch:
+        place, first = (self.ranks.data, self.ranks.data_size), self.samples_consumed
+        step = first // BATCH
+        micro = [micro_batch(self.config, step, *place, m, self.accumulation) for m in range(self.accumulation)]
         return StepBatch(tuple(Batch(*tensors) for tensors in micro), first, first + BATCH, 0)
 
+    def next_step(self) -> StepBatch:
+        step = self.ahead()
+        self.samples_consumed = step.stop
+        return step
 
-def recipe_for(config: dict, pipeline: int = 1, partition: str = "parameters") -> Recipe:
+
+def recipe_for(config: dict, pipeline: int = 1, partition: str = "parameters", compile: str = "none") -> Recipe:
     return Recipe.model_validate(
         {
             "name": "parity",
             "model": {"config": config},
             "data": {"train": [{"store": "none"}], "seq_len": reference.TIME},
+            "compile": compile,
             "parallel": {"pipeline": pipeline, "partition": partition},
             "duration": {"steps": STEPS},
             "optimizer": {"lr": reference.LR, "betas": list(reference.BETAS), "weight_decay": reference.DECAY},
@@ -81,15 +86,22 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
     return Plan(**{field.name: known.get(field.name) for field in fields(Plan)})  # type: ignore[arg-type]
 
 
-def start(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **ds: Any):
+def start(
+    config: dict,
+    layout: Layout,
+    partition: str = "parameters",
+    accumulation: int = 2,
+    compile: str = "none",
+    **ds: Any,
+):
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
-    recipe = recipe_for(config, layout.pipeline, partition)
+    recipe = recipe_for(config, layout.pipeline, partition, compile)
     plan = plan_for(config, recipe, layout, accumulation, **ds)
     return build_engine(plan, ranks, reference.values)
 
 
-def train(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **ds: Any) -> Curve:
-    engine = start(config, layout, partition, accumulation, **ds)
+def train(config: dict, layout: Layout, partition: str = "parameters", accumulation: int = 2, **options: Any) -> Curve:
+    engine = start(config, layout, partition, accumulation, **options)
     stream, curve = Stream(config, engine.ranks, accumulation), Curve()
     for step in range(STEPS):
         output = engine.train_step(stream, step)

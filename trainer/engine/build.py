@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...data_prep.errors import UserError
 from ..adapters.merged import initial_values
+from ..kernels.compiled import check_compiler
 from ..modeling.build import Values
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, accelerator
@@ -24,6 +25,8 @@ def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None) -> Engi
     if able is not None and not able():
         device, instead = accelerator().device_name(), "bf16" if plan.precision.name == "fp16" else "neither, for fp32"
         raise UserError(f"{plan.precision}: the accelerator ({device}) cannot train in it; enable {instead}")
+    if plan.recipe.compile == "blocks":
+        ranks.together(lambda: check_compiler(ranks.device.type))
     values = values or ranks.together(lambda: initial_values(plan.recipe.model.init))
     if plan.layout.pipeline > 1:
         from .pipeline import PipelineEngine

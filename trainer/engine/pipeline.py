@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.batches import Batch, StepBatch
+from ..kernels.compiled import compile_blocks
 from ..modeling.build import Values
 from ..modeling.cross_entropy import whole_logits
 from ..modeling.layer_costs import layer_seconds, step_seconds
 from ..modeling.partition import stage_costs
-from ..modeling.pipeline import Builder, StageLoss, Stages
+from ..modeling.pipeline import Block, Builder, StageLoss, Stages
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.quiet import hushed
@@ -52,6 +53,8 @@ class PipelineEngine(Engine):
             self._head = StageLoss(builder, self._add_loss, plan.precision.autocast, *self.counting)
             self._stages = Stages(builder, self._head, method, costs)
             self._stages.before_forward = lambda micro: self._seed(self._step, micro)
+            if plan.recipe.compile == "blocks":
+                compile_blocks(layer.block for layer in self._stages.forward_funcs if isinstance(layer, Block))
             self.module: nn.Module = self._stages
             self.deepspeed = self._initialize(config)
         # of a step, by the measured costs of the layers; None unless they were measured

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, StepBatch
 from ..data.noise import noisy
 from ..families.registry import family_of
+from ..kernels.compiled import blocks_of, compile_blocks
 from ..modeling.build import Values, build_model
 from ..modeling.causal import CausalLM
 from ..modeling.tensor_parallel import parallelise
@@ -33,6 +34,8 @@ class ZeroEngine(Engine):
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if plan.recipe.compile == "blocks":
+            compile_blocks(blocks_of(model))
         self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks, *self.counting).train()
         if ranks.sequence_size > 1:
             from ..modeling.sequence_parallel import SequenceParallel

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import uncompiled
 from .dropout import Masks
 
 _QUERIES = 128  # of one block
@@ -80,6 +81,7 @@ def _scores(query: Tensor, key: Tensor, heads: slice, rows: slice, end: int) -> 
     return scores
 
 
+@uncompiled
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, p: float, scale: float | None = None) -> Tensor:
     """As `scaled_dot_product_attention(…, dropout_p=p, is_causal=True)`, in what autocast computes in.
 

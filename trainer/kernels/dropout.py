@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import uncompiled
+
 _SEEDS = 1 << 62
 _STEPS = 1 << 16  # a mask takes 16 random bits a number
 
@@ -62,8 +64,11 @@ class _Dropout(torch.autograd.Function):
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """As `torch.nn.functional.dropout`."""
-    if not training or not 0 < p < 1 or x.device.type != "cpu":
-        return F.dropout(x, p, training)
+    return _dropout(x, p) if training and 0 < p < 1 and x.device.type == "cpu" else F.dropout(x, p, training)
+
+
+@uncompiled
+def _dropout(x: Tensor, p: float) -> Tensor:
     return _Dropout.apply(x, Masks.drawn(p))  # type: ignore[return-value]
 
 

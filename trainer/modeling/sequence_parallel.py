@@ -18,6 +18,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.compiled import uncompiled
 from ..ranks.ranks import Ranks
 from .attention import attention_by_text, causal_mask
 
@@ -108,6 +109,7 @@ def _convert(module: Any, exchange: DistributedAttention, owner: SequenceParalle
     module.attend_in_parallel = attend
 
 
+@uncompiled
 def _ulysses_attention(
     module: Any,
     query: Tensor,

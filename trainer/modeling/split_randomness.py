@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from ..kernels.compiled import uncompiled
 from ..ranks.ranks import Ranks
 
 SEEDS = 1 << 62
@@ -34,6 +35,7 @@ class SplitRandomness:
         first.register_forward_hook(lambda _module, _inputs, _output: self.enter())
         last.register_forward_pre_hook(lambda _module, _inputs: self.leave())
 
+    @uncompiled
     def enter(self) -> None:
         if not self.module.training:
             return
@@ -43,6 +45,7 @@ class SplitRandomness:
         self.shared = torch.get_rng_state(), accelerator.get_rng_state() if on_device else None
         torch.manual_seed(seed + self.rank)
 
+    @uncompiled
     def leave(self) -> None:
         if self.shared is None:
             return

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ...data_prep.errors import UserError
 from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
+from ..kernels.compiled import uncompiled
 from ..kernels.exact_sums import look_up
 from ..ranks.ranks import Ranks
 from .split_randomness import SplitRandomness
@@ -53,6 +54,16 @@ class _Reduce(torch.autograd.Function):
         return gradients[0], None
 
 
+@uncompiled
+def _fork(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return _Fork.apply(x, group)  # type: ignore[return-value]
+
+
+@uncompiled
+def _reduce(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return _Reduce.apply(x, group)  # type: ignore[return-value]
+
+
 class RowParallelLinear(nn.Module):
     """A linear whose input features are split: each rank adds its part, the bias comes after the sum."""
 
@@ -66,7 +77,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         part = x @ self.weight if self.transposed else F.linear(x, self.weight)
-        total = _Reduce.apply(part, self.group)
+        total = _reduce(part, self.group)
         return total if self.bias is None else total + self.bias
 
 
@@ -86,7 +97,7 @@ class VocabParallelEmbedding(nn.Module):
         rows = look_up((ids - self.first).masked_fill(elsewhere, 0), self.weight)
         if self.padding_idx is not None:
             rows = torch.where(frozen[..., None], rows.detach(), rows)
-        return _Reduce.apply(rows.masked_fill(elsewhere[..., None], 0), self.group)
+        return _reduce(rows.masked_fill(elsewhere[..., None], 0), self.group)
 
 
 def parallelise(module: nn.Module, family: Family | None, ranks: Ranks) -> None:
@@ -128,7 +139,11 @@ def _check_accounted(spec: ParamSpec) -> None:
 
 def _fork_output(norm: nn.Module, ranks: Ranks) -> None:
     group = ranks.tensor_group
-    norm.register_forward_hook(lambda _module, _inputs, output: _Fork.apply(output, group))
+
+    def fork(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
+        return _fork(output, group)
+
+    norm.register_forward_hook(fork)
 
 
 def _spec(module: nn.Module) -> ParamSpec:

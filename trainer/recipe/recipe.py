@@ -198,6 +198,8 @@ class Recipe(_Section):
     """What is learnt: a name, or a mapping of `type` and its options."""
     adapter: Choice = "none"
     """What is trained beside or instead of all weights: none, or a mapping of `type` and its options."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: torch.compile of the model's blocks; the first steps take longer, the others less."""
     parallel: Parallel = Parallel()
     batch: BatchSize = BatchSize()
     duration: Duration
