@@ -9,6 +9,7 @@ from ..checkpoint.folder import check_same_run
 from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
 from ..data.batches import BatchStream
+from ..metrics.reading import skipped_samples
 from ..metrics.record import RunLog
 from ..run.data import RunData
 from ..run.guard import check_claim
@@ -50,9 +51,19 @@ class Checkpoints:
         saved, source = load(self.engine.live, checkpoint), checkpoint.path
         state.step, state.samples_consumed = saved["step"], saved["samples_consumed"]
         state.tokens_consumed = saved["tokens_consumed"]
+        state.skipped = [(first, stop) for first, stop in saved.get("skipped", [])]
+        self.engine.bad_steps.remember(self._skipped_before(state))
         self.stream.samples_consumed = state.samples_consumed
         self.log.start("resume", state.step, f"resumed from {source} at step {state.step}", path=str(source))
         return state
+
+    def _skipped_before(self, state: TrainState) -> list[tuple[int, int]]:
+        """What the checkpoint holds, and what the run's record tells of steps beyond it. Collective."""
+        found: list[tuple[int, int]] | None = None
+        if self.ranks.is_main and self.engine.bad_steps.skips:
+            found = skipped_samples(self.recipe.output)
+        (beyond, *_) = self.ranks.gather_objects(found)
+        return [*state.skipped, *(beyond or [])]
 
     def save_if_due(self, state: TrainState) -> None:
         """Saves where a checkpoint is due, and records those that were published. Collective.
@@ -76,6 +87,7 @@ class Checkpoints:
             "tokens_consumed": state.tokens_consumed,
             "precision": self.plan.precision.name,
             "stop_ids": self.stop_ids,
+            "skipped": [list(samples) for samples in state.skipped],
             **self.identity,
             **({} if self.base is None else {"base": self.base.record()}),
         }

@@ -70,9 +70,15 @@ class RunLog:
             "samples": list(output.samples),
             "ledger": f"{output.ledger:016x}",
             "data_seconds": output.data_seconds,
+            **({} if output.applied else {"applied": False}),
+            **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
         }
         self._attempt({"kind": "train", "step": state.step, **record})
+        if output.bad:
+            first, stop = output.samples
+            said = f"step {state.step}: loss {output.loss}, no update; samples {first} to {stop - 1} are left out"
+            self.event("skip", state.step, said, samples=list(output.samples))
 
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
