@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -186,8 +188,28 @@ def evaluation_batches(
 
     Every rank gets the same number of micro batches; rows beyond the split's end carry no loss.
     """
-    rows = [(own, number) for own in samples for number in range(len(own))]
-    return batches_of(rows if batches is None else rows[: batches * shape.global_batch], shape, ranks)
+    return batches_of(SplitRows(samples, None if batches is None else batches * shape.global_batch), shape, ranks)
+
+
+class SplitRows(Sequence[tuple[Samples, int]]):
+    """The samples of a split one after the other, at most `limit` of them, named when they are asked for: a split of
+    millions of samples is not listed on every rank.
+    """
+
+    def __init__(self, samples: Sequence[Samples], limit: int | None = None) -> None:
+        self._samples = samples
+        self._stops = list(accumulate(map(len, samples)))
+        whole = self._stops[-1] if self._stops else 0
+        self._len = whole if limit is None else min(whole, limit)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, place: int) -> tuple[Samples, int]:  # type: ignore[override]
+        if not 0 <= place < self._len:
+            raise IndexError(place)
+        part = bisect_right(self._stops, place)
+        return self._samples[part], place - (self._stops[part - 1] if part else 0)
 
 
 def batches_of(rows: Sequence[tuple[Samples, int]], shape: BatchShape, ranks: Ranks) -> Iterator[Batch]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,7 +13,6 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from ...data_prep.errors import UserError
 from ..adapters.base import install
 from ..adapters.registry import adapter_of
 from ..checkpoint.deepspeed_state import Live
@@ -32,6 +30,7 @@ from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
 from ..run.state import StepOutput
+from .bad_steps import BadSteps
 from .coming import Agreed, Coming
 
 
@@ -64,6 +63,7 @@ class Engine(ABC):
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
         self._agreed: Agreed | None = None  # the next step's batch
+        self.bad_steps = BadSteps(plan)
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -96,8 +96,9 @@ class Engine(ABC):
             agreed = Agreed(coming, self.ranks.all_sum(coming.numbers))
         waited = time.perf_counter() - started
         batch, totals = agreed.take(stream, self.ranks)
-        rate = self._set_learning_rate(step)
-        sums, norm = self._update(batch, step, totals.weight)
+        rate, known = self._set_learning_rate(step), batch.first in self.bad_steps.known
+        sums, norm = self._without_update() if known else self._update(batch, step, totals.weight)
+        applied = not known and self._applied()
         sums, coming, more = self._own(sums), None, 0.0
         if step + 1 < self.plan.total_steps:
             before = time.perf_counter()
@@ -106,9 +107,10 @@ class Engine(ABC):
         found = self.ranks.all_sum(sums, [float(stop), *(() if coming is None else coming.numbers)])
         (loss, *metrics), (stopped, *numbers) = found[: len(sums)], found[len(sums) :]
         self._agreed = None if coming is None else Agreed(coming, numbers)
+        loss, norm = loss / totals.weight, None if norm is None else float(norm)
         output = StepOutput(
-            loss=loss / totals.weight,
-            grad_norm=None if norm is None else float(norm),
+            loss=loss,
+            grad_norm=norm,
             lr=rate,
             tokens=totals.tokens,
             seconds=time.perf_counter() - started,
@@ -116,9 +118,12 @@ class Engine(ABC):
             samples=(batch.first, batch.stop),
             ledger=totals.ledger,
             stop=stopped > 0,
+            applied=applied,
+            bad=known or self.bad_steps.left_out(loss, norm, applied),
+            loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.plan.precision.name == "fp16" else None,
             metrics={name: m / totals.weight for name, m in zip(self.objective.metrics, metrics, strict=True)},
         )
-        self._refuse_what_is_no_number(output, step)
+        self.bad_steps.judge(output, step)
         return output
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
@@ -205,17 +210,16 @@ class Engine(ABC):
         place = step, micro, self.ranks.data, *([axis] if axis else [])
         torch.manual_seed(key64(self.plan.recipe.seed, "forward", *place) >> 1)
 
-    def _refuse_what_is_no_number(self, output: StepOutput, step: int) -> None:
-        numbers = {"loss": output.loss}
-        if self.plan.precision.name != "fp16" and output.grad_norm is not None:  # fp16 skips such steps
-            numbers["gradient norm"] = output.grad_norm
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"step {step + 1}: the {name} is {value} (samples {output.samples[0]} to {output.samples[1] - 1}, "
-                    f"lr {output.lr:.3g}); lower optimizer.lr, warm up longer or use bf16 instead of fp16. Checkpoints "
-                    f"in {self.plan.recipe.output} are from before"
-                )
+    def _applied(self) -> bool:
+        """Whether the step that has just been taken changed the weights; DeepSpeed knows without asking the device."""
+        return self.deepspeed.was_step_applied()
+
+    def _without_update(self) -> tuple[Tensor, None]:
+        """A step that was bad the first time, counted as DeepSpeed counted it then."""
+        engine = self.deepspeed
+        engine.global_steps, engine.skipped_steps = engine.global_steps + 1, engine.skipped_steps + 1
+        engine.global_samples += engine.train_batch_size()
+        return self._vector(None).fill_(float("nan")), None
 
 
 def planned_rate(plan: Plan, step: int) -> float:

@@ -9,12 +9,15 @@ from ..checkpoint.folder import check_same_run
 from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
 from ..data.batches import BatchStream
+from ..metrics.reading import skipped_samples
 from ..metrics.record import RunLog
 from ..run.data import RunData
+from ..run.guard import check_claim
 from ..run.state import TrainState
 from .base import Engine
 
 PROBE_TOKENS = 16
+_CANNOT_SAVE = "cannot write the checkpoint (older ones are untouched)"
 
 
 class Checkpoints:
@@ -48,9 +51,19 @@ class Checkpoints:
         saved, source = load(self.engine.live, checkpoint), checkpoint.path
         state.step, state.samples_consumed = saved["step"], saved["samples_consumed"]
         state.tokens_consumed = saved["tokens_consumed"]
+        state.skipped = [(first, stop) for first, stop in saved.get("skipped", [])]
+        self.engine.bad_steps.remember(self._skipped_before(state))
         self.stream.samples_consumed = state.samples_consumed
         self.log.start("resume", state.step, f"resumed from {source} at step {state.step}", path=str(source))
         return state
+
+    def _skipped_before(self, state: TrainState) -> list[tuple[int, int]]:
+        """What the checkpoint holds, and what the run's record tells of steps beyond it. Collective."""
+        found: list[tuple[int, int]] | None = None
+        if self.ranks.is_main and self.engine.bad_steps.skips:
+            found = skipped_samples(self.recipe.output)
+        (beyond, *_) = self.ranks.gather_objects(found)
+        return [*state.skipped, *(beyond or [])]
 
     def save_if_due(self, state: TrainState) -> None:
         """Saves where a checkpoint is due, and records those that were published. Collective.
@@ -64,13 +77,17 @@ class Checkpoints:
             self.log.event("save", state.step, path=str(path), drawn=self.stream.drawn())
 
     def save(self, state: TrainState) -> None:
-        """Saves now. Collective, and raises, as `save_if_due`."""
+        """Saves now, if the run directory is still this run's. Collective, and raises, as `save_if_due`."""
+        self.ranks.together(
+            lambda: check_claim(self.recipe.output, self.log.run) if self.ranks.is_main else None, _CANNOT_SAVE
+        )
         record = {
             "step": state.step,
             "samples_consumed": state.samples_consumed,
             "tokens_consumed": state.tokens_consumed,
             "precision": self.plan.precision.name,
             "stop_ids": self.stop_ids,
+            "skipped": [list(samples) for samples in state.skipped],
             **self.identity,
             **({} if self.base is None else {"base": self.base.record()}),
         }

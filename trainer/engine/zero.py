@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class ZeroEngine(Engine):
     def __init__(self, plan: Plan, ranks: Ranks, values: Values | None = None) -> None:
         super().__init__(plan, ranks)
         config = runtime_config(plan, ranks)
+        self._spoilt = False  # a gradient that is no number was taken away at stage 0
         zero3 = config if plan.layout.zero_stage == 3 else None
         model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3, self._convert)
         parallelise(model, family_of(plan.model_config), ranks)
@@ -44,7 +47,7 @@ class ZeroEngine(Engine):
         self.deepspeed = self._initialize(config, Mpu(ranks) if ranks.tensor_size > 1 else None)
 
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
-        norm, sums = None, self._vector(None)
+        norm, sums, self._spoilt = None, self._vector(None), False
         for number, micro in enumerate(batch.micro_batches):
             self._seed(step, number)
             loss = self._forward(micro)
@@ -52,9 +55,15 @@ class ZeroEngine(Engine):
             self.deepspeed.backward(loss.sum * (self.ranks.replicas / weight), scale_wrt_gas=False)
             if number + 1 == len(batch.micro_batches):
                 norm = self._unpartitioned_norm()
-            self.deepspeed.step()
+                # without ZeRO it is torch's own optimizer, which would go on with it
+                self._spoilt = norm is not None and self.bad_steps.skips and not bool(norm.isfinite())
+            with holding_still(self.deepspeed.optimizer) if self._spoilt else nullcontext():
+                self.deepspeed.step()
             sums += self._vector(loss)
         return sums, self.deepspeed.get_global_grad_norm() if norm is None else norm
+
+    def _applied(self) -> bool:
+        return super()._applied() and not self._spoilt
 
     def token_losses(self, micro: Batch) -> Tensor:
         return self._evaluated(micro.input_ids.to(self.ranks.device), micro.labels, micro.position_ids)
@@ -88,3 +97,16 @@ class ZeroEngine(Engine):
         square = torch.nn.utils.get_total_norm(counted).square()  # type: ignore[arg-type]
         torch.distributed.all_reduce(square, group=self.ranks.tensor_group)
         return square.sqrt()
+
+
+@contextmanager
+def holding_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The optimizer's step does nothing inside; DeepSpeed counts and clears as after any step."""
+    before = vars(optimizer).get("step")  # a scheduler's, if it is there
+    optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.step
+        if before is not None:
+            optimizer.step = before

@@ -53,3 +53,20 @@ def read_metrics(run_directory: str | Path) -> list[dict[str, Any]]:
 def resumed_from(first: Mapping[str, Any]) -> int:
     """The step before a process group's first record: an event names the step it starts from, a step comes after."""
     return first["step"] - (first["kind"] == "train")
+
+
+def skipped_samples(run_directory: str | Path) -> list[tuple[int, int]]:
+    """Ranges of samples that any process group of this run left out since it was started afresh; none without a record.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    if not (Path(run_directory) / METRICS).exists():
+        return []
+    found: list[tuple[int, int]] = []
+    for record in read_lines(run_directory):
+        if record.get("event") == "start":
+            found = []
+        elif record.get("event") == "skip":
+            found.append((record["samples"][0], record["samples"][1]))
+    return found

@@ -19,7 +19,7 @@ from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.environment import describe_host, environment
 from ..run.exit_notes import LAUNCH_FOLDER
-from ..run.guard import StopRequest, record_configuration
+from ..run.guard import StopRequest, claim, record_configuration
 from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
@@ -71,11 +71,17 @@ class RunLog:
             "samples": list(output.samples),
             "ledger": f"{output.ledger:016x}",
             "data_seconds": output.data_seconds,
+            **({} if output.applied else {"applied": False}),
+            **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
         }
         self._attempt({"kind": "train", "step": state.step, **record})
         if self.plan.recipe.compile != "none" and len(self._warmth) < 2:
             self._report_compilation(state.step, output.seconds)
+        if output.bad:
+            first, stop = output.samples
+            said = f"step {state.step}: loss {output.loss}, no update; samples {first} to {stop - 1} are left out"
+            self.event("skip", state.step, said, samples=list(output.samples))
 
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
@@ -111,6 +117,7 @@ class RunLog:
         record = {"kind": "event", "event": event, "step": step, **fields, **facts}
         settings = SinkSettings(self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record))
         self.directory.mkdir(parents=True, exist_ok=True)
+        claim(self.directory, self.run)
         record_configuration(plan)
         text = json.dumps(environment(self.run, self.hosts), indent=2)
         write_durably(self.directory / "environment.json", text + "\n")

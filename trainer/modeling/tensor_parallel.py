@@ -20,6 +20,7 @@ from ...data_prep.errors import UserError
 from ..families.family import Family, HeadCount
 from ..families.specs import ParamSpec
 from ..kernels.compiled import uncompiled
+from ..kernels.exact_sums import look_up
 from ..ranks.ranks import Ranks
 from .split_randomness import SplitRandomness
 
@@ -93,7 +94,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         elsewhere = (ids < self.first) | (ids >= self.last)
         frozen = elsewhere if self.padding_idx is None else elsewhere | (ids == self.padding_idx)
-        rows = F.embedding((ids - self.first).masked_fill(elsewhere, 0), self.weight)
+        rows = look_up((ids - self.first).masked_fill(elsewhere, 0), self.weight)
         if self.padding_idx is not None:
             rows = torch.where(frozen[..., None], rows.detach(), rows)
         return _reduce(rows.masked_fill(elsewhere[..., None], 0), self.group)

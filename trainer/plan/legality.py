@@ -76,6 +76,13 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
 
 def _precision(settings: Settings, layout: Layout) -> Iterator[str]:
     name, alone = settings.precision.name, layout.pipeline == 1
+    if settings.sum_width > settings.precision.width and not alone:
+        yield (
+            "data_types.grad_accum_dtype fp32 with a pipeline: DeepSpeed's BF16_Optimizer then clips by a wrong norm; "
+            "leave it out, or use torch_autocast, which sums in fp32"
+        )
+    if settings.sum_width > settings.precision.width and layout.zero_stage == 0 and alone:
+        yield "data_types.grad_accum_dtype fp32 with ZeRO-0: needs zero_optimization.stage 1, 2 or 3"
     if layout.zero_stage > 0:
         return
     if name == "bf16" and alone:

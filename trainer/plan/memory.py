@@ -175,11 +175,13 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     flats = [_ceil(sum(group), 2 * ranks) for group in sizes.groups]
     partitions = [flat // ranks for flat in flats]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
-    accumulates = settings.accumulation != 1
-    bucket = width * settings.reduce_bucket_size
+    accumulates, sums = settings.accumulation != 1, settings.sum_width
+    bucket = sums * settings.reduce_bucket_size
     buckets = bucket * (2 if settings.overlap_comm else 1)
     whole = width * sum(sizes.trained)
     gradients = whole if layout.zero_stage == 1 else width * owned * (1 + accumulates)
+    if sums > width:  # stage 1: BF16_Optimizer's flat buffers, of all; stage 2: one of this rank's partition
+        gradients = sums * sum(flats) if layout.zero_stage == 1 else width * owned + sums * part
     whole_base = width * sum(sizes.frozen) + sum(sizes.packed) + sizes.scales
     states = {"parameters": width * sum(flats) + whole_base, "buffers": buckets}
     if not layout.offload_optimizer:
@@ -206,7 +208,7 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
     gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
     states = states_width * part
-    gradients = width * part
+    gradients = settings.sum_width * part
     bucket = width * settings.reduce_bucket_size
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
     on_host = (resting if layout.offload_param else 0) + (

@@ -88,6 +88,12 @@ class Settings:
         return section_of(self.json, "optimizer", "params") or {}
 
     @property
+    def sum_width(self) -> int:
+        """Bytes of a gradient while those of several micro batches are summed."""
+        dtype = str(section_of(self.json, "data_types", "grad_accum_dtype")).removeprefix("torch.")
+        return 4 if dtype in _DTYPES["fp32"] else self.precision.width
+
+    @property
     def scheduler(self) -> Mapping[str, Any] | None:
         """The JSON's own scheduler, which replaces the recipe's schedule."""
         return section_of(self.json, "scheduler")
@@ -210,7 +216,10 @@ def _data_types(json: Mapping[str, Any], precision: Precision, problems: list[st
     computes = precision.name if precision.name in _DTYPES else "fp32"
     for key in ("grad_accum_dtype", "param_dtype"):
         dtype = section_of(json, "data_types", key)
-        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES[computes]:
+        allowed = _DTYPES[computes]
+        if key == "grad_accum_dtype" and computes == "bf16":
+            allowed = (*allowed, *_DTYPES["fp32"])
+        if dtype is not None and str(dtype).removeprefix("torch.") not in allowed:
             problems.append(
                 f"data_types.{key} {dtype!r} with {precision}: untried with our checkpoints; use {computes}"
             )

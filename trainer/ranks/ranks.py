@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...data_prep.errors import UserError, os_problem
+from .late_compiling import compile_when_called
 from .ports import free_port
 
 _T = TypeVar("_T")
@@ -131,12 +132,13 @@ def accelerator() -> Any:
 
 
 def prepare_backend() -> None:
-    """Settings that must precede any use of DeepSpeed's communication.
+    """Settings that must precede any use of DeepSpeed's communication and optimizers.
 
     On CPUs DeepSpeed would build a shared-memory extension that leaks 66 MiB of /dev/shm per rank and launch.
     """
     import deepspeed.ops
 
+    compile_when_called()
     if accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
 

@@ -210,6 +210,8 @@ class Recipe(_Section):
     log: Log = Log()
     eval: Eval = Eval()
     save: Save = Save()
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is no number: stop, or skip the update and leave its samples out from then on."""
     resume: Place = "auto"
     """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..recipe.recipe import dump_recipe
 
+_OWNER = ".owner"
 _CANNOT_WRITE = "the run's output cannot be written"
 
 
@@ -33,6 +36,35 @@ def exclusive(output: Path, ranks: Ranks) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def claim(output: Path, run: str) -> None:
+    """Notes which run owns the directory. For one rank.
+
+    Where a file system keeps locks to one host, or has none, a run on another host is not held back: the one that came
+    last owns the directory, and the one before finds that out when it is about to save.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_durably(output / _OWNER, f"{run} process {os.getpid()} on {socket.gethostname()}\n")
+
+
+def check_claim(output: Path, run: str) -> None:
+    """Looks whether the directory is still this run's, before something is saved there. For one rank.
+
+    Raises:
+        UserError: another run has begun there.
+    """
+    try:
+        owner, _, where = (output / _OWNER).read_text(encoding="utf-8").strip().partition(" ")
+    except FileNotFoundError:  # nobody's
+        return
+    if owner != run:
+        raise UserError(
+            f"output: another run ({where}) has begun in {output} and owns it now; this one saves nothing more there. "
+            "Its file system does not hold runs of two hosts apart: give each an output of its own"
+        )
 
 
 def record_configuration(plan: Plan) -> None:

@@ -19,6 +19,9 @@ class StepOutput:
     samples: tuple[int, int]  # first global sample index, last + 1
     ledger: int  # digest of the samples that all ranks consumed
     stop: bool = False  # some rank was asked to stop
+    applied: bool = True  # whether there was an update
+    bad: bool = False  # no update, since loss or gradient is no number, now or the first time these samples came
+    loss_scale: float | None = None  # of fp16
     metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, divided by the weight too
 
 
@@ -31,12 +34,15 @@ class TrainState:
     samples_consumed: int = 0
     tokens_consumed: int = 0  # those that carried loss
     stopped: bool = False
+    skipped: list[tuple[int, int]] = field(default_factory=list)  # samples of bad steps: first, last + 1
 
     def advance(self, output: StepOutput) -> None:
         self.step += 1
         self.samples_consumed = output.samples[1]
         self.tokens_consumed += output.tokens
         self.stopped = output.stop
+        if output.bad:
+            self.skipped.append(output.samples)
 
     @property
     def done(self) -> bool:

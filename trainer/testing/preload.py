@@ -4,12 +4,10 @@ from ..run.quiet import quiet
 
 quiet()  # before the libraries are imported
 
-import deepspeed.runtime.zero.muon.muon_optimizer as muon  # noqa: E402, every ZeRO engine imports it: seconds
-
 from .. import loop  # noqa: E402
 from ..engine import pipeline as pipeline_engine  # noqa: E402
 from ..modeling import pipeline, sequence_parallel  # noqa: E402
 from ..ranks.ranks import prepare_backend  # noqa: E402
 
-MODULES = (muon, loop, pipeline_engine, pipeline, sequence_parallel)
+MODULES = (loop, pipeline_engine, pipeline, sequence_parallel)
 prepare_backend()

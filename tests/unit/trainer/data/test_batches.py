@@ -12,7 +12,7 @@ import torch
 
 from tests.tiny import EOD, GPT2, LLAMA, NO_DROPOUT, VOCAB, tiny_recipe, tiny_store
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.data.batches import BatchShape, BatchStream, evaluation_batches, make_batch
+from zeropipe.trainer.data.batches import BatchShape, BatchStream, SplitRows, evaluation_batches, make_batch
 from zeropipe.trainer.data.labels import IGNORE
 from zeropipe.trainer.data.samples import Windows, open_samples, sample_order
 from zeropipe.trainer.modeling.build import build_model
@@ -112,6 +112,30 @@ def test_evaluation_covers_a_split_once(store, world):
         rows += [row.tolist() for b in batches for row, y in zip(b.input_ids, b.labels, strict=True) if y[0] != IGNORE]
     expected = [windows[0].tokens(sample)[:-1].tolist() for sample in range(len(windows[0]))]
     assert sorted(rows) == sorted(expected) and len(counts) == 1
+
+
+class Counted:
+    """Samples that only say how many they are."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_a_split_of_billions_is_not_listed():
+    parts = [Counted(3), Counted(0), Counted(4_000_000_000), Counted(2)]
+    rows = SplitRows(parts)  # type: ignore[arg-type]
+    assert len(rows) == 4_000_000_005
+    ends = (0, 2, 3, 4_000_000_002, 4_000_000_003, 4_000_000_004)
+    assert [(parts.index(part), number) for part, number in map(rows.__getitem__, ends)] == [
+        (0, 0), (0, 2), (2, 0), (2, 3_999_999_999), (3, 0), (3, 1)
+    ]  # fmt: skip
+    with pytest.raises(IndexError):
+        rows[4_000_000_005]
+    assert len(SplitRows(parts, 7)) == 7  # type: ignore[arg-type]
+    assert len(SplitRows([], 7)) == 0
 
 
 @pytest.mark.parametrize("model", [{**GPT2, **NO_DROPOUT}, LLAMA], ids=["gpt2", "llama"])

@@ -253,7 +253,7 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         "scheduler.type 'Cosine': DeepSpeed has LRR",
     ),
     ("clipping", 1, {"gradient_clipping": -1}, {}, "gradient_clipping must be a number, 0 for none; got -1"),
-    ("accumulate", 1, {**zero(1), "data_types": {"grad_accum_dtype": "fp32"}}, {}, "grad_accum_dtype 'fp32' with bf16"),
+    ("accumulate", 1, {**zero(1), "data_types": {"grad_accum_dtype": "fp16"}}, {}, "grad_accum_dtype 'fp16' with bf16"),
     ("sum", 1, {"gradient_allreduce_op": "sum"}, {}, "gradient_allreduce_op sum: .*use mean"),
     ("quantized", 1, zero(3, zero_quantized_weights=True), {}, "zero_quantized_weights true: losses would depend"),
     ("typo", 1, {"zero_optimisation": {}}, {}, "DeepSpeed JSON: zero_optimisation: unknown key"),
