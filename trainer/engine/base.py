@@ -7,7 +7,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -93,7 +93,8 @@ class Engine(ABC):
         loss, *metrics = (value / totals.weight for value in self._over_ranks(sums))
         output = totals.output(loss, norm, rate, dict(zip(self.objective.metrics, metrics, strict=True)))
         self._refuse_what_is_no_number(output, step)
-        return output
+        # of finished updates, elsewhere than in AdamW, DeepSpeed's norm says nothing of the gradients
+        return output if self.plan.settings.optimizer.elementwise else replace(output, grad_norm=None)
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
         """The objective's sums over all ranks' batches, without gradients."""

@@ -15,7 +15,7 @@ from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
 from .layout import Layout
 from .model_config import longest_sequence
-from .settings import Settings
+from .settings import Settings, section_of
 from .stages import split_layers
 
 
@@ -56,6 +56,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         UserError: one line that lists every refusal, each with its alternatives.
     """
     refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
+    refusals += [*_optimizer(recipe, settings, layout)]
     refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
     if not refusals:
         refusals += [*_groups(recipe, settings, layout, model)]
@@ -92,6 +93,32 @@ def _offload(layout: Layout) -> Iterator[str]:
         yield "offload_optimizer with ZeRO-0: needs zero_optimization.stage 1, 2 or 3"
     if layout.offload_param and layout.zero_stage != 3:
         yield f"offload_param with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
+
+
+def _optimizer(recipe: Recipe, settings: Settings, layout: Layout) -> Iterator[str]:
+    name, optimizer = settings.optimizer_type, settings.optimizer
+    stated = section_of(settings.json, "zero_optimization") or {}
+    for key, value in optimizer.zero_options.get(layout.zero_stage, {}).items():
+        if stated.get(key, value) != value:
+            yield (
+                f"zero_optimization.{key} {str(stated[key]).lower()}: {name} with ZeRO-{layout.zero_stage} needs "
+                f"{str(value).lower()}; leave it out"
+            )
+    if optimizer.elementwise:
+        return
+    if settings.clipping > 0:
+        yield (
+            f"gradient_clipping {settings.clipping} with {name}: DeepSpeed would clip finished updates of matrices, "
+            "not gradients; set it to 0 or leave it out"
+        )
+    if layout.zero_stage == 0:
+        yield f"{name} with ZeRO-0: use zero_optimization.stage 1, 2 or 3 (also on one rank)"
+    if layout.tensor > 1:
+        yield f"{name} with tensor parallel {layout.tensor}: it would work on pieces of matrices; set it to 1"
+    if layout.pipeline > 1:
+        yield f"{name} with pipeline {layout.pipeline}: untried; set parallel.pipeline to 1, or use AdamW"
+    if adapter_of(recipe.adapter) is not None:
+        yield f"{name} with adapter {recipe.adapter!r}: no matrix of the blocks is trained; use AdamW"
 
 
 def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:

@@ -43,6 +43,8 @@ class Sizes:
     """Elements of each parameter of a rank: of those that it trains, in the groups that the optimizer has."""
 
     groups: tuple[tuple[int, ...], ...]
+    state_bytes: tuple[int, ...]  # of the optimizer's states, per element of each group
+    whole: tuple[bool, ...]  # groups of which ZeRO-1 and 2 keep those states of whole parameters
     frozen: tuple[int, ...] = ()
     packed: tuple[int, ...] = ()  # bytes of the frozen ones that are kept in four bits; they are in no other field
     scales: int = 0  # bytes of what belongs to those; ZeRO does not partition it
@@ -105,7 +107,14 @@ def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedd
     frozen = tuple(size(spec) for spec in specs if not spec.trained and not spec.packed)
     in_four_bits = [size(spec) for spec in specs if spec.packed]
     packed = tuple(_ceil(elements, 2) // 2 for elements in in_four_bits)
-    return Sizes(tuple(tuple(map(size, own)) for _, own in groups), frozen, packed, sum(map(_scales, in_four_bits)))
+    return Sizes(
+        groups=tuple(tuple(map(size, own)) for _, own in groups),
+        state_bytes=tuple(optimizer.state_bytes(group) for group, _ in groups),
+        whole=tuple(not optimizer.elementwise and group.states is not None for group, _ in groups),
+        frozen=frozen,
+        packed=packed,
+        scales=sum(map(_scales, in_four_bits)),
+    )
 
 
 def _scales(elements: int) -> int:
@@ -122,7 +131,7 @@ def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]
     return {
         "parameters": width * sum(sizes.all) + sum(sizes.packed) + sizes.scales,
         "gradients": width * elements,
-        "optimizer": settings.optimizer.state_bytes * elements + master,
+        "optimizer": sum(of * sum(own) for of, own in zip(sizes.state_bytes, sizes.groups, strict=True)) + master,
         "buffers": 0,
         "update": width * elements + max(copies, master),
         "host": 0,
@@ -133,7 +142,6 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     """runtime/zero/stage_1_and_2.py: each group is one flat buffer, padded to 2 x ranks and cut into equal partitions;
     the master weights are a copy even in fp32."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     flats = [_ceil(sum(group), 2 * ranks) for group in sizes.groups]
     partitions = [flat // ranks for flat in flats]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
@@ -147,9 +155,11 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     if not layout.offload_optimizer:
         # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
         update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
-        return {**states, "gradients": gradients, "optimizer": states_width * part, "update": update, "host": 0}
+        optimizer = 4 * part + _moments(sizes, partitions)
+        return {**states, "gradients": gradients, "optimizer": optimizer, "update": update, "host": 0}
     largest = max(sizes.trained)
-    on_host = (states_width + 4 + width) * part + width * largest + (width * owned if accumulates else 0)
+    moments = sum(of * partition for of, partition in zip(sizes.state_bytes, partitions, strict=True))
+    on_host = moments + (8 + width) * part + width * largest + (width * owned if accumulates else 0)
     states["buffers"] += width * largest
     gradients = whole if layout.zero_stage == 1 else width * owned
     return {**states, "gradients": gradients, "optimizer": 0, "update": 0, "host": on_host}
@@ -160,14 +170,14 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
     string and makes a copy."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
     frozen, packed = (sum(_ceil(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
     resting = width * (part + frozen) + packed
     small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
     gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
-    states = states_width * part
+    moments = sum(of * sum(own) for of, own in zip(sizes.state_bytes, partitions, strict=True))
+    states = 4 * part + moments  # fp32 master weights, and their states
     gradients = width * part
     bucket = width * settings.reduce_bucket_size
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
@@ -185,6 +195,14 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
 
 
 _STATES = {0: _no_zero, 1: _zero_1_and_2, 2: _zero_1_and_2, 3: _zero_3}
+
+
+def _moments(sizes: Sizes, partitions: Sequence[int]) -> int:
+    """Bytes of the optimizer's states under ZeRO-1 and 2: of a rank's partition; or, of those that are kept whole (a
+    second time, for a step that may be skipped), of all the parameters that touch it.
+    """
+    own = zip(sizes.groups, sizes.state_bytes, sizes.whole, partitions, strict=True)
+    return sum(of * (2 * _owned([group], [part]) if whole else part) for group, of, whole, part in own)
 
 
 def _owned(groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:

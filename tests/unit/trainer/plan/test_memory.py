@@ -17,6 +17,7 @@ from zeropipe.trainer.plan.stages import layers_of, split_layers
 from zeropipe.trainer.recipe.precision import PRECISIONS
 
 BUCKET = 50_000  # elements: as the JSONs below state it
+MUON = {"optimizer": {"type": "Muon"}, "gradient_clipping": 0}
 LORA = {"type": "lora", "r": 32}
 SLACK = 10_000  # bytes: step counters of Adam, losses, token ids and the like
 
@@ -75,6 +76,10 @@ def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]
         ("zero3_offload", "bf16", {}, {}),
         ("zero3", "bf16", {"tensor_parallel": {"autotp_size": 2}}, {}),
         ("zero1", "fp32", {}, {"optimizer": {"embedding_lr": 1e-4}}),
+        ("zero1", "fp32", MUON, {}),
+        ("zero2", "bf16", MUON, {}),
+        ("zero2_offload", "fp32", MUON, {}),
+        ("zero3", "fp32", MUON, {}),
         ("zero0", "fp32", {}, {"adapter": {**LORA, "modules_to_save": ["ln_f"]}}),
         ("zero1", "bf16", {}, {"adapter": {**LORA, "modules_to_save": ["wte"]}}),
         ("zero2", "fp32", {}, {"adapter": {**LORA, "init": "pissa", "lr_ratio": 4.0}}),
