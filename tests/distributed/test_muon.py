@@ -31,9 +31,9 @@ def recipe_of(store: Path, output: Path, model: str = "gpt2", **sections: Any) -
 
 
 def json_of(zero: str, **extra: Any) -> dict[str, Any]:
-    ds = tiny.tiny_json(zero, optimizer={"type": "Muon"}, **extra)
+    ds = tiny.tiny_json(zero, optimizer={"type": "Muon"})
     del ds["gradient_clipping"]
-    return ds
+    return {**ds, **extra}
 
 
 def plain(recipe: dict[str, Any], muon: type[torch.optim.Optimizer] = PlainMuon) -> Curve:
@@ -134,13 +134,17 @@ def test_torchs_own_muon_is_as_near_as_bf16_allows(store, tmp_path, truths):
         assert worst(truth, tmp_path / method) < 5e-2
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_a_resume_on_the_same_layout_is_the_same_bit_for_bit(zero, store, tmp_path):
+RESUMES = [(zero, {}) for zero in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")]
+RESUMES += [(zero, {"bf16": {"enabled": True}}) for zero in ("zero1", "zero2", "zero3", "zero3_offload")]
+
+
+@pytest.mark.parametrize(("zero", "extra"), RESUMES)
+def test_a_resume_on_the_same_layout_is_the_same_bit_for_bit(zero, extra, store, tmp_path):
     sections: dict[str, Any] = {"schedule": {"type": "constant", "warmup": 0}, "duration": {"steps": 6}}
-    whole = tiny.train_on_ranks(2, recipe_of(store, tmp_path / "whole", **sections), json_of(zero))
+    whole = tiny.train_on_ranks(2, recipe_of(store, tmp_path / "whole", **sections), json_of(zero, **extra))
     recipe = recipe_of(store, tmp_path / "run", **sections)
-    tiny.train_on_ranks(2, {**recipe, "duration": {"steps": 3}}, json_of(zero))
-    assert tiny.train_on_ranks(2, recipe, json_of(zero))["loss"] == whole["loss"]
+    tiny.train_on_ranks(2, {**recipe, "duration": {"steps": 3}}, json_of(zero, **extra))
+    assert tiny.train_on_ranks(2, recipe, json_of(zero, **extra))["loss"] == whole["loss"]
     kinds = {True: ["master", "momentum_buffer"], False: ["exp_avg", "exp_avg_sq", "master"]}
     checkpoint = Checkpoint.open(tmp_path / "run")
     for name in checkpoint.names():

@@ -83,15 +83,15 @@ def _is_moment(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def kinds_of(parameters: Iterable[Any], kinds: Iterable[str]) -> Callable[[Any], list[str]]:
-    """Which of an optimizer's states it keeps of one of `parameters`: those that its `.states` names, where its group
-    has states of its own, else those that no other group has for itself.
+def kinds_of(parameters: Iterable[Any], kinds: Sequence[str]) -> Callable[[Any], list[str]]:
+    """Which states an optimizer keeps of one of `parameters`: those that its `.states` names, where its group has states
+    of its own, else those of `kinds` that no other group has for itself. None before the first step, without `kinds`.
     """
     taken = {kind for p in parameters for kind in getattr(p, "states", ())}
 
     def of(p: Any) -> list[str]:
         own = getattr(p, "states", None)
-        return [kind for kind in kinds if (kind in own if own is not None else kind not in taken)]
+        return [kind for kind in kinds if kind not in taken] if own is None else list(own if kinds else ())
 
     return of
 
@@ -226,6 +226,8 @@ def create_state(engine: Any, kinds: Sequence[str], scalars: Mapping[str, float]
         if not kinds and not scalars:
             continue
         dtype = torch.float32 if getattr(base, "fp32_optimizer_states", False) else flat.dtype
+        if hasattr(member, "states") and hasattr(member, "ds_id"):  # stage 3 gathers Muon's momentum as it is
+            dtype = zero.communication_data_type
         matrices = _matrices(zero, number)
         like = flat if matrices is None else flat.new_empty(sum(matrix.numel() for matrix in matrices))
         state = {kind: torch.zeros_like(like, dtype=dtype, requires_grad=False) for kind in own_kinds(member)}

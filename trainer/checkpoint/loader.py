@@ -107,7 +107,7 @@ def _refuse_untrained(checkpoint: Checkpoint, trained: Mapping[str, Sequence[str
         more = f", nor of {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(
             f"{checkpoint.path}: holds no {' and no '.join(gone)} of {name}{more}, which is trained here and was "
-            "frozen when it was saved; start from its weights with model.init"
+            "frozen, or another optimizer's, when it was saved; start from its weights with model.init"
         )
 
 

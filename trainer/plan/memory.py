@@ -19,6 +19,8 @@ from .layout import Layout
 from .settings import BUCKET, Settings
 from .stages import split_layers
 
+_GATHER_CACHE = 256 << 20  # DeepSpeed's own bound, in bytes
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -155,12 +157,13 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     if not layout.offload_optimizer:
         # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
         update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
-        optimizer = 4 * part + _moments(sizes, partitions)
+        optimizer = 4 * part + _moments(sizes, partitions, width)
         return {**states, "gradients": gradients, "optimizer": optimizer, "update": update, "host": 0}
     largest = max(sizes.trained)
     moments = sum(of * partition for of, partition in zip(sizes.state_bytes, partitions, strict=True))
     on_host = moments + (8 + width) * part + width * largest + (width * owned if accumulates else 0)
-    states["buffers"] += width * largest
+    # gradients alone once, then with their momenta
+    states["buffers"] += width * largest + 3 * _gathers(sizes, ranks, 4, sum(sizes.trained))
     gradients = whole if layout.zero_stage == 1 else width * owned
     return {**states, "gradients": gradients, "optimizer": 0, "update": 0, "host": on_host}
 
@@ -176,7 +179,8 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     resting = width * (part + frozen) + packed
     small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
     gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
-    moments = sum(of * sum(own) for of, own in zip(sizes.state_bytes, partitions, strict=True))
+    as_wide = zip(sizes.state_bytes, sizes.whole, partitions, strict=True)
+    moments = sum(of * (width if whole else 4) // 4 * sum(own) for of, whole, own in as_wide)
     states = 4 * part + moments  # fp32 master weights, and their states
     gradients = width * part
     bucket = width * settings.reduce_bucket_size
@@ -188,7 +192,7 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
         "parameters": width * small + small_packed + sizes.scales + (0 if layout.offload_param else resting),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": bucket + (gathered if ranks > 1 else 0),
+        "buffers": bucket + _gathers(sizes, ranks, width, settings.reduce_bucket_size) + (gathered if ranks > 1 else 0),
         "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }
@@ -197,12 +201,18 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
 _STATES = {0: _no_zero, 1: _zero_1_and_2, 2: _zero_1_and_2, 3: _zero_3}
 
 
-def _moments(sizes: Sizes, partitions: Sequence[int]) -> int:
-    """Bytes of the optimizer's states under ZeRO-1 and 2: of a rank's partition; or, of those that are kept whole (a
-    second time, for a step that may be skipped), of all the parameters that touch it.
+def _moments(sizes: Sizes, partitions: Sequence[int], width: int) -> int:
+    """Bytes of the optimizer's states under ZeRO-1 and 2: of a rank's partition; or, of those that are kept whole (as
+    wide as gradients, and a second time, for a step that may be skipped), of all the parameters that touch it.
     """
     own = zip(sizes.groups, sizes.state_bytes, sizes.whole, partitions, strict=True)
-    return sum(of * (2 * _owned([group], [part]) if whole else part) for group, of, whole, part in own)
+    return sum(of * width // 4 * 2 * _owned([group], [part]) if whole else of * part for group, of, whole, part in own)
+
+
+def _gathers(sizes: Sizes, ranks: int, width: int, most: int) -> int:
+    """Bytes that are kept for gathering the gradients of whole matrices, of at most `most` elements at a time."""
+    matrices = sum(sum(group) for group, whole in zip(sizes.groups, sizes.whole, strict=True) if whole)
+    return min(_GATHER_CACHE, width * (1 + ranks) * (_ceil(min(matrices, most), ranks) // ranks)) if ranks > 1 else 0
 
 
 def _owned(groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:
