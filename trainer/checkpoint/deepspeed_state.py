@@ -84,7 +84,7 @@ def _is_moment(value: object) -> bool:
 
 
 def kinds_of(parameters: Iterable[Any], kinds: Sequence[str]) -> Callable[[Any], list[str]]:
-    """Which states an optimizer keeps of one of `parameters`: those that its `.states` names, where its group has states
+    """Which states an optimizer keeps of one of `parameters`: those that its `.states` names, where its group has some
     of its own, else those of `kinds` that no other group has for itself. None before the first step, without `kinds`.
     """
     taken = {kind for p in parameters for kind in getattr(p, "states", ())}

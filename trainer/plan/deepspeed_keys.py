@@ -120,7 +120,6 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
     (("zero_optimization", "zero_quantized_weights"), (False,), _QUANTISED),
     (("zero_optimization", "zero_quantized_gradients"), (False,), _QUANTISED),
     (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), _LEAVE),
-    (("zero_optimization", "zero_hpz_partition_size"), (0, 1), _UNTRIED),
     (("zero_optimization", "zenflow"), (), _LEAVE),
     (("zero_optimization", "offload_optimizer", "super_offload"), (False,), _LEAVE),
     (

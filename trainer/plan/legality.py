@@ -55,7 +55,8 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
     Raises:
         UserError: one line that lists every refusal, each with its alternatives.
     """
-    refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
+    refusals = [*_precision(settings, layout), *_offload(layout), *_hpz(settings, layout)]
+    refusals += [*_pipeline(settings, layout, model)]
     refusals += [*_optimizer(recipe, settings, layout)]
     refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
     if not refusals:
@@ -93,6 +94,19 @@ def _offload(layout: Layout) -> Iterator[str]:
         yield "offload_optimizer with ZeRO-0: needs zero_optimization.stage 1, 2 or 3"
     if layout.offload_param and layout.zero_stage != 3:
         yield f"offload_param with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
+
+
+def _hpz(settings: Settings, layout: Layout) -> Iterator[str]:
+    """ZeRO++'s second partition of the parameters, within hosts."""
+    size, key = settings.hpz, "zero_optimization.zero_hpz_partition_size"
+    if size == 1:
+        return
+    if layout.zero_stage != 3:
+        yield f"{key} {size} with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
+    if layout.world % size:
+        yield f"{key} {size} does not divide the {layout.world} ranks; sizes that do: {_divisors(layout.world)}"
+    if layout.tensor > 1:
+        yield f"{key} {size} with tensor parallel {layout.tensor}: its groups would mix pieces; leave one of them out"
 
 
 def _optimizer(recipe: Recipe, settings: Settings, layout: Layout) -> Iterator[str]:

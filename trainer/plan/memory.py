@@ -184,6 +184,7 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     states = 4 * part + moments  # fp32 master weights, and their states
     gradients = width * part
     bucket = width * settings.reduce_bucket_size
+    second = width * sum(_ceil(size, settings.hpz) // settings.hpz for size in sizes.all) if settings.hpz > 1 else 0
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
     on_host = (resting if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
@@ -192,7 +193,10 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
         "parameters": width * small + small_packed + sizes.scales + (0 if layout.offload_param else resting),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": bucket + _gathers(sizes, ranks, width, settings.reduce_bucket_size) + (gathered if ranks > 1 else 0),
+        "buffers": bucket
+        + second
+        + (gathered if ranks > 1 else 0)
+        + _gathers(sizes, ranks, width, settings.reduce_bucket_size),
         "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }

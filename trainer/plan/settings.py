@@ -69,6 +69,7 @@ class Settings:
     sequence: int = _stated("sequence_parallel_size", _SIZE, 1)
     pipeline_stages: int | None = _stated("pipeline.stages", _COUNT)
     zero_stage: int = _stated("zero_optimization.stage", _STAGE, 0)
+    hpz: int = _stated("zero_optimization.zero_hpz_partition_size", _SIZE, 1)
     overlap_comm: bool = _stated("zero_optimization.overlap_comm", _SWITCH, False)
     reduce_bucket_size: int = _stated("zero_optimization.reduce_bucket_size", _ELEMENTS, BUCKET)
     allgather_bucket_size: int = _stated("zero_optimization.allgather_bucket_size", _ELEMENTS, BUCKET)
