@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.metrics.reading import read_metrics
 from zeropipe.trainer.metrics.report import report
 
@@ -40,15 +41,24 @@ def test_figures_are_recorded_and_nothing_else_changes(zero, store, tmp_path, ca
     # one micro batch of 2 x 32 tokens: 2 flops a parameter and token, of the blocks' and the head's matrices
     matrices = 2 * (4 + 8) * 64 * 64 + 512 * 64
     assert record["flops"]["forward_flops"] >= 2 * matrices * 2 * 32
-    assert record["flops"]["forward_flops"] < 3 * matrices * 2 * 32
+    assert record["flops"]["forward_flops"] < 4 * matrices * 2 * 32
     assert (tmp_path / "run" / "flops_profile.txt").stat().st_size > 1000
     text = report(tmp_path / "run")
-    assert "wall clock of a step: fwd " in text and "communication: " in text and "flops profiler: forward " in text
+    assert (
+        "wall clock of a step: " in text
+        and " fwd " in text
+        and "communication: " in text
+        and "flops profiler: forward " in text
+    )
 
 
-def test_a_pipeline_trains_with_them_too(store, tmp_path):
+def test_a_pipeline_counts_its_communication_alone(store, tmp_path):
     recipe = tiny.tiny_recipe(store, tmp_path / "without", parallel={"pipeline": 2})
     without = tiny.train_on_ranks(2, recipe, tiny.tiny_json("zero1"))
-    found = tiny.train_on_ranks(2, {**recipe, "output": str(tmp_path / "run")}, tiny.tiny_json("zero1", **ALL))
+    logger = {"comms_logger": ALL["comms_logger"]}
+    found = tiny.train_on_ranks(2, {**recipe, "output": str(tmp_path / "run")}, tiny.tiny_json("zero1", **logger))
     assert found["loss"] == without["loss"]
     assert "communication: " in report(tmp_path / "run")
+    for key in ("wall_clock_breakdown", "flops_profiler"):
+        with pytest.raises(UserError, match=f"{key} with a pipeline: .* leave it out"):
+            tiny.plan_of(recipe, tiny.tiny_json("zero1", **{key: ALL[key]}), 2)

@@ -36,7 +36,8 @@ class Profile:
             return
         found: dict[str, Any] = {}
         if "wall_clock_breakdown" in self._on and self._steps:
-            found["milliseconds"] = {name: total / self._steps for name, total in self._milliseconds.items()}
+            whole = {name: total for name, total in self._milliseconds.items() if not name.endswith("_microstep")}
+            found["milliseconds"] = {name: total / self._steps for name, total in whole.items()}
         if "comms_logger" in self._on:
             found["communication"] = _communication()
         if self._flops:

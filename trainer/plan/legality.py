@@ -145,6 +145,10 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
         )
     if settings.overlap_comm:
         yield "zero_optimization.overlap_comm with a pipeline: set it to false"
+    profiled = section_of(settings.json, "flops_profiler", "enabled")
+    for key, on in (("wall_clock_breakdown", settings.json.get("wall_clock_breakdown")), ("flops_profiler", profiled)):
+        if on:
+            yield f"{key} with a pipeline: DeepSpeed starts a timer twice and fails; leave it out"
     family = FAMILIES.get(model["model_type"])
     if family is None:
         yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(FAMILIES)}"
