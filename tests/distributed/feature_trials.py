@@ -52,7 +52,7 @@ LEVERS = (
           "test_instruments.py"),
     Lever("flops_profiler", "arithmetic of the forward pass", {"flops_profiler": {**ON, "profile_step": 2}},
           "test_instruments.py"),
-    Lever("optimizer.params.fused", "torch's fused AdamW", _type("AdamW", fused=True), "test_parity.py"),
+    Lever("optimizer.params.fused", "torch's fused AdamW", _type("AdamW", fused=True), "test_fused_adam.py"),
     Lever("zero_optimization.offload_optimizer.device nvme", "optimizer states on a disk",
           _zero(offload_optimizer=_NVME)),
     Lever("zero_optimization.offload_param.device nvme", "parameters on a disk", _zero(offload_param=_NVME)),

@@ -1,5 +1,5 @@
 """What DeepSpeed's own instruments measured in a run, as one event at its end: `wall_clock_breakdown`, `comms_logger`,
-`flops_profiler`. Their tables go to its log, which is quiet; their figures come from here. Those of the main rank.
+`flops_profiler`. Its own tables go to its log, which is quiet. Figures are those of the main rank.
 """
 
 from __future__ import annotations
