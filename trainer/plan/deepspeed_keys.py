@@ -143,7 +143,7 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
     (("data_efficiency", "enabled"), (False,), "it draws samples in an order of its own; leave it out"),
     (("hybrid_engine", "enabled"), (False,), "for generating between steps; use eval.prompts or `zeropipe generate`"),
     (("autotuning", "enabled"), (False,), "it restarts runs of its own; state train_micro_batch_size_per_gpu"),
-    (("expert_parallel",), (), "its experts are out of a checkpoint's reach; use zero_optimization.stage 3"),
+    (("expert_parallel",), (), "it replaces modules that checkpoints go by; use zero_optimization.stage 3"),
     (("weight_quantization",), (), "for inference; use adapter qlora to train on weights in four bits"),
     (("use_data_before_expert_parallelism",), (False,), "there is no expert parallelism here; leave it out"),
     (("checkpoint", "load_universal"), (False,), "checkpoints resume on any layout without it; leave it out"),

@@ -31,7 +31,9 @@ def test_every_lever_was_tried_and_none_is_wrong():
 @pytest.mark.parametrize("lever", LEVERS, ids=lambda lever: lever.key)
 def test_plans_agree(lever: Lever, store: Path):
     outcome, detail = RECORDED[lever.key]
-    assert refusal(lever, store) == (detail if outcome == "raises" else None)
+    said = refusal(lever, store)
+    # a list of optimizers ends with those that other tests have registered
+    assert said is None if outcome == "works" else (said or "").startswith(detail)
 
 
 @pytest.mark.parametrize("lever", [lever for lever in LEVERS if lever.test is None], ids=lambda lever: lever.key)

@@ -183,7 +183,7 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         1,
         {"expert_parallel": {"enabled": True}},
         {},
-        "expert_parallel: its experts are out of a checkpoint's reach; use",
+        "expert_parallel: it replaces modules that checkpoints go by; use",
     ),
     ("datastates", 1, {"datastates_ckpt": {"host_cache_size": 16}}, {}, "datastates_ckpt: .*leave it out"),
     ("writer", 1, {"checkpoint": {"writer": {"type": "fast"}}}, {}, "checkpoint.writer: .*leave it out"),
