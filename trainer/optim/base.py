@@ -41,7 +41,8 @@ class Optimizer:
     keys: tuple[str, ...]  # of the recipe's `optimizer` that it takes; they fill the same keys of the JSON's params
     options: frozenset[str] = frozenset()  # further keys of the JSON's params
     groups: tuple[Group, ...] = (Group(every),)
-    params_of_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # filled in on "cpu", "cuda", …
+    # what is filled in on "cpu", "cuda", …, by what the JSON states
+    params_of_device: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     build: Callable[[Sequence[dict[str, Any]], Mapping[str, Any]], Any] | None = None
     elementwise: bool = True  # whether an element's update follows from its own gradients, not those of its matrix
     zero_options: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # zero_optimization must say, by stage
@@ -56,4 +57,5 @@ class Optimizer:
 
     def params_on(self, device_type: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` of the JSON, with what a kind of device needs and the JSON does not state."""
-        return {**self.params_of_device.get(device_type, {}), **params}
+        fill = self.params_of_device.get(device_type)
+        return {**(fill(params) if fill else {}), **params}

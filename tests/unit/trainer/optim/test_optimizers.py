@@ -42,7 +42,8 @@ def test_the_states_are_those_that_torch_keeps():
 
 
 def test_a_cpu_takes_torchs_adam_unless_told_otherwise():
-    assert ADAMW.params_on("cpu", {"lr": 1}) == {"lr": 1, "torch_adam": True}
+    assert ADAMW.params_on("cpu", {"lr": 1}) == {"lr": 1, "torch_adam": True, "fused": True}
+    assert ADAMW.params_on("cpu", {"foreach": True}) == {"foreach": True, "torch_adam": True}
     assert ADAMW.params_on("cpu", {"torch_adam": False}) == {"torch_adam": False}
     assert ADAMW.params_on("cuda", {"lr": 1}) == {"lr": 1}
 
