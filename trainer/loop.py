@@ -6,6 +6,7 @@ from .engine.build import build_engine
 from .engine.checkpoints import Checkpoints
 from .engine.reference import with_reference
 from .evaluation.evaluator import Evaluator
+from .metrics.profile import Profile
 from .metrics.record import RunLog
 from .plan.plan import Plan
 from .ranks.ranks import Ranks
@@ -28,11 +29,12 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
         data = with_reference(data, engine)
         with data.stream(ranks) as stream:
             evaluator, checkpoints = Evaluator(engine, data, log), Checkpoints(engine, data, stream, log)
-            state = checkpoints.resume_or_start()
+            state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
             while not state.done:
                 output = engine.train_step(stream, state.step, stop.asked)
                 state.advance(output)
                 log.step(state, output)
+                profile.after_step(state)
                 evaluator.run_if_due(state)
                 checkpoints.save_if_due(state)
     return state

@@ -9,6 +9,7 @@ from tests.distributed import reference
 from tests.distributed.reference import BATCH, Curve, micro_batch
 from zeropipe.trainer.data.batches import Batch, StepBatch
 from zeropipe.trainer.engine.build import build_engine
+from zeropipe.trainer.optim.adamw import ADAMW
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.plan import Plan
 from zeropipe.trainer.plan.settings import read_settings
@@ -61,7 +62,7 @@ def plan_for(config: dict, recipe: Recipe, layout: Layout, accumulation: int = 2
         "gradient_clipping": reference.CLIP,
         "optimizer": {
             "type": "AdamW",
-            "params": {**recipe.optimizer.model_dump(exclude_none=True), "torch_adam": True},
+            "params": {**recipe.optimizer.model_dump(include=set(ADAMW.keys)), "torch_adam": True},
         },
         "zero_optimization": {"stage": layout.zero_stage},
         "tensor_parallel": {"autotp_size": layout.tensor},

@@ -7,7 +7,8 @@ are used here and nowhere else; the round-trip tests guard them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,19 +68,32 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def is_torchs(base: torch.optim.Optimizer) -> bool:
-    """Whether torch made the optimizer; DeepSpeed's own count their steps otherwise."""
-    return type(base).__module__.startswith("torch.")
+def is_torchs(base: Any) -> bool:
+    """Whether torch made the optimizer, or the one in it that counts steps; DeepSpeed's own count them otherwise."""
+    return type(getattr(base, "aux_optimizer", None) or base).__module__.startswith("torch.")
 
 
 def moment_kinds(engine: Any) -> list[str]:
     """Names of the optimizer's tensor states (exp_avg, exp_avg_sq, …); none before the first step."""
     states = base_optimizer(engine).state.items()
-    return sorted({key for flat, state in states for key, value in state.items() if _is_moment(flat, value)})
+    return sorted({key for _, state in states for key, value in state.items() if _is_moment(value)})
 
 
-def _is_moment(flat: Tensor, value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == flat.shape
+def _is_moment(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def kinds_of(parameters: Iterable[Any], kinds: Sequence[str]) -> Callable[[Any], list[str]]:
+    """Which states an optimizer keeps of one of `parameters`: those that its `.states` names, where its group has some
+    of its own, else those of `kinds` that no other group has for itself. None before the first step, without `kinds`.
+    """
+    taken = {kind for p in parameters for kind in getattr(p, "states", ())}
+
+    def of(p: Any) -> list[str]:
+        own = getattr(p, "states", None)
+        return [kind for kind in kinds if kind not in taken] if own is None else list(own if kinds else ())
+
+    return of
 
 
 def holdings(live: Live) -> list[Holding]:
@@ -114,17 +128,18 @@ def _partitioned(p: Parameter) -> bool:
 
 @dataclass(frozen=True)
 class _FlatRange:
-    """A range of one of the optimizer's own tensors."""
+    """A range of one of the optimizer's own tensors, and where it lies in states that hold matrices whole."""
 
     tensor: Tensor
     offset: int
     numel: int
+    offset_of_states: int | None = None  # None: as in the tensor
 
     def views(self, state: Mapping[Any, Mapping[str, Any]]) -> dict[str, Tensor]:
-        tensors = {MASTER: self.tensor} | {
-            key: value for key, value in state.get(self.tensor, {}).items() if _is_moment(self.tensor, value)
-        }
-        return {key: t.detach().view(-1).narrow(0, self.offset, self.numel) for key, t in tensors.items()}
+        moments = {key: value for key, value in state.get(self.tensor, {}).items() if _is_moment(value)}
+        offset = self.offset if self.offset_of_states is None else self.offset_of_states
+        own = {MASTER: self.tensor.detach().view(-1).narrow(0, self.offset, self.numel)}
+        return own | {key: t.detach().view(-1).narrow(0, offset, self.numel) for key, t in moments.items()}
 
 
 def _zero3_range(zero: Any, p: Any) -> tuple[int, int, _FlatRange]:
@@ -144,7 +159,44 @@ def _zero12_range(engine: Any, p: Any) -> tuple[int, int, _FlatRange | None]:
         return 0, 0, None
     flat = base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
     local, inside = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return local.start, local.start + local.numel, _FlatRange(flat, inside.start, inside.numel)
+    begins = _begin_of_matrix(engine.optimizer, mapping.param_group_index, p)
+    of_states = None if begins is None else begins + local.start
+    return local.start, local.start + local.numel, _FlatRange(flat, inside.start, inside.numel, of_states)
+
+
+def _matrices(zero: Any, group: int) -> list[Parameter] | None:
+    """The matrices of which ZeRO-1 and 2 keep Muon's momentum whole, one after the other: all that touch this rank's
+    partition. None where states are partitioned as the weights are.
+    """
+    matrices = getattr(zero, "params_in_partition", {group: []})[group]
+    if getattr(zero, "cpu_offload", False) or not matrices or not getattr(matrices[0], "use_muon", False):
+        return None
+    return matrices
+
+
+def _begin_of_matrix(zero: Any, group: int, p: Parameter) -> int | None:
+    matrices = _matrices(zero, group)
+    if matrices is None:
+        return None
+    return sum(matrix.numel() for matrix in itertools.takewhile(lambda matrix: matrix is not p, matrices))
+
+
+def whole_states(live: Live) -> list[Holding]:
+    """Of every matrix whose momentum this rank keeps whole though it holds a part of its weights: all of the momentum,
+    as a holding of nothing else. What has been loaded must be put here too.
+    """
+    found, zero = [], live.engine.optimizer
+    for name, p in live.parameters:
+        mapping = getattr(p, "_hp_mapping", None)
+        begin = None if mapping is None else _begin_of_matrix(zero, mapping.param_group_index, p)
+        if mapping is None or begin is None:
+            continue
+        base = base_optimizer(live.engine)
+        states = base.state.get(base.param_groups[mapping.param_group_index]["params"][0], {})
+        views = {key: t.narrow(0, begin, p.numel()) for key, t in states.items() if _is_moment(t)}
+        shape = p.spec.local_shape(live.ranks.tensor, live.ranks.tensor_size)  # type: ignore[attr-defined]
+        found.append(Holding(name, p.spec, p, 0, p.numel(), 0, 1, shape, views))  # type: ignore[attr-defined]
+    return found
 
 
 def _wrapped_masters(engine: Any) -> dict[Parameter, _FlatRange]:
@@ -167,21 +219,35 @@ def _wrapped_masters(engine: Any) -> dict[Parameter, _FlatRange]:
 def create_state(engine: Any, kinds: Sequence[str], scalars: Mapping[str, float]) -> None:
     """Gives the optimizer zero moments and the step count, which it would otherwise create in its first step."""
     base, zero = base_optimizer(engine), engine.optimizer
-    # stage 3 hands its flat tensors to the optimizer one at a time
-    groups = [group["params"] for group in base.param_groups]
-    flats = getattr(zero, "fp32_partitioned_groups_flat", None) or [flat for group in groups for flat in group]
     base.state.clear()
-    for flat in flats:
+    flats = _flats(base, zero)
+    own_kinds = kinds_of((member for _, member in flats), kinds)
+    for number, (flat, member) in enumerate(flats):
         if not kinds and not scalars:
             continue
         dtype = torch.float32 if getattr(base, "fp32_optimizer_states", False) else flat.dtype
-        state: dict[str, Any] = {kind: torch.zeros_like(flat, dtype=dtype, requires_grad=False) for kind in kinds}
-        base.state[flat] = state | {key: _scalar(base, flat, value) for key, value in scalars.items()}
+        if hasattr(member, "states") and hasattr(member, "ds_id"):  # stage 3 gathers Muon's momentum as it is
+            dtype = zero.communication_data_type
+        matrices = _matrices(zero, number)
+        like = flat if matrices is None else flat.new_empty(sum(matrix.numel() for matrix in matrices))
+        state = {kind: torch.zeros_like(like, dtype=dtype, requires_grad=False) for kind in own_kinds(member)}
+        counted = {} if hasattr(member, "states") else scalars
+        base.state[flat] = {**state, **{key: _scalar(base, flat, value) for key, value in counted.items()}}
     if hasattr(zero, "_hp_optimizer_states_linked"):  # its links still hold the old moments: cut until the next step
         zero._hp_optimizer_states_linked = False
         for p in engine.module.parameters():
             if getattr(p, "_hp_mapping", None) is not None:
                 p._hp_mapping.optim_fragment = None
+
+
+def _flats(base: torch.optim.Optimizer, zero: Any) -> list[tuple[Tensor, Any]]:
+    """The tensors that the optimizer has states of, and one of the parameters in each."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3 hands them to the optimizer one at a time
+        flats, members = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+    else:
+        flats = [flat for group in base.param_groups for flat in group["params"]]
+        members = getattr(zero, "bit16_groups", None) or [[flat] for flat in flats]
+    return [(flat, own[0]) for flat, own in zip(flats, members, strict=True)]
 
 
 def _scalar(base: torch.optim.Optimizer, flat: Tensor, value: float) -> Tensor | int:

@@ -15,7 +15,7 @@ from ...data_prep.errors import UserError
 from ..ranks.ranks import Ranks
 from .boxes import Box, Piece, Shape, pieces
 from .deepspeed_scalars import write_scalars
-from .deepspeed_state import Holding, Live, create_state, holdings, refresh_model
+from .deepspeed_state import Holding, Live, create_state, holdings, kinds_of, refresh_model, whole_states
 from .folder import CHECKPOINTS, clear_leftovers, problems_of, step_folders
 from .reader import Checkpoint
 
@@ -42,7 +42,8 @@ def load(live: Live, source: Path | Checkpoint) -> dict[str, Any]:
     _check_model(source, live)
     create_state(live.engine, saved["kinds"], saved["scalars"])
     held = holdings(live)
-    live.ranks.together(lambda: _fill(source, held, live.ranks), _DOING, source.path)
+    filled = [*held, *whole_states(live)]
+    live.ranks.together(lambda: _fill(source, filled, live.ranks), _DOING, source.path)
     refresh_model(live.engine, held)
     write_scalars(live.engine, saved)
     return source.state
@@ -69,7 +70,8 @@ def _check_model(checkpoint: Checkpoint, live: Live) -> None:
     mine = {name: p.spec.shape for name, p in live.parameters}  # type: ignore[attr-defined]
     gathered = ranks.gather_objects(list(mine)) if ranks.pipeline_size > 1 else [list(mine)]
     wanted = {name for names in gathered for name in names}
-    trained = [name for name, p in live.parameters if p.requires_grad]
+    own_kinds = kinds_of((p for _, p in live.parameters), checkpoint.state["engine"]["kinds"])
+    trained = {name: own_kinds(p) for name, p in live.parameters if p.requires_grad}
 
     def check() -> None:
         _refuse_others(checkpoint, mine, wanted)
@@ -93,16 +95,19 @@ def _refuse_others(checkpoint: Checkpoint, mine: Mapping[str, Shape], wanted: se
         raise UserError(f"{checkpoint.path}: a checkpoint of another model: {'; '.join(problems[:5])}{more}")
 
 
-def _refuse_untrained(checkpoint: Checkpoint, trained: Sequence[str]) -> None:
-    """UserError where a trained parameter's moments are missing: zeros in their place would change the run unsaid."""
-    kinds = set(checkpoint.state["engine"]["kinds"])  # none before the first step
-    lacking = [(name, gone) for name in trained if (gone := sorted(kinds - set(checkpoint.kinds(name))))]
+def _refuse_untrained(checkpoint: Checkpoint, trained: Mapping[str, Sequence[str]]) -> None:
+    """UserError where a trained parameter's moments are missing: zeros in their place would change the run unsaid. None
+    are before the first step.
+    """
+    lacking = [
+        (name, gone) for name, kinds in trained.items() if (gone := sorted(set(kinds) - set(checkpoint.kinds(name))))
+    ]
     if lacking:
         name, gone = lacking[0]
         more = f", nor of {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(
             f"{checkpoint.path}: holds no {' and no '.join(gone)} of {name}{more}, which is trained here and was "
-            "frozen when it was saved; start from its weights with model.init"
+            "frozen, or another optimizer's, when it was saved; start from its weights with model.init"
         )
 
 

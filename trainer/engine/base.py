@@ -110,7 +110,8 @@ class Engine(ABC):
         loss, norm = loss / totals.weight, None if norm is None else float(norm)
         output = StepOutput(
             loss=loss,
-            grad_norm=norm,
+            # of finished updates, elsewhere than in AdamW, DeepSpeed's norm says nothing of the gradients
+            grad_norm=norm if self.plan.settings.optimizer.elementwise else None,
             lr=rate,
             tokens=totals.tokens,
             seconds=time.perf_counter() - started,

@@ -238,8 +238,13 @@ def _take_scalars(found: DeepSpeedCheckpoint, base: Mapping[str, Any]) -> None:
     """The optimizer's step, and its groups' hyperparameters.
 
     Raises:
-        UserError: parameters have taken different numbers of steps.
+        UserError: parameters have taken different numbers of steps, or it is Muon.
     """
+    if any(group.get("use_muon") for group in base["param_groups"]):
+        raise UserError(
+            f"{found.path}: written with Muon, whose momentum ZeRO stores by layouts of its own; export the weights "
+            "with DeepSpeed's zero_to_fp32.py, and continue from them with model.init"
+        )
     steps = {int(state["step"]) for state in base["state"].values() if "step" in state} | ({found.step} - {0})
     if len(steps) > 1:
         raise UserError(f"{found.path}: parameters have taken different numbers of steps: {sorted(steps)}")

@@ -31,6 +31,11 @@ def write_universal(source: str | Path, output: str | Path, prefix: str = "", ov
         raise UserError(
             f"{source}: holds an adapter, not a model that DeepSpeed could go on from; use `zeropipe export`"
         )
+    if "momentum_buffer" in checkpoint.state["engine"]["kinds"]:
+        raise UserError(
+            f"{source}: holds Muon's momentum_buffer, which DeepSpeed's universal checkpoints have no place for; use "
+            "`zeropipe export` for the weights"
+        )
     with publishing(output, overwrite) as folder:
         tag = checkpoint.path.name
         _write(checkpoint, folder / tag, prefix)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ...data_prep.sizes import format_bytes
 from ..sinks.console import duration
 from .reading import read_lines, read_metrics
 
@@ -32,6 +33,9 @@ def report(run: str | Path) -> str:
     evals = [record for record in records if record["kind"] == "eval"]
     if evals:
         sections.append(evaluations(evals))
+    profiles = [record for record in records if record.get("event") == "profile"]
+    if profiles:
+        sections.append(instruments(profiles[-1]))
     sections.append(history(run))
     return "\n\n".join(sections)
 
@@ -88,6 +92,20 @@ def evaluations(evals: Sequence[_Record]) -> str:
         lines.append(f"{split}: best loss {best['loss']:.4f} ({perplexity}) at step {best['step']}")
         shown = (f"{record['step']}: {record['loss']:.4f}" for record in evenly(of_split, POINTS))
         lines.append("  " + "  ".join(shown))
+    return "\n".join(lines)
+
+
+def instruments(profile: _Record) -> str:
+    """What DeepSpeed's own instruments measured on the main rank of the last process group that had them on."""
+    lines = []
+    if spent := profile.get("milliseconds"):
+        lines.append("wall clock of a step: " + ", ".join(f"{name} {value:.1f} ms" for name, value in spent.items()))
+    for operation, sums in sorted(profile.get("communication", {}).items()):
+        size = format_bytes(int(sums["bytes"]))
+        lines.append(f"communication: {operation} {sums['calls']:,} calls, {size}, {sums['seconds']:.2f} s")
+    if flops := profile.get("flops"):
+        rate = flops["forward_flops"] / flops["forward_seconds"] / 1e9 if flops["forward_seconds"] else 0.0
+        lines.append(f"flops profiler: forward {flops['forward_flops'] / 1e9:,.2f} GFLOP, {rate:,.1f} GFLOP/s")
     return "\n".join(lines)
 
 

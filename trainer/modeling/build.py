@@ -153,12 +153,15 @@ def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: R
 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
     import deepspeed
+    from deepspeed.utils import groups
 
     from ..ranks.mpu import Mpu
 
     deepspeed.zero.Init(
         module=module,
         data_parallel_group=ranks.replica_group,
+        # of zero_hpz_partition_size: the first call makes the group, and the next would assert that there is none
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         config_dict_or_path=ds_config,
         mpu=Mpu(ranks) if ranks.tensor_size > 1 else None,
     )

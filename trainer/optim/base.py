@@ -25,6 +25,7 @@ class Group:
 
     takes: Callable[[ParamSpec], bool]  # a function of a module: plans are sent to other processes
     options: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the optimizer's own params
+    states: tuple[str, ...] | None = None  # where they differ from the optimizer's own; such a group counts no steps
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,21 @@ class Optimizer:
     keys: tuple[str, ...]  # of the recipe's `optimizer` that it takes; they fill the same keys of the JSON's params
     options: frozenset[str] = frozenset()  # further keys of the JSON's params
     groups: tuple[Group, ...] = (Group(every),)
-    params_of_device: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # filled in on "cpu", "cuda", …
+    # what is filled in on "cpu", "cuda", …, by what the JSON states
+    params_of_device: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     build: Callable[[Sequence[dict[str, Any]], Mapping[str, Any]], Any] | None = None
+    elementwise: bool = True  # whether an element's update follows from its own gradients, not those of its matrix
+    zero_options: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # zero_optimization must say, by stage
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of its states per trained element, without the fp32 master weight."""
-        return 4 * len(self.states)
+    def states_of(self, group: Group) -> tuple[str, ...]:
+        """What it keeps beside each parameter of a group."""
+        return self.states if group.states is None else group.states
+
+    def state_bytes(self, group: Group) -> int:
+        """Bytes of its states per trained element of a group, without the fp32 master weight."""
+        return 4 * len(self.states_of(group))
 
     def params_on(self, device_type: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` of the JSON, with what a kind of device needs and the JSON does not state."""
-        return {**self.params_of_device.get(device_type, {}), **params}
+        fill = self.params_of_device.get(device_type)
+        return {**(fill(params) if fill else {}), **params}

@@ -41,7 +41,12 @@ def _at_rate(group: Group, rate: float) -> Group:
 
 
 def parameter_groups(module: nn.Module, optimizer: Optimizer, embedding_rate: float = 1.0) -> list[dict[str, Any]]:
-    """Groups as torch's optimizers take them, of the parameters that are trained; each carries `.spec`."""
+    """Groups as torch's optimizers take them, of the parameters that are trained; each carries `.spec`. Those of a
+    group with states of its own get `.states`, their names, which checkpoints go by.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = grouped(trained, lambda parameter: parameter.spec, optimizer, embedding_rate)  # type: ignore[attr-defined]
+    for group, own in groups:
+        for parameter in own if group.states is not None else ():
+            parameter.states = group.states  # type: ignore[attr-defined]
     return [{"params": own, **group.options} for group, own in groups]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..recipe.registry import Registry
 from .base import Optimizer
 
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", __package__, {"adamw": "adamw:ADAMW"})
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", __package__, {"adamw": "adamw:ADAMW", "muon": "muon:MUON"})
 
 
 def optimizer_of(spelling: object) -> Optimizer | None:

@@ -63,10 +63,12 @@ def reconcile(recipe: Recipe, stated: Settings, layout: Layout) -> dict[str, Any
         clashes.append(f"parallel.pipeline is {recipe.parallel.pipeline}, pipeline.stages is {stated.pipeline_stages}")
     if clashes:
         raise UserError("recipe and DeepSpeed JSON do not agree: " + "; ".join(clashes))
-    resolved["gradient_clipping"] = stated.clipping  # DeepSpeed's default since 0.19 too, spelled out
+    whole = stated.optimizer.elementwise or "gradient_clipping" in stated.json
+    resolved["gradient_clipping"] = stated.clipping if whole else 0.0  # DeepSpeed's default since 0.19 too, spelled out
     if stated.precision.autocast:
         resolved["torch_autocast"].setdefault("dtype", "bfloat16")  # without it DeepSpeed stops at the first forward
-    resolved["zero_optimization"] = {**resolved.get("zero_optimization", {}), "stage": layout.zero_stage}
+    needed = stated.optimizer.zero_options.get(layout.zero_stage, {})
+    resolved["zero_optimization"] = {**needed, **resolved.get("zero_optimization", {}), "stage": layout.zero_stage}
     return resolved
 
 
@@ -148,6 +150,8 @@ def _optimizer(recipe: Recipe, stated: Settings, resolved: dict[str, Any], clash
         if key not in stated.optimizer.keys:
             if key in recipe.optimizer.model_fields_set:
                 clashes.append(f"optimizer.{key}: {stated.optimizer_type} takes none; leave it out")
+            continue
+        if ours is None:  # what follows from another key stays out, unless the JSON states it
             continue
         theirs = params.setdefault(key, ours)
         if key in recipe.optimizer.model_fields_set and theirs != ours:

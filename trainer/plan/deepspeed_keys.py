@@ -105,12 +105,20 @@ SECTIONS: Mapping[tuple[str, ...], frozenset[str]] = {
     ("data_types",): words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
 }
 
+# optimizers of DeepSpeed's that are not taken, and what to use instead
+OTHER_OPTIMIZERS: Mapping[str, str] = {
+    "onebitadam": "gone from DeepSpeed, and inexact",
+    "zerooneadam": "gone from DeepSpeed, and inexact",
+    "onebitlamb": "gone from DeepSpeed, and inexact",
+    "lamb": "scales by norms of whole matrices, which ZeRO cuts",
+}
+
 SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
-_LEAVE = "checkpoints cannot read it; leave it out"
 _MASTER = "checkpoints hold fp32 master weights; leave it out"
-_QUANTISED = "losses would depend on the layout; leave it out"
-_UNTRIED = "untried; leave it out"
+_QUANTISED = "inexact, so that losses depend on the layout, and CUDA only; use zero_hpz_partition_size, or leave it out"
+_ZENFLOW = "it updates late and leaves gradient accumulation wrong; use offload_optimizer without it"
+_SUPER_OFFLOAD = "CUDA only, and checkpoints cannot read it; use offload_optimizer without it"
 _ALONE = "checkpoints are written without it; leave it out"
 
 # settings that DeepSpeed takes in more ways than this product does: where they are, what they may be, and why not more
@@ -119,10 +127,9 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
     (("zero_optimization", "legacy_stage1"), (False,), "gone from DeepSpeed; leave it out"),
     (("zero_optimization", "zero_quantized_weights"), (False,), _QUANTISED),
     (("zero_optimization", "zero_quantized_gradients"), (False,), _QUANTISED),
-    (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), _LEAVE),
-    (("zero_optimization", "zero_hpz_partition_size"), (0, 1), _UNTRIED),
-    (("zero_optimization", "zenflow"), (), _LEAVE),
-    (("zero_optimization", "offload_optimizer", "super_offload"), (False,), _LEAVE),
+    (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), _QUANTISED),
+    (("zero_optimization", "zenflow"), (), _ZENFLOW),
+    (("zero_optimization", "offload_optimizer", "super_offload"), (False,), _SUPER_OFFLOAD),
     (
         ("zero_optimization", "offload_optimizer", "ratio"),
         (1,),
@@ -130,13 +137,15 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
     ),
     (("bf16", "bf16_master_weights_and_grads"), (False,), _MASTER),
     (("fp16", "fp16_master_weights_and_grads"), (False,), _MASTER),
-    (("compile", "deepcompile"), (False,), _UNTRIED),
+    (("compile", "deepcompile"), (False,), "CUDA only, and it rewrites the engine's step; leave it out"),
     (("managed_gradient_accumulation",), (True,), "the training loop relies on it; leave it out"),
     (("gradient_allreduce_op",), ("mean",), "the step would depend on the number of ranks; use mean"),
     (("data_efficiency", "enabled"), (False,), "it draws samples in an order of its own; leave it out"),
-    (("hybrid_engine", "enabled"), (False,), "not supported; leave it out"),
-    (("autotuning", "enabled"), (False,), "not supported; state the micro batch"),
-    (("expert_parallel",), (), "not supported yet; leave it out"),
+    (("hybrid_engine", "enabled"), (False,), "for generating between steps; use eval.prompts or `zeropipe generate`"),
+    (("autotuning", "enabled"), (False,), "it restarts runs of its own; state train_micro_batch_size_per_gpu"),
+    (("expert_parallel",), (), "it replaces modules that checkpoints go by; use zero_optimization.stage 3"),
+    (("weight_quantization",), (), "for inference; use adapter qlora to train on weights in four bits"),
+    (("use_data_before_expert_parallelism",), (False,), "there is no expert parallelism here; leave it out"),
     (("checkpoint", "load_universal"), (False,), "checkpoints resume on any layout without it; leave it out"),
     (("checkpoint", "writer"), (), _ALONE),
     (("datastates_ckpt",), (), _ALONE),

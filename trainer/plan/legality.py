@@ -15,7 +15,7 @@ from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
 from .layout import Layout
 from .model_config import longest_sequence
-from .settings import Settings
+from .settings import Settings, section_of
 from .stages import split_layers
 
 
@@ -55,7 +55,9 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
     Raises:
         UserError: one line that lists every refusal, each with its alternatives.
     """
-    refusals = [*_precision(settings, layout), *_offload(layout), *_pipeline(settings, layout, model)]
+    refusals = [*_precision(settings, layout), *_offload(layout), *_hpz(settings, layout)]
+    refusals += [*_pipeline(settings, layout, model)]
+    refusals += [*_optimizer(recipe, settings, layout)]
     refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
     if not refusals:
         refusals += [*_groups(recipe, settings, layout, model)]
@@ -106,6 +108,45 @@ def _offload(layout: Layout) -> Iterator[str]:
         yield f"offload_param with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
 
 
+def _hpz(settings: Settings, layout: Layout) -> Iterator[str]:
+    """ZeRO++'s second partition of the parameters, within hosts."""
+    size, key = settings.hpz, "zero_optimization.zero_hpz_partition_size"
+    if size == 1:
+        return
+    if layout.zero_stage != 3:
+        yield f"{key} {size} with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
+    if layout.world % size:
+        yield f"{key} {size} does not divide the {layout.world} ranks; sizes that do: {_divisors(layout.world)}"
+    if layout.tensor > 1:
+        yield f"{key} {size} with tensor parallel {layout.tensor}: its groups would mix pieces; leave one of them out"
+
+
+def _optimizer(recipe: Recipe, settings: Settings, layout: Layout) -> Iterator[str]:
+    name, optimizer = settings.optimizer_type, settings.optimizer
+    stated = section_of(settings.json, "zero_optimization") or {}
+    for key, value in optimizer.zero_options.get(layout.zero_stage, {}).items():
+        if stated.get(key, value) != value:
+            yield (
+                f"zero_optimization.{key} {str(stated[key]).lower()}: {name} with ZeRO-{layout.zero_stage} needs "
+                f"{str(value).lower()}; leave it out"
+            )
+    if optimizer.elementwise:
+        return
+    if settings.clipping > 0:
+        yield (
+            f"gradient_clipping {settings.clipping} with {name}: DeepSpeed would clip finished updates of matrices, "
+            "not gradients; set it to 0 or leave it out"
+        )
+    if layout.zero_stage == 0:
+        yield f"{name} with ZeRO-0: use zero_optimization.stage 1, 2 or 3 (also on one rank)"
+    if layout.tensor > 1:
+        yield f"{name} with tensor parallel {layout.tensor}: it would work on pieces of matrices; set it to 1"
+    if layout.pipeline > 1:
+        yield f"{name} with pipeline {layout.pipeline}: untried; set parallel.pipeline to 1, or use AdamW"
+    if adapter_of(recipe.adapter) is not None:
+        yield f"{name} with adapter {recipe.adapter!r}: no matrix of the blocks is trained; use AdamW"
+
+
 def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     if layout.pipeline == 1:
         return
@@ -116,6 +157,10 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
         )
     if settings.overlap_comm:
         yield "zero_optimization.overlap_comm with a pipeline: set it to false"
+    profiled = section_of(settings.json, "flops_profiler", "enabled")
+    for key, on in (("wall_clock_breakdown", settings.json.get("wall_clock_breakdown")), ("flops_profiler", profiled)):
+        if on:
+            yield f"{key} with a pipeline: DeepSpeed starts a timer twice and fails; leave it out"
     family = FAMILIES.get(model["model_type"])
     if family is None:
         yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(FAMILIES)}"

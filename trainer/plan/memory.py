@@ -19,6 +19,8 @@ from .layout import Layout
 from .settings import BUCKET, Settings
 from .stages import split_layers
 
+_GATHER_CACHE = 256 << 20  # DeepSpeed's own bound, in bytes
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -43,6 +45,8 @@ class Sizes:
     """Elements of each parameter of a rank: of those that it trains, in the groups that the optimizer has."""
 
     groups: tuple[tuple[int, ...], ...]
+    state_bytes: tuple[int, ...]  # of the optimizer's states, per element of each group
+    whole: tuple[bool, ...]  # groups of which ZeRO-1 and 2 keep those states of whole parameters
     frozen: tuple[int, ...] = ()
     packed: tuple[int, ...] = ()  # bytes of the frozen ones that are kept in four bits; they are in no other field
     scales: int = 0  # bytes of what belongs to those; ZeRO does not partition it
@@ -141,9 +145,15 @@ def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedd
     frozen = tuple(size(spec) for spec in specs if not spec.trained and not spec.packed)
     in_four_bits = [size(spec) for spec in specs if spec.packed]
     packed = tuple(_ceil(elements, 2) // 2 for elements in in_four_bits)
-    head = sum(size(spec) for spec in [spec for spec in specs if spec.kind == "vocab"][-1:] if spec.trained)
-    trained_sizes = tuple(tuple(map(size, own)) for _, own in groups)
-    return Sizes(trained_sizes, frozen, packed, sum(map(_scales, in_four_bits)), head)
+    return Sizes(
+        groups=tuple(tuple(map(size, own)) for _, own in groups),
+        state_bytes=tuple(optimizer.state_bytes(group) for group, _ in groups),
+        whole=tuple(not optimizer.elementwise and group.states is not None for group, _ in groups),
+        frozen=frozen,
+        packed=packed,
+        scales=sum(map(_scales, in_four_bits)),
+        head=sum(size(spec) for spec in [spec for spec in specs if spec.kind == "vocab"][-1:] if spec.trained),
+    )
 
 
 def _scales(elements: int) -> int:
@@ -160,7 +170,7 @@ def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]
     return {
         "parameters": width * sum(sizes.all) + sum(sizes.packed) + sizes.scales,
         "gradients": width * elements,
-        "optimizer": settings.optimizer.state_bytes * elements + master,
+        "optimizer": sum(of * sum(own) for of, own in zip(sizes.state_bytes, sizes.groups, strict=True)) + master,
         "buffers": 0,
         "update": width * elements + max(copies, master),
         "host": 0,
@@ -171,7 +181,6 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     """runtime/zero/stage_1_and_2.py: each group is one flat buffer, padded to 2 x ranks and cut into equal partitions;
     the master weights are a copy even in fp32."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     flats = [_ceil(sum(group), 2 * ranks) for group in sizes.groups]
     partitions = [flat // ranks for flat in flats]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
@@ -187,10 +196,13 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     if not layout.offload_optimizer:
         # the step copies one group's gradients at a time: into one tensor, which bf16 and fp16 copy once more, to fp32
         update = width * owned + max((6 if width == 2 else 4) * partition for partition in partitions)
-        return {**states, "gradients": gradients, "optimizer": states_width * part, "update": update, "host": 0}
+        optimizer = 4 * part + _moments(sizes, partitions, width)
+        return {**states, "gradients": gradients, "optimizer": optimizer, "update": update, "host": 0}
     largest = max(sizes.trained)
-    on_host = (states_width + 4 + width) * part + width * largest + (width * owned if accumulates else 0)
-    states["buffers"] += width * largest
+    moments = sum(of * partition for of, partition in zip(sizes.state_bytes, partitions, strict=True))
+    on_host = moments + (8 + width) * part + width * largest + (width * owned if accumulates else 0)
+    # gradients alone once, then with their momenta
+    states["buffers"] += width * largest + 3 * _gathers(sizes, ranks, 4, sum(sizes.trained))
     gradients = whole if layout.zero_stage == 1 else width * owned
     return {**states, "gradients": gradients, "optimizer": 0, "update": 0, "host": on_host}
 
@@ -200,16 +212,18 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
     string and makes a copy."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    states_width = 4 + settings.optimizer.state_bytes  # of the fp32 master weights and their states
     partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
     frozen, packed = (sum(_ceil(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
     resting = width * (part + frozen) + packed
     small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
     gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
-    states = states_width * part
+    as_wide = zip(sizes.state_bytes, sizes.whole, partitions, strict=True)
+    moments = sum(of * (width if whole else 4) // 4 * sum(own) for of, whole, own in as_wide)
+    states = 4 * part + moments  # fp32 master weights, and their states
     gradients = settings.sum_width * part
     bucket = width * settings.reduce_bucket_size
+    second = width * sum(_ceil(size, settings.hpz) // settings.hpz for size in sizes.all) if settings.hpz > 1 else 0
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
     on_host = (resting if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
@@ -218,13 +232,30 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
         "parameters": width * small + small_packed + sizes.scales + (0 if layout.offload_param else resting),
         "gradients": 0 if layout.offload_optimizer else gradients,
         "optimizer": 0 if layout.offload_optimizer else states,
-        "buffers": bucket + (gathered if ranks > 1 else 0),
+        "buffers": bucket
+        + second
+        + (gathered if ranks > 1 else 0)
+        + _gathers(sizes, ranks, width, settings.reduce_bucket_size),
         "update": bucket + (0 if layout.offload_optimizer else gradients + copies),
         "host": on_host,
     }
 
 
 _STATES = {0: _no_zero, 1: _zero_1_and_2, 2: _zero_1_and_2, 3: _zero_3}
+
+
+def _moments(sizes: Sizes, partitions: Sequence[int], width: int) -> int:
+    """Bytes of the optimizer's states under ZeRO-1 and 2: of a rank's partition; or, of those that are kept whole (as
+    wide as gradients, and a second time, for a step that may be skipped), of all the parameters that touch it.
+    """
+    own = zip(sizes.groups, sizes.state_bytes, sizes.whole, partitions, strict=True)
+    return sum(of * width // 4 * 2 * _owned([group], [part]) if whole else of * part for group, of, whole, part in own)
+
+
+def _gathers(sizes: Sizes, ranks: int, width: int, most: int) -> int:
+    """Bytes that are kept for gathering the gradients of whole matrices, of at most `most` elements at a time."""
+    matrices = sum(sum(group) for group, whole in zip(sizes.groups, sizes.whole, strict=True) if whole)
+    return min(_GATHER_CACHE, width * (1 + ranks) * (_ceil(min(matrices, most), ranks) // ranks)) if ranks > 1 else 0
 
 
 def _owned(groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:

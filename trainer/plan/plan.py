@@ -247,7 +247,7 @@ def _steps(amount: float, total: int) -> int:
 def _resolved_recipe(recipe: Recipe, settings: Settings) -> Recipe:
     params = settings.optimizer_params
     values = {key: getattr(recipe, key) for key in type(recipe).model_fields if key in recipe.model_fields_set}
-    values["optimizer"] = {key: params[key] for key in settings.optimizer.keys}
+    values["optimizer"] = {key: params[key] for key in settings.optimizer.keys if key in params}
     if recipe.optimizer.embedding_lr is not None:
         values["optimizer"]["embedding_lr"] = recipe.optimizer.embedding_lr
     values["batch"] = {"global": settings.global_batch}

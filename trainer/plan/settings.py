@@ -11,7 +11,7 @@ from ..optim.base import Optimizer
 from ..optim.registry import OPTIMIZERS, optimizer_of, optimizer_types
 from ..recipe.precision import PRECISIONS, Precision
 from ..recipe.text_files import dotted
-from .deepspeed_keys import ALLOWED, DEEPSPEED_VERSION, REMOVED, REMOVED_ZERO, SCHEDULERS, SECTIONS
+from .deepspeed_keys import ALLOWED, DEEPSPEED_VERSION, OTHER_OPTIMIZERS, REMOVED, REMOVED_ZERO, SCHEDULERS, SECTIONS
 
 AUTO = "auto"
 BUCKET = 500_000_000  # DeepSpeed's default of every bucket, in elements
@@ -69,6 +69,7 @@ class Settings:
     sequence: int = _stated("sequence_parallel_size", _SIZE, 1)
     pipeline_stages: int | None = _stated("pipeline.stages", _COUNT)
     zero_stage: int = _stated("zero_optimization.stage", _STAGE, 0)
+    hpz: int = _stated("zero_optimization.zero_hpz_partition_size", _SIZE, 1)
     overlap_comm: bool = _stated("zero_optimization.overlap_comm", _SWITCH, False)
     reduce_bucket_size: int = _stated("zero_optimization.reduce_bucket_size", _ELEMENTS, BUCKET)
     allgather_bucket_size: int = _stated("zero_optimization.allgather_bucket_size", _ELEMENTS, BUCKET)
@@ -208,7 +209,8 @@ def _optimizer(json: Mapping[str, Any], problems: list[str]) -> Optimizer:
     kind = section_of(json, "optimizer", "type")
     optimizer = OPTIMIZERS["adamw"] if kind is None else optimizer_of(kind)
     if optimizer is None:
-        problems.append(f"optimizer.type {kind!r}: use {' or '.join(optimizer_types())}")
+        why = OTHER_OPTIMIZERS.get(str(kind).lower())
+        problems.append(f"optimizer.type {kind!r}: {f'{why}; ' if why else ''}use {' or '.join(optimizer_types())}")
     return optimizer or OPTIMIZERS["adamw"]
 
 
@@ -228,7 +230,7 @@ def _data_types(json: Mapping[str, Any], precision: Precision, problems: list[st
 def _offload(json: Mapping[str, Any], key: str, problems: list[str]) -> bool:
     device = section_of(json, "zero_optimization", key, "device") or "none"
     if device == "nvme":
-        problems.append(f"zero_optimization.{key}.device nvme: checkpoints cannot read it; use cpu")
+        problems.append(f"zero_optimization.{key}.device nvme: checkpoints cannot read what is on it; use cpu")
     elif device not in ("cpu", "none"):
         problems.append(f"zero_optimization.{key}.device {device!r}: use cpu or none")
     return device == "cpu"

@@ -122,6 +122,10 @@ class Hyperparameters(_Section):
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none."""
+    muon_lr: float | None = Field(default=None, gt=0)
+    """Muon only: peak learning rate of the blocks' matrices; `lr` if left out, which is AdamW's of all else."""
+    momentum: Fraction = 0.95
+    """Muon only: decay rate of the matrices' momentum."""
     embedding_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of embedding and head; `lr` if left out. The schedule's shape is the same."""
 

@@ -38,11 +38,12 @@ def test_the_states_are_those_that_torch_keeps():
         optimizer.step()
         tensors = {name: value for name, value in optimizer.state[weight].items() if value.shape == weight.shape}
         assert tuple(tensors) == record.states
-        assert sum(value.nbytes for value in tensors.values()) == record.state_bytes * weight.numel()
+        assert sum(value.nbytes for value in tensors.values()) == record.state_bytes(record.groups[0]) * weight.numel()
 
 
 def test_a_cpu_takes_torchs_adam_unless_told_otherwise():
-    assert ADAMW.params_on("cpu", {"lr": 1}) == {"lr": 1, "torch_adam": True}
+    assert ADAMW.params_on("cpu", {"lr": 1}) == {"lr": 1, "torch_adam": True, "fused": True}
+    assert ADAMW.params_on("cpu", {"foreach": True}) == {"foreach": True, "torch_adam": True}
     assert ADAMW.params_on("cpu", {"torch_adam": False}) == {"torch_adam": False}
     assert ADAMW.params_on("cuda", {"lr": 1}) == {"lr": 1}
 
@@ -92,7 +93,11 @@ def test_the_resolved_pair_of_such_a_run_plans_to_itself(store: Path, tmp_path: 
         ({"betas": [0.9, 0.95]}, momentum(), "optimizer.betas: ToyMomentum takes none; leave it out"),
         ({}, momentum(betas=[0.9, 0.95]), "optimizer.params.betas: unknown key"),
         ({}, tiny_json(optimizer={"type": "AdamW", "params": {"momentum": 0.9}}), "optimizer.params.momentum: unknown"),
-        ({}, tiny_json(optimizer={"type": "ToyMomentun"}), "optimizer.type 'ToyMomentun': use AdamW or Adam or ToyMom"),
+        (
+            {},
+            tiny_json(optimizer={"type": "ToyMomentun"}),
+            "optimizer.type 'ToyMomentun': use AdamW or Adam or Muon or",
+        ),
     ],
 )
 def test_what_an_optimizer_does_not_take(store: Path, tmp_path: Path, recipe: dict, ds: dict, message: str):
