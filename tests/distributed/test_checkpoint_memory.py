@@ -11,9 +11,9 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine
 from tests.harness import run_ranks
+from tests.saving import save
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load
-from zeropipe.trainer.checkpoint.writer import save
 
 pytestmark = pytest.mark.distributed
 

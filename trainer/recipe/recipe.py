@@ -179,6 +179,18 @@ class Save(_Section):
     """Steps between checkpoints; 0: at the end only."""
     keep: Count = 3
     """Newest checkpoints to keep."""
+    milestone: Count | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever beside those; a multiple of `every`."""
+    background: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in host memory that `plan` counts."""
+
+    @model_validator(mode="after")
+    def _milestones_are_saved(self) -> Save:
+        if self.milestone is not None and (not self.every or self.milestone % self.every):
+            nearest = self.every * max(1, round(self.milestone / self.every)) if self.every else None
+            hint = f"e.g. {nearest}" if nearest else "and every: 0 saves at the end only"
+            raise ValueError(f"milestone: {self.milestone} is no multiple of save.every ({self.every}), {hint}")
+        return self
 
 
 class Recipe(_Section):
