@@ -22,7 +22,7 @@ from .stages import split_layers
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank. All but `host` are on the accelerator; on a CPU both are the same memory."""
+    """Bytes on one rank. All but `host` and `snapshot` are on the accelerator; on a CPU both are the same memory."""
 
     parameters: int  # the weights that compute, whole or this rank's part of them
     gradients: int  # at the end of the backward pass, before ranks exchange them
@@ -31,6 +31,7 @@ class MemoryEstimate:
     activations: int  # at the peak of the backward pass
     update: int  # gradients that are left and their copies in the optimizer's step, when activations are gone
     host: int  # offloaded
+    snapshot: int = 0  # on the host, from the first save on: what checkpoints are written from while training goes on
 
     @property
     def peak(self) -> int:
@@ -92,8 +93,24 @@ def estimate_memory(
             padded_vocab=padded_vocab(model["vocab_size"], layout.tensor),
             tensor=layout.tensor,
         )
-        estimates.append(MemoryEstimate(**states, activations=activations))
+        snapshot = _written(rows(stage.specs), stage.specs, layout, settings)
+        estimates.append(MemoryEstimate(**states, activations=activations, snapshot=snapshot))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
+
+
+def _written(specs: Sequence[ParamSpec], base: Sequence[ParamSpec], layout: Layout, settings: Settings) -> int:
+    """Bytes that a rank writes of a checkpoint: of what is trained, fp32 weight and states; of what an adapter keeps
+    beside it, the weight. Ranks that hold the same share the writing; what only tensor-parallel ones do is neglected.
+    """
+    named = {spec.name for spec in base}
+    total = 0
+    for spec in specs:
+        elements = math.prod(spec.local_shape(0, layout.tensor))
+        if spec.trained:
+            total += (4 + settings.optimizer.state_bytes) * elements
+        elif spec.name not in named:
+            total += settings.precision.width * elements
+    return _ceil(total, layout.data * layout.sequence) // (layout.data * layout.sequence)
 
 
 def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float) -> Sizes:

@@ -180,7 +180,8 @@ def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[s
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
     rows, rate = rows_of(adapter_of(recipe.adapter)), recipe.optimizer.embedding_rate
-    return estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition, rows, rate)
+    memory = estimate_memory(model, layout, settings, recipe.data.seq_len, recipe.parallel.partition, rows, rate)
+    return memory if recipe.save.background else replace(memory, snapshot=0)
 
 
 def _train_samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> list[Samples]:
