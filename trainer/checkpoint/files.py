@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
 _FILE_LIMIT = 4 << 30  # bytes; larger files are unhandy to copy, and a rank with little memory maps them badly
+_CHUNK = 8 << 20  # bytes that are hashed and written while they are in the processor's cache
 _SYNC_EVERY = 16 << 20  # bytes; the disk works while the rest is written
 
 
@@ -66,12 +67,14 @@ class HashedFile:
         self._size = self._asked = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        self._file.write(data)
-        self._size += len(data)
-        if self._size - self._asked >= _SYNC_EVERY and (self._synced is None or self._synced.done()):
-            self._file.flush()
-            self._synced, self._asked = self._syncing.submit(os.fdatasync, self._file.fileno()), self._size
+        for start in range(0, len(data), _CHUNK):
+            chunk = data[start : start + _CHUNK]
+            self._hash.update(chunk)
+            self._file.write(chunk)
+            self._size += len(chunk)
+            if self._size - self._asked >= _SYNC_EVERY and (self._synced is None or self._synced.done()):
+                self._file.flush()
+                self._synced, self._asked = self._syncing.submit(os.fdatasync, self._file.fileno()), self._size
 
     def finish(self) -> Digest:
         """Forces the bytes to the disk, of which most are there already."""

@@ -71,11 +71,10 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Makes the empty folder to write a checkpoint into. For one rank."""
+    """Makes the folder to write a checkpoint into, unless another rank has. What dead runs left must be gone."""
     folder.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
     partial = partial_path(folder, step)
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     return partial
 
 

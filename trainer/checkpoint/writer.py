@@ -103,7 +103,7 @@ class SnapshotWriter:
         self._work: Future[Any] = Future()
         self._ranks, self._published = Ranks(), list[Path]()
         self._problem: UserError | None = None  # why the last save failed
-        self._failures, self._told_slow = 0, False
+        self._failures, self._told_slow, self._cleared = 0, False, False
         self._verified: Path | None = None  # the newest that has been read back
 
     def due(self, step: int) -> bool:
@@ -176,12 +176,11 @@ class SnapshotWriter:
         record = json.dumps({**state, "engine": read_scalars(live.engine)}, indent=1).encode()
         probe = {name: tensor.clone() for name, tensor in probe.items()} if probe and ranks.is_main else None
         own = shares(live)
-        tensors = ranks.together(lambda: self._begin(own, step), _DOING, self._folder)
+        tensors = ranks.together(lambda: self._copy(own), _DOING, self._folder)
         shapes = {share.holding.name: share.holding.spec.shape for share in own}
-        folder = partial_path(self._folder, step)
-        work = self._thread.submit(write_rank, folder, ranks.rank, tensors, shapes)
-        yield work
-        written = ranks.together(work.result, _DOING, self._folder)
+        writing = self._thread.submit(self._write, step, tensors, shapes)
+        yield writing
+        written = ranks.together(writing.result, _DOING, self._folder)
         files = {name: digest for of_rank in ranks.gather_on_main(written) for name, digest in of_rank.items()}
         publishing = self._on_main(self._publish, step, files, record, probe)
         yield publishing
@@ -196,10 +195,16 @@ class SnapshotWriter:
             self._verified = path
         yield self._on_main(self._prune, doomed)
 
-    def _begin(self, own: Sequence[Share], step: int) -> list[FileTensor]:
-        if self._ranks.is_main:
-            begin(self._folder, step)
+    def _copy(self, own: Sequence[Share]) -> list[FileTensor]:
+        if self._ranks.is_main and not self._cleared:  # before any rank writes
+            clear_leftovers(self._folder)
+            self._cleared = True
         return live_tensors(own) if self._snapshot is None else self._snapshot.take(own)
+
+    def _write(
+        self, step: int, tensors: Sequence[FileTensor], shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, Digest]:
+        return write_rank(begin(self._folder, step), self._ranks.rank, tensors, shapes)
 
     def _on_main(self, work: Any, *arguments: Any) -> Future[Any]:
         """Work that rank 0 does for all."""
@@ -223,6 +228,7 @@ class SnapshotWriter:
         except OSError as error:
             words, advice = os_problem(error, "cannot remove old checkpoints", self._folder)
             self._warn("; ".join(filter(None, (words, advice))))
+            self._cleared = False  # the next save tries again
 
     def _warn(self, text: str) -> None:
         if self._ranks.is_main:
