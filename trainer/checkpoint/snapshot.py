@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -44,16 +46,26 @@ class Share:
         return flat_index(local.offset, shape) - start, flat_index(last, shape) - start + 1
 
 
-def shares(live: Live) -> list[Share]:
-    """What this rank writes of every parameter, sorted by name. Collective in a pipeline."""
+def shares(live: Live, before: Sequence[Share] = ()) -> list[Share]:
+    """What this rank writes of every parameter, sorted by name. Collective in a pipeline.
+
+    Args:
+        before: what it wrote the last time, which spares most of the arithmetic.
+    """
     held, ranks = holdings(live), live.ranks
     skip = _written_elsewhere(held, ranks)
+    known = {_place(share.holding): share.pieces for share in before}
     found = []
     for holding in held:
         if holding.name not in skip:
-            place = (ranks.tensor, ranks.tensor_size, holding.start, holding.stop, holding.replica, holding.replicas)
-            found.append(Share(holding, written_pieces(holding.spec, *place)))
+            place = _place(holding)
+            own = known.get(place) or written_pieces(holding.spec, ranks.tensor, ranks.tensor_size, *place[1:])
+            found.append(Share(holding, own))
     return found
+
+
+def _place(holding: Holding) -> tuple[str, int, int, int, int]:
+    return holding.name, holding.start, holding.stop, holding.replica, holding.replicas
 
 
 def _written_elsewhere(held: Sequence[Holding], ranks: Ranks) -> set[str]:
@@ -89,24 +101,27 @@ class Snapshot:
             UserError: there is not so much memory.
         """
         sources = [
-            (share, kind, start, view[start:stop])
+            _Source(share.holding.name, kind, start, view[start:stop])
             for share in own
             for kind, view in share.holding.views.items()
             for start, stop in share.spans()
         ]
+        runs = _runs(sources)
         copies: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
-        targets = self._room([source for *_, source in sources])
-        for (share, kind, start, source), target in zip(sources, targets, strict=True):
-            target.copy_(source, non_blocking=True)
-            copies.setdefault((share.holding.name, kind), []).append((start, target))
+        for run, target in zip(runs, self._room([run.joined for run in runs]), strict=True):
+            target.copy_(run.joined, non_blocking=True)
+            position = 0
+            for source in run.sources:
+                part = target[position : position + source.values.numel()]
+                copies.setdefault((source.name, source.kind), []).append((source.start, part))
+                position += source.values.numel()
         accelerator().synchronize()
 
         def read(share: Share, kind: str, local: Box) -> Tensor:
             shape = share.holding.local_shape
             place = flat_index(local.offset, shape) - share.holding.start
-            start, copy = max(
-                (item for item in copies[share.holding.name, kind] if item[0] <= place), key=itemgetter(0)
-            )
+            parts = copies[share.holding.name, kind]
+            start, copy = max((item for item in parts if item[0] <= place), key=itemgetter(0))
             return copy.as_strided(local.shape, strides(shape), copy.storage_offset() + place - start)
 
         return _entries(own, read)
@@ -130,14 +145,64 @@ class Snapshot:
         ]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A range of a rank's state, beginning at element `start` of its holding."""
+
+    name: str
+    kind: str
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Ranges that follow each other in the memory they are in: ZeRO keeps all parameters in few flat tensors."""
+
+    sources: Sequence[_Source]
+
+    @property
+    def joined(self) -> Tensor:
+        first = self.sources[0].values
+        numel = sum(source.values.numel() for source in self.sources)
+        return first.as_strided((numel,), (1,), first.storage_offset())
+
+
+def _runs(sources: Sequence[_Source]) -> list[_Run]:
+    found: list[list[_Source]] = []
+    nbytes = 0
+    ends: tuple[object, ...] = ()
+    for source in sorted(sources, key=lambda source: source.values.data_ptr()):
+        values = source.values
+        storage, size = values.untyped_storage().data_ptr(), values.numel() * values.element_size()
+        if (storage, values.dtype, values.data_ptr()) == ends and nbytes + size <= _BLOCK:
+            found[-1].append(source)
+            nbytes += size
+        else:
+            found.append([source])
+            nbytes = size
+        ends = storage, values.dtype, values.data_ptr() + size
+    return [_Run(run) for run in found]
+
+
 def _allocate(sizes: Sequence[int]) -> list[Tensor]:
     try:
-        return [accelerator().pin_memory(torch.empty(size, dtype=torch.uint8), make_copy=False) for size in sizes]
-    except RuntimeError as error:
+        return [accelerator().pin_memory(_huge_pages(size), make_copy=False) for size in sizes]
+    except (RuntimeError, OSError) as error:
         raise UserError(
             f"no host memory for a copy of this rank's share of a checkpoint ({format_bytes(sum(sizes))}): "
             "save.background: false does without, and training waits for the disk"
         ) from error
+
+
+def _huge_pages(size: int) -> Tensor:
+    """Bytes of the host, in pages of 2 MiB where the kernel has them: small ones make the first copy several times as
+    slow as the next.
+    """
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _entries(own: Iterable[Share], read: Callable[[Share, str, Box], Tensor]) -> list[FileTensor]:

@@ -101,7 +101,7 @@ class SnapshotWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._stages: Iterator[Future[Any]] | None = None  # of the save under way
         self._work: Future[Any] = Future()
-        self._ranks, self._published = Ranks(), list[Path]()
+        self._ranks, self._own, self._published = Ranks(), list[Share](), list[Path]()
         self._problem: UserError | None = None  # why the last save failed
         self._failures, self._told_slow, self._cleared = 0, False, False
         self._verified: Path | None = None  # the newest that has been read back
@@ -175,7 +175,7 @@ class SnapshotWriter:
         # of this moment; the background gets bytes and copies
         record = json.dumps({**state, "engine": read_scalars(live.engine)}, indent=1).encode()
         probe = {name: tensor.clone() for name, tensor in probe.items()} if probe and ranks.is_main else None
-        own = shares(live)
+        own = self._own = shares(live, self._own)
         tensors = ranks.together(lambda: self._copy(own), _DOING, self._folder)
         shapes = {share.holding.name: share.holding.spec.shape for share in own}
         writing = self._thread.submit(self._write, step, tensors, shapes)
