@@ -182,7 +182,8 @@ def _runs(sources: Sequence[_Source]) -> list[_Run]:
             found.append([source])
             nbytes = size
         ends = storage, values.dtype, values.data_ptr() + size
-    return [_Run(run) for run in found]
+    # in an order that no address decides, so that blocks of the same sizes serve again
+    return [_Run(run) for run in sorted(found, key=lambda run: (run[0].name, run[0].kind, run[0].start))]
 
 
 def _allocate(sizes: Sequence[int]) -> list[Tensor]:

@@ -186,10 +186,13 @@ class Save(_Section):
 
     @model_validator(mode="after")
     def _milestones_are_saved(self) -> Save:
-        if self.milestone is not None and (not self.every or self.milestone % self.every):
-            nearest = self.every * max(1, round(self.milestone / self.every)) if self.every else None
-            hint = f"e.g. {nearest}" if nearest else "and every: 0 saves at the end only"
-            raise ValueError(f"milestone: {self.milestone} is no multiple of save.every ({self.every}), {hint}")
+        if self.milestone is not None and not self.every:
+            raise ValueError(f"milestone: {self.milestone} with every: 0, which saves at the end only; state every too")
+        if self.milestone is not None and self.milestone % self.every:
+            nearest = self.every * max(1, round(self.milestone / self.every))
+            raise ValueError(
+                f"milestone: {self.milestone} is no multiple of every ({self.every}); state e.g. {nearest}"
+            )
         return self
 
 
