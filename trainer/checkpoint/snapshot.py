@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -46,26 +44,25 @@ class Share:
         return flat_index(local.offset, shape) - start, flat_index(last, shape) - start + 1
 
 
-def shares(live: Live, before: Sequence[Share] = ()) -> list[Share]:
+HeldRange = tuple[str, int, int, int, int]  # of a holding: name, start, stop, replica, replicas
+
+
+def shares(live: Live, known: dict[HeldRange, Sequence[Piece]] | None = None) -> list[Share]:
     """What this rank writes of every parameter, sorted by name. Collective in a pipeline.
 
     Args:
-        before: what it wrote the last time, which spares most of the arithmetic.
+        known: what has been worked out before, which is added to; not what is held, which may be given back meanwhile.
     """
-    held, ranks = holdings(live), live.ranks
+    held, ranks, known = holdings(live), live.ranks, {} if known is None else known
     skip = _written_elsewhere(held, ranks)
-    known = {_place(share.holding): share.pieces for share in before}
     found = []
-    for holding in held:
-        if holding.name not in skip:
-            place = _place(holding)
-            own = known.get(place) or written_pieces(holding.spec, ranks.tensor, ranks.tensor_size, *place[1:])
-            found.append(Share(holding, own))
+    for own in held:
+        if own.name not in skip:
+            place = (own.name, own.start, own.stop, own.replica, own.replicas)
+            if place not in known:
+                known[place] = written_pieces(own.spec, ranks.tensor, ranks.tensor_size, *place[1:])
+            found.append(Share(own, known[place]))
     return found
-
-
-def _place(holding: Holding) -> tuple[str, int, int, int, int]:
-    return holding.name, holding.start, holding.stop, holding.replica, holding.replicas
 
 
 def _written_elsewhere(held: Sequence[Holding], ranks: Ranks) -> set[str]:
@@ -188,22 +185,12 @@ def _runs(sources: Sequence[_Source]) -> list[_Run]:
 
 def _allocate(sizes: Sequence[int]) -> list[Tensor]:
     try:
-        return [accelerator().pin_memory(_huge_pages(size), make_copy=False) for size in sizes]
-    except (RuntimeError, OSError) as error:
+        return [accelerator().pin_memory(torch.empty(size, dtype=torch.uint8), make_copy=False) for size in sizes]
+    except RuntimeError as error:
         raise UserError(
             f"no host memory for a copy of this rank's share of a checkpoint ({format_bytes(sum(sizes))}): "
             "save.background: false does without, and training waits for the disk"
         ) from error
-
-
-def _huge_pages(size: int) -> Tensor:
-    """Bytes of the host, in pages of 2 MiB where the kernel has them: small ones make the first copy several times as
-    slow as the next.
-    """
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _entries(own: Iterable[Share], read: Callable[[Share, str, Box], Tensor]) -> list[FileTensor]:

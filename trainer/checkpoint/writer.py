@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ...data_prep.errors import UserError, os_problem
 from ..ranks.ranks import Ranks
+from .boxes import Piece
 from .deepspeed_scalars import read_scalars
 from .deepspeed_state import Live
 from .files import PROBE, STATE, Digest, read_back, write_bytes, write_rank
 from .folder import CHECKPOINTS, begin, clear_leftovers, partial_path, prune, publish, surplus
 from .safetensors_writer import FileTensor
-from .snapshot import Share, Snapshot, live_tensors, shares
+from .snapshot import HeldRange, Share, Snapshot, live_tensors, shares
 
 _ATTEMPTS = 3  # saves that may fail in a row before the run ends
 _PATIENCE = 1.0  # seconds that training may wait for the disk without a word
@@ -101,7 +102,8 @@ class SnapshotWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._stages: Iterator[Future[Any]] | None = None  # of the save under way
         self._work: Future[Any] = Future()
-        self._ranks, self._own, self._published = Ranks(), list[Share](), list[Path]()
+        self._ranks, self._published = Ranks(), list[Path]()
+        self._pieces: dict[HeldRange, Sequence[Piece]] = {}
         self._problem: UserError | None = None  # why the last save failed
         self._failures, self._told_slow, self._cleared = 0, False, False
         self._verified: Path | None = None  # the newest that has been read back
@@ -175,10 +177,12 @@ class SnapshotWriter:
         # of this moment; the background gets bytes and copies
         record = json.dumps({**state, "engine": read_scalars(live.engine)}, indent=1).encode()
         probe = {name: tensor.clone() for name, tensor in probe.items()} if probe and ranks.is_main else None
-        own = self._own = shares(live, self._own)
-        tensors = ranks.together(lambda: self._copy(own), _DOING, self._folder)
+        if not self._cleared:  # before any rank writes
+            ranks.together(lambda: clear_leftovers(self._folder) if ranks.is_main else None, _DOING, self._folder)
+            self._cleared = True
+        own = shares(live, self._pieces)
         shapes = {share.holding.name: share.holding.spec.shape for share in own}
-        writing = self._thread.submit(self._write, step, tensors, shapes)
+        writing = self._thread.submit(self._write, step, self._tensors(own), shapes)
         yield writing
         written = ranks.together(writing.result, _DOING, self._folder)
         files = {name: digest for of_rank in ranks.gather_on_main(written) for name, digest in of_rank.items()}
@@ -195,15 +199,18 @@ class SnapshotWriter:
             self._verified = path
         yield self._on_main(self._prune, doomed)
 
-    def _copy(self, own: Sequence[Share]) -> list[FileTensor]:
-        if self._ranks.is_main and not self._cleared:  # before any rank writes
-            clear_leftovers(self._folder)
-            self._cleared = True
-        return live_tensors(own) if self._snapshot is None else self._snapshot.take(own)
+    def _tensors(self, own: Sequence[Share]) -> list[FileTensor] | UserError:
+        """What to write. No rank waits for another here: an error is told when all have ended the stage."""
+        try:
+            return live_tensors(own) if self._snapshot is None else self._snapshot.take(own)
+        except UserError as error:
+            return error
 
     def _write(
-        self, step: int, tensors: Sequence[FileTensor], shapes: Mapping[str, Sequence[int]]
+        self, step: int, tensors: list[FileTensor] | UserError, shapes: Mapping[str, Sequence[int]]
     ) -> dict[str, Digest]:
+        if isinstance(tensors, UserError):
+            raise tensors
         return write_rank(begin(self._folder, step), self._ranks.rank, tensors, shapes)
 
     def _on_main(self, work: Any, *arguments: Any) -> Future[Any]:
@@ -224,11 +231,11 @@ class SnapshotWriter:
     def _prune(self, doomed: Sequence[Path]) -> None:
         """What cannot be removed (a file held open on NFS, say) ends no run whose checkpoint is published."""
         try:
+            clear_leftovers(self._folder)  # of a removal that failed
             prune(doomed)
         except OSError as error:
             words, advice = os_problem(error, "cannot remove old checkpoints", self._folder)
             self._warn("; ".join(filter(None, (words, advice))))
-            self._cleared = False  # the next save tries again
 
     def _warn(self, text: str) -> None:
         if self._ranks.is_main:
