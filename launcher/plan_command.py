@@ -122,6 +122,6 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         return [("memory", "not known for this family")]
     lines = [(f"  {name}", size) for name, size in memory_rows(plan.memory)]
     total = f"{format_bytes(plan.memory.peak)} at the peak on each device"
-    if plan.memory.host:
-        total += f", and {format_bytes(plan.memory.host)} of its host"
+    if host := plan.memory.host + plan.memory.snapshot:
+        total += f", and {format_bytes(host)} of its host"
     return [("memory", total), *lines]

@@ -27,8 +27,8 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
         data = ranks.together(lambda: RunData.open(plan))
         engine = build_engine(plan, ranks)
         data = with_reference(data, engine)
-        with data.stream(ranks) as stream:
-            evaluator, checkpoints = Evaluator(engine, data, log), Checkpoints(engine, data, stream, log)
+        with data.stream(ranks) as stream, Checkpoints(engine, data, stream, log) as checkpoints:
+            evaluator = Evaluator(engine, data, log)
             state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
             while not state.done:
                 output = engine.train_step(stream, state.step, stop.asked)

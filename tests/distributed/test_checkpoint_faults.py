@@ -15,12 +15,12 @@ import torch
 
 from tests.distributed.torch_engine import GPT2, KINDS, PlainEngine, known
 from tests.harness import RankFailed, run_ranks
+from tests.saving import save
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import HashedFile
 from zeropipe.trainer.checkpoint.loader import load, resolve_resume
 from zeropipe.trainer.checkpoint.reader import Checkpoint
-from zeropipe.trainer.checkpoint.writer import save
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 
@@ -251,7 +251,7 @@ def test_all_ranks_agree_on_what_to_resume(tmp_path):
     _flip(first / "state.json")
     refusals = run_ranks(2, _resolve_and_load, tmp_path, "auto")
     assert refusals[0] == refusals[1] and refusals[0][0] == "refused"
-    assert "no whole checkpoint" in refusals[0][1] and refusals[0][1].count("SHA-256 is") == 2
+    assert "no whole checkpoint" in refusals[0][1] and refusals[0][1].count("xxh3_128 is") == 2
 
 
 def test_a_fresh_start_and_a_path_that_holds_nothing(tmp_path):

@@ -7,10 +7,10 @@ import torch
 
 from tests.distributed.torch_engine import GPT2, KINDS, LLAMA, PlainEngine, known
 from tests.harness import run_ranks
+from tests.saving import save
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load
 from zeropipe.trainer.checkpoint.reader import Checkpoint
-from zeropipe.trainer.checkpoint.writer import save
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.ranks.ranks import init_distributed
 

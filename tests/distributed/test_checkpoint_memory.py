@@ -11,9 +11,10 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine
 from tests.harness import run_ranks
+from tests.saving import save
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load
-from zeropipe.trainer.checkpoint.writer import save
+from zeropipe.trainer.checkpoint.writer import SnapshotWriter
 
 pytestmark = pytest.mark.distributed
 
@@ -49,22 +50,32 @@ def _growth(action: Callable[[], object]) -> int:
     return peak - before
 
 
-def _measure(layout: Layout, output: Path) -> tuple[int, int]:
+def _measure(layout: Layout, output: Path) -> tuple[int, int, int, int]:
     ctypes.CDLL(None).mallopt(
         -3, 1 << 20
     )  # M_MMAP_THRESHOLD: what is freed goes back, and does not blur the next figure
     engine = TinyEngine(layout, vocab=VOCAB)
     engine.step(0)
     live = Live(engine.deepspeed, engine.parameters, engine.ranks)
-    saving = _growth(lambda: save(live, output, {"step": 1}))
+    waiting = _growth(lambda: save(live, output, {"step": 1}, background=False))
     path = output / "checkpoints" / "step-00000001"
     load(live, path)  # warms the allocator up
     loading = _growth(lambda: load(live, path))
-    return saving, loading
+    writer = SnapshotWriter(output, None, None, total_steps=0)
+
+    def copying() -> None:
+        writer.save(live, {"step": 1})
+        writer.wait()
+
+    return waiting, loading, _growth(copying), _growth(copying)
 
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_rank_holds_at_most_one_parameter_beyond_its_share(tmp_path, zero):
-    for saving, loading in run_ranks(2, _measure, Layout(zero, 2), tmp_path):
-        assert saving < SLACK, f"saving took {saving >> 20} MiB beside the engine"
+    """And one copy of its share, where it writes from that: half of 3 x 16 MiB on each of two ranks."""
+    share = 3 * PARAMETER // 2
+    for waiting, loading, first, second in run_ranks(2, _measure, Layout(zero, 2), tmp_path):
+        assert waiting < SLACK, f"saving took {waiting >> 20} MiB beside the engine"
         assert loading < PARAMETER + SLACK, f"loading took {loading >> 20} MiB beside the engine"
+        assert share - SLACK < first < share + SLACK, f"the copy took {first >> 20} MiB"
+        assert second < SLACK, f"the second copy took {second >> 20} MiB"

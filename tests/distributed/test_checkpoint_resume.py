@@ -6,11 +6,11 @@ import pytest
 
 from tests.distributed.checkpoint_engine import Layout, TinyEngine, close, digest
 from tests.harness import run_ranks
+from tests.saving import save
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load
 from zeropipe.trainer.checkpoint.reader import Checkpoint
-from zeropipe.trainer.checkpoint.writer import save
 
 pytestmark = pytest.mark.distributed
 

@@ -71,8 +71,8 @@ def test_the_export_is_the_same_bytes(run):
 
 
 def _load_and_save(recipe: dict, ds: dict, run: str) -> str:
+    from tests.saving import save
     from zeropipe.trainer.checkpoint.loader import load
-    from zeropipe.trainer.checkpoint.writer import save
     from zeropipe.trainer.engine.build import build_engine
     from zeropipe.trainer.ranks.ranks import join_world
 

@@ -91,7 +91,9 @@ def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[floa
     state = TrainState(plan.total_steps, saved["step"], saved["samples_consumed"], saved["tokens_consumed"])
     data = RunData.open(plan)
     stream = data.stream(ranks)
-    Checkpoints(engine, data, stream, RunLog(plan, ranks, StopRequest(ranks))).save(state)
+    checkpoints = Checkpoints(engine, data, stream, RunLog(plan, ranks, StopRequest(ranks)))
+    checkpoints.save(state)
+    checkpoints.writer.wait()
     stream.samples_consumed = state.samples_consumed
     losses = [engine.train_step(stream, step).loss for step in (state.step, state.step + 1)]
     stream.close()

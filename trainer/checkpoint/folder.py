@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Listing:
     sequence: int | None
     nbytes: int
     problem: str | None
+    milestone: bool = False
 
 
 def step_name(step: int) -> str:
@@ -69,16 +71,18 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Makes the empty folder to write a checkpoint into. For one rank."""
+    """Makes the folder to write a checkpoint into, unless another rank has. What dead runs left must be gone."""
     folder.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
     partial = partial_path(folder, step)
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     return partial
 
 
-def publish(folder: Path, step: int, files: dict[str, Digest]) -> Path:
+def publish(folder: Path, step: int, files: Mapping[str, Digest], milestone: bool = False) -> Path:
     """Gives a completely written checkpoint its name, and points `latest` at it. For one rank, after all have written.
+
+    Args:
+        milestone: whether it is never `surplus`.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; then nothing has been published.
@@ -92,7 +96,7 @@ def publish(folder: Path, step: int, files: dict[str, Digest]) -> Path:
             "the output folder must be shared by all hosts"
         )
     sequence = 1 + max((item.sequence or 0 for item in ls(folder)), default=0)
-    CheckpointManifest(step, sequence, files).write(partial)
+    CheckpointManifest(step, sequence, files, milestone).write(partial)
     publish_folder(partial, path, _replaced_path(folder, path.name))  # what is there: of a run resumed from before
     write_durably(folder / LATEST, f"{path.name}\n")
     return path
@@ -132,7 +136,8 @@ def inspect(path: Path) -> Listing:
         named = _STEP.fullmatch(path.name)
         return Listing(path, int(named[1]) if named else -1, None, 0, str(error))
     problems = size_problems(path, manifest.files)
-    return Listing(path, manifest.step, manifest.sequence, manifest.nbytes, problems[0] if problems else None)
+    problem = problems[0] if problems else None
+    return Listing(path, manifest.step, manifest.sequence, manifest.nbytes, problem, manifest.milestone)
 
 
 def ls(path: str | Path) -> list[Listing]:
@@ -160,7 +165,7 @@ def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
         return problems
     # the largest are dealt out first
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[reader::readers]
-    return digest_problems(path, {name: manifest.files[name] for name in names})
+    return digest_problems(path, {name: manifest.files[name] for name in names}, manifest.hash)
 
 
 def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
@@ -184,24 +189,31 @@ def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
     raise UserError(f"{path}: no whole checkpoint here: {'; '.join(damaged)}")
 
 
-def prune(path: str | Path, keep: int) -> list[Path]:
-    """Removes all whole checkpoints but the newest `keep`, and returns what was removed, oldest first.
+def surplus(path: str | Path, keep: int) -> list[Path]:
+    """All whole checkpoints but the newest `keep` and milestones, oldest first.
 
-    Damaged ones are neither counted nor touched: they may be all that is left of a run.
+    Damaged ones are neither counted nor named: they may be all that is left of a run.
 
     Raises:
         UserError: keep is less than one.
     """
     if keep < 1:
         raise UserError(f"keep: {keep} would remove the last checkpoint; expected at least 1")
-    whole = [item.path for item in ls(path) if item.problem is None]
-    doomed = whole[:-keep]
+    whole = [item for item in ls(path) if item.problem is None]
+    return [item.path for item in whole[:-keep] if not item.milestone]
+
+
+def prune(doomed: Iterable[Path]) -> None:
+    """Removes these checkpoints.
+
+    Raises:
+        OSError: one could not be removed; those after it are still there.
+    """
     for step in doomed:
         # half a deletion must not look like a damaged checkpoint
         aside = step.with_name(f".{step.name}.partial")
         step.rename(aside)
         shutil.rmtree(aside)
-    return doomed
 
 
 # what checkpoints did not say before there was a choice

@@ -15,7 +15,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=type(parser))
     listing = add_verb(actions, "ls", _list, "list checkpoints, their step and size")
     verify = add_verb(actions, "verify", _verify, "compare every byte with the manifest")
-    prune = add_verb(actions, "prune", _prune, "remove all whole checkpoints but the newest")
+    prune = add_verb(actions, "prune", _prune, "remove all whole checkpoints but the newest and milestones")
     audit = add_verb(actions, "audit", _audit, "prove that every sample was consumed exactly once and in order")
     for action in (listing, verify, prune):
         action.add_argument("path", metavar="RUN", help="a run directory, its checkpoints/, or one of them")
@@ -28,7 +28,8 @@ def _list(args: argparse.Namespace) -> int:
     from ..checkpoint.folder import ls
 
     for item in ls(args.path):
-        print(f"{item.step:>10}  {format_bytes(item.nbytes):>12}  {item.problem or 'whole'}  {item.path}")
+        word = item.problem or ("whole, milestone" if item.milestone else "whole")
+        print(f"{item.step:>10}  {format_bytes(item.nbytes):>12}  {word}  {item.path}")
     return 0
 
 
@@ -47,9 +48,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from ..checkpoint.folder import prune
+    from ..checkpoint.folder import prune, surplus
 
-    removed = prune(args.path, args.keep)
+    removed = surplus(args.path, args.keep)
+    prune(removed)
     print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
     return 0
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
+from ...data_prep.errors import UserError
 from ..adapters.bases import Base, base_of, check_base
-from ..checkpoint.folder import check_same_run
+from ..checkpoint.folder import check_same_run, step_name
 from ..checkpoint.loader import load, resolve_resume
-from ..checkpoint.writer import CheckpointWriter, SynchronousWriter
+from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
 from ..data.batches import BatchStream
 from ..metrics.reading import skipped_samples
 from ..metrics.record import RunLog
+from ..ranks.ranks import same_on_all_ranks
 from ..run.data import RunData
 from ..run.guard import check_claim
 from ..run.state import TrainState
@@ -30,9 +36,10 @@ class Checkpoints:
         self.stop_ids = sorted({token for samples in data.train for token in samples.part.store.stop_ids})
         self.base = None if engine.adapter is None else base_of(self.recipe.model.init, self.recipe.seed, self.ranks)
         save = self.recipe.save
-        self.writer: CheckpointWriter = SynchronousWriter(
-            self.recipe.output, save.every, save.keep, self.plan.total_steps
+        self.writer: CheckpointWriter = SnapshotWriter(
+            self.recipe.output, save.every, save.keep, self.plan.total_steps, save.milestone, save.background
         )
+        self._begun: dict[str, tuple[int, dict[str, int]]] = {}  # by a checkpoint's name: its step, what was drawn
 
     def resume_or_start(self) -> TrainState:
         """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective.
@@ -66,21 +73,21 @@ class Checkpoints:
         return [*state.skipped, *(beyond or [])]
 
     def save_if_due(self, state: TrainState) -> None:
-        """Saves where a checkpoint is due, and records those that were published. Collective.
+        """Saves where a checkpoint is due, and records those that were published meanwhile. Collective.
 
         Raises:
             UserError: on every rank, if one of them cannot write; older checkpoints are as they were.
         """
         if state.stopped or self.writer.due(state.step):
             self.save(state)
-        for path in self.writer.wait() if state.done else self.writer.poll():
-            self.log.event("save", state.step, path=str(path), drawn=self.stream.drawn())
+        self._record(self.writer.wait() if state.done else self.writer.poll())
 
     def save(self, state: TrainState) -> None:
-        """Saves now, if the run directory is still this run's. Collective, and raises, as `save_if_due`."""
+        """Begins to save this state, if the run directory is still this run's. Collective; raises as `save_if_due`."""
         self.ranks.together(
             lambda: check_claim(self.recipe.output, self.log.run) if self.ranks.is_main else None, _CANNOT_SAVE
         )
+        self._begun[step_name(state.step)] = state.step, self.stream.drawn()
         record = {
             "step": state.step,
             "samples_consumed": state.samples_consumed,
@@ -92,6 +99,20 @@ class Checkpoints:
             **({} if self.base is None else {"base": self.base.record()}),
         }
         self.writer.save(self.engine.live, record, self._probe())
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """What all ranks end for alike (a loss that is no number, say) costs no checkpoint that was begun before it."""
+        if self._begun and isinstance(error, UserError) and same_on_all_ranks(str(error), occasion="checkpoints"):
+            with contextlib.suppress(UserError):  # the first error is the one to tell
+                self._record(self.writer.wait())
+
+    def _record(self, published: Sequence[Path]) -> None:
+        for path in published:
+            step, drawn = self._begun.pop(path.name)
+            self.log.event("save", step, path=str(path), drawn=drawn)
 
     def _probe(self) -> dict[str, torch.Tensor]:
         """What the live engine computes, which exports must match."""

@@ -134,7 +134,7 @@ class RunLog:
             self.stop.because(str(error))
 
     def _write(self, record: dict[str, Any], message: str | None) -> None:
-        self._last_step = record["step"]
+        self._last_step = max(self._last_step, record["step"])  # a checkpoint is recorded when it has been published
         stamped = {**record, "run": self.run, "time": time.time()}
         for sink in self._sinks:
             try:

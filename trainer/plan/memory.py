@@ -5,26 +5,23 @@ Weights, gradients and optimizer states are exact, the padding of flat buffers i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ...data_prep.sizes import format_bytes
-from ..families.specs import ParamSpec, padded_vocab, parameter_table
-from ..optim.base import Optimizer
-from ..optim.groups import grouped
+from ..families.specs import ParamSpec, padded_vocab
 from .activations import activation_bytes
 from .layout import Layout
+from .rank_sizes import Sizes, round_up, stage_sizes
 from .settings import BUCKET, Settings
-from .stages import split_layers
 
 _GATHER_CACHE = 256 << 20  # DeepSpeed's own bound, in bytes
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank. All but `host` are on the accelerator; on a CPU both are the same memory."""
+    """Bytes on one rank. All but `host` and `snapshot` are on the accelerator; on a CPU both are the same memory."""
 
     parameters: int  # the weights that compute, whole or this rank's part of them
     gradients: int  # at the end of the backward pass, before ranks exchange them
@@ -33,32 +30,12 @@ class MemoryEstimate:
     activations: int  # at the peak of the backward pass
     update: int  # gradients that are left and their copies in the optimizer's step, when activations are gone
     host: int  # offloaded
+    snapshot: int = 0  # on the host, from the first save on: what checkpoints are written from while training goes on
 
     @property
     def peak(self) -> int:
         """The most that is held at once on the accelerator."""
         return self.parameters + self.optimizer + max(self.gradients + self.buffers + self.activations, self.update)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of each parameter of a rank: of those that it trains, in the groups that the optimizer has."""
-
-    groups: tuple[tuple[int, ...], ...]
-    state_bytes: tuple[int, ...]  # of the optimizer's states, per element of each group
-    whole: tuple[bool, ...]  # groups of which ZeRO-1 and 2 keep those states of whole parameters
-    frozen: tuple[int, ...] = ()
-    packed: tuple[int, ...] = ()  # bytes of the frozen ones that are kept in four bits; they are in no other field
-    scales: int = 0  # bytes of what belongs to those; ZeRO does not partition it
-    head: int = 0  # elements of the output embedding, on the last stage, where it is trained
-
-    @property
-    def trained(self) -> tuple[int, ...]:
-        return tuple(size for group in self.groups for size in group)
-
-    @property
-    def all(self) -> tuple[int, ...]:
-        return self.trained + self.frozen
 
 
 def estimate_memory(
@@ -108,7 +85,8 @@ def estimate_memory(
         )
         if last:
             activations += _head_gradient(sizes, layout, settings)
-        estimates.append(MemoryEstimate(**states, activations=activations))
+        snapshot = _written(sizes, layout, settings)
+        estimates.append(MemoryEstimate(**states, activations=activations, snapshot=snapshot))
     return max(estimates, key=lambda estimate: estimate.peak + estimate.host)
 
 
@@ -122,44 +100,13 @@ def _head_gradient(sizes: Sizes, layout: Layout, settings: Settings) -> int:
     return settings.precision.compute * sizes.head
 
 
-def stage_sizes(
-    model: Mapping[str, Any],
-    tensor: int,
-    pipeline: int,
-    partition: str,
-    optimizer: Optimizer,
-    rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
-    embedding_rate: float = 1.0,
-) -> list[tuple[Sizes, int]]:
-    """What a rank of each pipeline stage holds, and how many blocks."""
-    stages = split_layers(parameter_table(model, tensor), pipeline, partition)
-    return [(_sizes(rows(stage.specs), tensor, optimizer, embedding_rate), stage.blocks) for stage in stages]
-
-
-def _sizes(specs: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float) -> Sizes:
-    def size(spec: ParamSpec) -> int:
-        return math.prod(spec.local_shape(0, tensor))
-
-    trained = [spec for spec in specs if spec.trained]
-    groups = grouped(trained, lambda spec: spec, optimizer, embedding_rate)
-    frozen = tuple(size(spec) for spec in specs if not spec.trained and not spec.packed)
-    in_four_bits = [size(spec) for spec in specs if spec.packed]
-    packed = tuple(_ceil(elements, 2) // 2 for elements in in_four_bits)
-    return Sizes(
-        groups=tuple(tuple(map(size, own)) for _, own in groups),
-        state_bytes=tuple(optimizer.state_bytes(group) for group, _ in groups),
-        whole=tuple(not optimizer.elementwise and group.states is not None for group, _ in groups),
-        frozen=frozen,
-        packed=packed,
-        scales=sum(map(_scales, in_four_bits)),
-        head=sum(size(spec) for spec in [spec for spec in specs if spec.kind == "vocab"][-1:] if spec.trained),
-    )
-
-
-def _scales(elements: int) -> int:
-    """Double quantisation: a byte for every block of 64, fp32 for every 256 blocks, both codes and the mean scale."""
-    blocks = _ceil(elements, 64) // 64
-    return blocks + 4 * (_ceil(blocks, 256) // 256) + 4 * (16 + 256 + 1)
+def _written(sizes: Sizes, layout: Layout, settings: Settings) -> int:
+    """Bytes that a rank writes of a checkpoint: of what is trained, fp32 weight and states; of what an adapter keeps
+    beside it, the weight. Ranks that hold the same share the writing; what only tensor-parallel ones do is neglected.
+    """
+    trained = sum((4 + of) * sum(group) for of, group in zip(sizes.state_bytes, sizes.groups, strict=True))
+    replicas = layout.data * layout.sequence
+    return round_up(trained + settings.precision.width * sizes.beside, replicas) // replicas
 
 
 def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
@@ -181,7 +128,7 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     """runtime/zero/stage_1_and_2.py: each group is one flat buffer, padded to 2 x ranks and cut into equal partitions;
     the master weights are a copy even in fp32."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    flats = [_ceil(sum(group), 2 * ranks) for group in sizes.groups]
+    flats = [round_up(sum(group), 2 * ranks) for group in sizes.groups]
     partitions = [flat // ranks for flat in flats]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
     accumulates, sums = settings.accumulation != 1, settings.sum_width
@@ -212,9 +159,9 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
     string and makes a copy."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    partitions = [[_ceil(size, ranks) // ranks for size in group] for group in sizes.groups]
+    partitions = [[round_up(size, ranks) // ranks for size in group] for group in sizes.groups]
     part = sum(map(sum, partitions))
-    frozen, packed = (sum(_ceil(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
+    frozen, packed = (sum(round_up(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
     resting = width * (part + frozen) + packed
     small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
     gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
@@ -223,7 +170,7 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     states = 4 * part + moments  # fp32 master weights, and their states
     gradients = settings.sum_width * part
     bucket = width * settings.reduce_bucket_size
-    second = width * sum(_ceil(size, settings.hpz) // settings.hpz for size in sizes.all) if settings.hpz > 1 else 0
+    second = width * sum(round_up(size, settings.hpz) // settings.hpz for size in sizes.all) if settings.hpz > 1 else 0
     copies = 4 * max(map(sum, partitions))  # the step's fp32 gradients of one group
     on_host = (resting if layout.offload_param else 0) + (
         states + gradients + 4 * part if layout.offload_optimizer else 0
@@ -255,7 +202,7 @@ def _moments(sizes: Sizes, partitions: Sequence[int], width: int) -> int:
 def _gathers(sizes: Sizes, ranks: int, width: int, most: int) -> int:
     """Bytes that are kept for gathering the gradients of whole matrices, of at most `most` elements at a time."""
     matrices = sum(sum(group) for group, whole in zip(sizes.groups, sizes.whole, strict=True) if whole)
-    return min(_GATHER_CACHE, width * (1 + ranks) * (_ceil(min(matrices, most), ranks) // ranks)) if ranks > 1 else 0
+    return min(_GATHER_CACHE, width * (1 + ranks) * (round_up(min(matrices, most), ranks) // ranks)) if ranks > 1 else 0
 
 
 def _owned(groups: Sequence[Sequence[int]], partitions: Sequence[int]) -> int:
@@ -284,10 +231,6 @@ def _gathered(sizes: Sequence[int], settings: Settings) -> int:
     if rest <= settings.max_reuse_distance:
         return min(rest, settings.max_live_parameters)
     return min(rest, max(sizes) + settings.prefetch_bucket_size)
-
-
-def _ceil(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def memory_rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:

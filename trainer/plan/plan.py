@@ -179,7 +179,7 @@ def _parameters(recipe: Recipe, model: Mapping[str, Any], layout: Layout) -> tup
 def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> MemoryEstimate:
     if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
         layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-    return estimate_memory(
+    memory = estimate_memory(
         model,
         layout,
         settings,
@@ -190,6 +190,7 @@ def _memory(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[s
         objective_of(recipe.objective).uniform,
         recipe.mlp_tile,
     )
+    return memory if recipe.save.background else replace(memory, snapshot=0)
 
 
 def _train_samples(recipe: Recipe, parts: Sequence[Part], global_batch: int) -> list[Samples]:

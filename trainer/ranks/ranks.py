@@ -85,6 +85,21 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_on_main(self, value: object) -> list:
+        """Every rank's picklable `value`, in rank order, on rank 0; nothing on the others. Collective."""
+        if self.world == 1:
+            return [value]
+        values: list | None = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def of_main(self, value: _T | None) -> _T:
+        """Rank 0's picklable `value`, on every rank. Collective."""
+        values: list = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def together(self, action: Callable[[], _T], doing: str = "", where: Path | str = "") -> _T:
         """Runs `action` on every rank; where it fails on one, all raise, so that none waits for it. Collective.
 
@@ -108,10 +123,10 @@ class Ranks:
 
     def raise_together(self, problem: str | None, advice: str = "") -> None:
         """Raises a UserError on every rank if any has a problem, with what helps against it. Collective."""
+        if not any(self.all_sum([problem is not None])):  # a fraction of what words cost
+            return
         problems = self.gather_objects((problem, advice))
         found = list(dict.fromkeys(item for item in problems if item[0] is not None))
-        if not found:
-            return
         everywhere = all(text is not None for text, _ in problems)  # else say on which rank
         told = []
         for text, advice in found:
@@ -219,8 +234,8 @@ def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
     )
 
 
-def same_on_all_ranks(words: str, seconds: float = 5.0) -> bool:
-    """Whether all ranks end with these words, each waiting for the others for at most `seconds`.
+def same_on_all_ranks(words: str, seconds: float = 5.0, occasion: str = "last_words") -> bool:
+    """Whether all ranks come here with these words, each waiting for the others for at most `seconds`.
 
     Asks the store that the ranks met at, since a rank that waits in a collective cannot answer there; a few messages a
     rank, however many there are.
@@ -235,11 +250,11 @@ def same_on_all_ranks(words: str, seconds: float = 5.0) -> bool:
         store.wait([f"{place}/all"], patience)
 
     try:
-        all_come_to(f"last_words/{hashlib.sha256(words.encode()).hexdigest()}")
+        all_come_to(f"{occasion}/{hashlib.sha256(words.encode()).hexdigest()}")
     except RuntimeError:  # some rank is elsewhere, or gone with the store
         return False
     with contextlib.suppress(RuntimeError):
-        all_come_to("last_words/read")  # rank 0 holds the store, and must not go first
+        all_come_to(f"{occasion}/read")  # rank 0 holds the store, and must not go first
     return True
 
 

@@ -43,3 +43,19 @@ def _name_or_mapping(value: Any) -> Any:
 
 Choice = Annotated[str | dict[str, Any], BeforeValidator(_name_or_mapping)]
 Steps = Annotated[int | float, BeforeValidator(_steps_or_fraction)]
+
+
+def split_shares(split: str) -> tuple[float, float, float]:
+    """The three shares of "949,50,1"; shares that are left out are 0.
+
+    Raises:
+        ValueError: not one to three non-negative numbers with a positive first.
+    """
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not shares[0]:
+        raise ValueError(f"split must be shares of train, valid and test, such as '949,50,1'; got {split!r}")
+    train, valid, test = [*shares, 0.0, 0.0][:3]
+    return train, valid, test

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ...data_prep.errors import UserError
 from .errors import explain
-from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home
+from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home, split_shares
 from .overrides import apply_override
 from .text_files import parse_yaml, read_named, yaml_lines
 
@@ -183,6 +183,21 @@ class Save(_Section):
     """Steps between checkpoints; 0: at the end only."""
     keep: Count = 3
     """Newest checkpoints to keep."""
+    milestone: Count | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever beside those; a multiple of `every`."""
+    background: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in host memory that `plan` counts."""
+
+    @model_validator(mode="after")
+    def _milestones_are_saved(self) -> Save:
+        if self.milestone is not None and not self.every:
+            raise ValueError(f"milestone: {self.milestone} with every: 0, which saves at the end only; state every too")
+        if self.milestone is not None and self.milestone % self.every:
+            nearest = self.every * max(1, round(self.milestone / self.every))
+            raise ValueError(
+                f"milestone: {self.milestone} is no multiple of every ({self.every}); state e.g. {nearest}"
+            )
+        return self
 
 
 class Recipe(_Section):
@@ -231,22 +246,6 @@ class Recipe(_Section):
         if self.schedule.min_lr > self.optimizer.lr and "lr" in self.optimizer.model_fields_set:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self
-
-
-def split_shares(split: str) -> tuple[float, float, float]:
-    """The three shares of "949,50,1"; shares that are left out are 0.
-
-    Raises:
-        ValueError: not one to three non-negative numbers with a positive first.
-    """
-    try:
-        shares = [float(part) for part in split.split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or not all(0 <= share < float("inf") for share in shares) or not shares[0]:
-        raise ValueError(f"split must be shares of train, valid and test, such as '949,50,1'; got {split!r}")
-    train, valid, test = [*shares, 0.0, 0.0][:3]
-    return train, valid, test
 
 
 def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -15,8 +15,9 @@ from ..objectives.registry import objective_of
 from ..plan.deepspeed_json import reconcile
 from ..plan.layout import Layout
 from ..plan.legality import check
-from ..plan.memory import MemoryEstimate, Sizes, estimate_memory, stage_sizes
+from ..plan.memory import MemoryEstimate, estimate_memory
 from ..plan.plan import Plan, make_plan
+from ..plan.rank_sizes import Sizes, stage_sizes
 from ..plan.settings import BUCKET, Settings, read_settings
 from ..recipe.recipe import Recipe
 from .compute import Training

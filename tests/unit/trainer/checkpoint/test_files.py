@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from zeropipe.data_prep.errors import UserError
@@ -39,7 +40,7 @@ def test_the_library_reads_what_is_written_and_the_digest_is_that_of_the_file(tm
     files = write_rank(tmp_path, 3, tensors, shapes)
     assert list(files) == ["rank-00003.safetensors"]
     path = tmp_path / "rank-00003.safetensors"
-    assert files[path.name] == Digest(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert files[path.name] == Digest(path.stat().st_size, xxhash.xxh3_128_hexdigest(path.read_bytes()))
     found = load_file(path)
     assert {parse_key(key) for key in found} == {(kind, name, box.offset) for kind, name, box in boxes}
     for written, tensor in zip(tensors, boxes.values(), strict=True):
@@ -70,6 +71,29 @@ def test_the_manifest_comes_back(tmp_path):
     assert digest_problems(tmp_path, manifest.files) == []
 
 
+def test_the_digest_is_the_one_that_its_name_says(tmp_path):
+    """https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md: of nothing, seed 0, high half first."""
+    assert write_bytes(tmp_path / "empty", b"") == Digest(0, "99aa06d3014798d86001c324468d497f")
+
+
+def test_what_was_hashed_otherwise_is_verified_otherwise(tmp_path):
+    """Format 1 knew SHA-256 alone, and did not say so."""
+    content = b"weights"
+    (tmp_path / "rank-00000.safetensors").write_bytes(content)
+    files = {"rank-00000.safetensors": {"size": 7, "sha256": hashlib.sha256(content).hexdigest()}}
+    body = {"format": 1, "step": 12, "sequence": 3, "files": files}
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(body | {"self": own}))
+    manifest = CheckpointManifest.read(tmp_path)
+    assert (manifest.hash, manifest.milestone) == ("sha256", False)
+    assert digest_problems(tmp_path, manifest.files, manifest.hash) == []
+    (tmp_path / "rank-00000.safetensors").write_bytes(b"Weights")
+    (problem,) = digest_problems(tmp_path, manifest.files, manifest.hash)
+    assert f"sha256 is {hashlib.sha256(b'Weights').hexdigest()}" in problem
+    manifest.write(tmp_path)
+    assert CheckpointManifest.read(tmp_path) == manifest
+
+
 def test_a_flipped_bit_anywhere_is_found(tmp_path):
     manifest = _written(tmp_path)
     for name in ("rank-00000.safetensors", "state.json", "manifest.json"):
@@ -83,8 +107,8 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
                     CheckpointManifest.read(tmp_path)
             else:
                 assert digest_problems(tmp_path, manifest.files) == [
-                    f"{path}: SHA-256 is {hashlib.sha256(damaged).hexdigest()}, "
-                    f"the manifest says {manifest.files[name].sha256}"
+                    f"{path}: xxh3_128 is {xxhash.xxh3_128_hexdigest(bytes(damaged))}, "
+                    f"the manifest says {manifest.files[name].value}"
                 ]
         path.write_bytes(whole)
 
@@ -105,11 +129,11 @@ def test_a_later_format_is_refused_and_not_called_damaged(tmp_path):
     path = tmp_path / "manifest.json"
     body = json.loads(path.read_text())
     del body["self"]
-    body["format"] = 2
+    body["format"] = 3
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(body | {"self": digest}))
     with pytest.raises(
-        UserError, match="format 2 is newer than this version of zeropipe reads \\(1\\): upgrade"
+        UserError, match="format 3 is newer than this version of zeropipe reads \\(2\\): upgrade"
     ) as error:
         CheckpointManifest.read(tmp_path)
     assert not isinstance(error.value, DamagedError)

@@ -16,6 +16,7 @@ from zeropipe.trainer.checkpoint.folder import (
     prune,
     publish,
     step_folders,
+    surplus,
     verify_checkpoints,
 )
 
@@ -28,6 +29,12 @@ def _publish(folder: Path, step: int, content: bytes = b"weights") -> Path:
 
 def _steps(paths: list[Path]) -> list[int]:
     return [int(path.name.rsplit("-", 1)[1]) for path in paths]
+
+
+def _pruned(run: Path, keep: int) -> list[int]:
+    doomed = surplus(run, keep)
+    prune(doomed)
+    return _steps(doomed)
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_newest_is_what_was_published_last(run):
     """A run that was resumed from step 5 goes on from its own step 7, not from the old step 15."""
     _publish(run / "checkpoints", 7)
     assert _steps(step_folders(run)) == [7, 15, 10, 5]
-    assert _steps(prune(run, keep=2)) == [5, 10]
+    assert _pruned(run, keep=2) == [5, 10]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000007\n"
 
 
@@ -77,12 +84,12 @@ def test_pruning_keeps_the_newest_whole_ones_and_does_not_touch_damaged_ones(run
     folder = run / "checkpoints"
     (folder / "step-00000005" / "state.json").unlink()
     (folder / "step-00000015" / "manifest.json").unlink()
-    assert prune(run, keep=1) == []
+    assert _pruned(run, keep=1) == []
     _publish(folder, 20)
-    assert _steps(prune(run, keep=1)) == [10]
+    assert _pruned(run, keep=1) == [10]
     assert sorted(_steps(step_folders(run))) == [5, 15, 20]
     with pytest.raises(UserError, match="keep: 0 would remove the last checkpoint"):
-        prune(run, keep=0)
+        surplus(run, keep=0)
 
 
 def test_find_passes_over_what_is_visibly_damaged_and_says_so_if_nothing_is_left(run):

@@ -120,6 +120,50 @@ def test_weights_gradients_and_states_are_what_two_ranks_hold(
     assert resting <= last <= resting + gradients + buckets + SLACK
 
 
+def copied(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
+    """Bytes of the copy that a rank of a run would write a checkpoint from."""
+    from zeropipe.trainer.checkpoint.snapshot import Snapshot, shares
+    from zeropipe.trainer.engine.build import build_engine
+    from zeropipe.trainer.ranks.ranks import join_world
+    from zeropipe.trainer.run.data import RunData
+    from zeropipe.trainer.run.quiet import quiet
+
+    quiet()
+    ranks = join_world()
+    plan = plan_of(recipe, ds, ranks.world)
+    layout = plan.layout
+    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
+    engine = build_engine(plan, ranks)
+    engine.train_step(RunData.open(plan).stream(ranks), 0)
+    snapshot = Snapshot()
+    snapshot.take(shares(engine.live))
+    return snapshot.nbytes
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("zero", "extra", "sections"),
+    [
+        ("zero0", {}, {}),
+        ("zero1", {}, {}),
+        ("zero3_offload", {}, {}),
+        ("zero1", {"tensor_parallel": {"autotp_size": 2}}, {}),
+        ("zero2", {}, {"adapter": {**LORA, "init": "pissa"}}),
+    ],
+)
+def test_the_copy_for_a_checkpoint_is_what_a_rank_writes(
+    tmp_path: Path, zero: str, extra: dict[str, Any], sections: dict[str, Any]
+):
+    recipe = tiny_recipe(tiny_store(tmp_path / "store", documents=60), tmp_path / "run", **sections)
+    ds = {**tiny_json(zero, micro=2), **extra}
+    planned = plan_of(recipe, ds, 2).memory
+    assert planned is not None
+    found = run_ranks(2, copied, recipe, ds)
+    assert max(found) == pytest.approx(planned.snapshot, abs=SLACK, rel=0.05)
+    without = plan_of({**recipe, "save": {"background": False}}, ds, 2).memory
+    assert without is not None and without.snapshot == 0
+
+
 def lasting_buffers(zero: str, precision: str, planned: MemoryEstimate) -> int:
     """What `buffers` and `gradients` say of memory that is never given back."""
     width = 2 if precision == "bf16" else 4

@@ -136,6 +136,8 @@ REFUSALS = {
     "optimizer.lr=fast": "optimizer.lr: must be a number, got 'fast'",
     "optimizer.lr=-1": "optimizer.lr: must be greater than 0, got -1",
     "optimizer.betas=[0.9, 1.0]": "optimizer.betas.1: must be less than 1, got 1.0",
+    "save.milestone=750": "save: milestone: 750 is no multiple of every (500); state e.g. 1000",
+    "save={every: 0, milestone: 9}": "save: milestone: 9 with every: 0, which saves at the end only; state every too",
     "save.every=true": "save.every: must be a whole number, got True",
     "seed=1.5": "seed: must be a whole number, got 1.5",
     "duration.tokens=5": "exactly one of steps, tokens, epochs; got steps, tokens (duration.steps=null takes one away)",
