@@ -43,14 +43,14 @@ def _build(groups: Sequence[dict[str, Any]], params: Mapping[str, Any]) -> Any:
 
 
 def _without_compiler() -> None:
-    """DeepSpeed compiles the iteration for every shape of matrix: 40 s of a C++ compiler on a CPU, for nothing."""
+    """DeepSpeed compiles the iteration for every shape of matrix: on a CPU its matrix products gain nothing by it."""
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
     for module in (original_muon, muon_optimizer):
         for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
             if hasattr(module, name):
                 function = getattr(module, name)
-                setattr(module, name, getattr(function, "_torchdynamo_orig_callable", function))
+                setattr(module, name, getattr(function, "uncompiled", function))
 
 
 MUON = Optimizer(

@@ -35,4 +35,5 @@ class LateCompile:
         def late(*arguments: Any, **options: Any) -> Any:
             return compiled()(*arguments, **options)
 
+        late.uncompiled = function  # type: ignore[attr-defined]
         return late
