@@ -15,10 +15,10 @@ import pytest
 from tests.distributed import layouts, reference
 from tests.distributed.reference import gpt2, llama
 from tests.harness import run_ranks
+from tests.saving import save
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import holdings
 from zeropipe.trainer.checkpoint.loader import load
-from zeropipe.trainer.checkpoint.writer import save
 from zeropipe.trainer.data.batches import StepBatch
 from zeropipe.trainer.engine.build import build_engine
 from zeropipe.trainer.plan.layout import Layout

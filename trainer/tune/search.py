@@ -194,6 +194,7 @@ class _Estimates:
             rows_of(adapter_of(recipe.adapter)),
             uniform=objective_of(recipe.objective).uniform,
         )
+        self.mlp_tile = recipe.mlp_tile
         self._sizes: dict[tuple[int, int], list[tuple[Sizes, int]]] = {}
 
     def candidate(self, recipe: Recipe, json: dict[str, Any], layout: Layout) -> Candidate:
@@ -213,7 +214,10 @@ class _Estimates:
             self._sizes[key] = stage_sizes(*shape, settings.optimizer, training.rows, self.rate)
         if layout.pipeline > 1:  # the engine runs ZeRO-0 in a pipeline as ZeRO-1
             layout = replace(layout, zero_stage=max(1, layout.zero_stage))
-        return estimate_memory(training.model, layout, settings, training.seq_len, stages=self._sizes[key])
+        head_and_mlp = {"uniform": training.uniform, "mlp_tile": self.mlp_tile}
+        return estimate_memory(
+            training.model, layout, settings, training.seq_len, stages=self._sizes[key], **head_and_mlp
+        )
 
 
 def plan_of_candidate(recipe: Recipe, one: Candidate) -> Plan:
