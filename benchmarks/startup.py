@@ -168,7 +168,7 @@ def rank(notes: Path, arguments: list[str]) -> None:
     clock(loop.RunData, "open", done, "run directory, environment, data")
     clock(base.deepspeed, "initialize", done, "model, initial values, deepspeed.initialize")
     clock(loop.Checkpoints, "resume_or_start", done, "evaluator, stream, checkpoints")
-    clock(base, "next_batch", done, "first batch")
+    clock(base.Agreed, "take", done, "first batch")
     clock(base.Engine, "train_step", done, "first step")
     code = command.main(arguments)
     (notes / os.environ.get("RANK", "0")).write_text(json.dumps(stamps))

@@ -11,7 +11,7 @@ def compile_when_called() -> None:
     """Makes what DeepSpeed's `compiler.compile()` decorates load torch's compiler at its first call.
 
     Its one use is `zero/muon/original_muon.py`, which every ZeRO engine imports to see whether its optimizer is a Muon:
-    0.7 s of every start. Calling this again is harmless.
+    0.8 s of every start. Calling this again is harmless.
     """
     from deepspeed.runtime import compiler
 
