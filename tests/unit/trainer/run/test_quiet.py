@@ -9,11 +9,12 @@ import pytest
 from zeropipe.trainer.run.quiet import hushed, quiet
 
 
-def test_only_errors_pass(caplog):
+def test_only_errors_pass(caplog, monkeypatch):
     quiet()
     quiet()
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.DEBUG)  # what the library does when it is imported after us
+    monkeypatch.setattr(logger, "propagate", False)  # as the library does, or the handler would hear twice
     logger.addHandler(caplog.handler)
     try:
         logger.warning("chatter")
