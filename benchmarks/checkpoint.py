@@ -103,6 +103,7 @@ def _rank(rank: int, world: int, port: int, stage: int, rounds: int, folder: Pat
         timed("DeepSpeed", lambda: engine.save_checkpoint(str(theirs), tag="t"))
         timed("DeepSpeed load", lambda: engine.load_checkpoint(str(theirs), tag="t"))
         _clear(ranks, theirs)
+        _step(engine)  # as in training, the state has just been used
         timed("copy", lambda: target.copy_(source))
         before = sum(synced)
         started = time.perf_counter()
@@ -147,10 +148,16 @@ def _engine(stage: int, ranks, model: dict):
     }
     built = build_model(model, None, 0, torch.float32, ranks, config if stage == 3 else None)
     engine = deepspeed.initialize(model=built, model_parameters=list(built.parameters()), config=config)[0]
+    _step(engine)  # the moments exist from here on
+    return engine
+
+
+def _step(engine) -> None:
+    import torch
+
     ids = torch.randint(0, 50304, (1, 32))
     engine.backward(engine(input_ids=ids, labels=ids).loss)
-    engine.step()  # the moments exist from here on
-    return engine
+    engine.step()
 
 
 def _count_fsync() -> list[float]:

@@ -182,7 +182,9 @@ class SnapshotWriter:
             self._cleared = True
         own = shares(live, self._pieces)
         shapes = {share.holding.name: share.holding.spec.shape for share in own}
-        writing = self._thread.submit(self._write, step, self._tensors(own), shapes)
+        tensors = self._tensors(own)
+        yield _done()  # no rank writes, and takes memory bandwidth, while another one copies
+        writing = self._thread.submit(self._write, step, tensors, shapes)
         yield writing
         written = ranks.together(writing.result, _DOING, self._folder)
         files = {name: digest for of_rank in ranks.gather_on_main(written) for name, digest in of_rank.items()}
@@ -215,7 +217,7 @@ class SnapshotWriter:
 
     def _on_main(self, work: Any, *arguments: Any) -> Future[Any]:
         """Work that rank 0 does for all."""
-        return self._thread.submit(work, *arguments) if self._ranks.is_main else self._thread.submit(lambda: None)
+        return self._thread.submit(work, *arguments) if self._ranks.is_main else _done()
 
     def _publish(
         self, step: int, files: dict[str, Digest], record: bytes, probe: Mapping[str, Tensor] | None
@@ -240,3 +242,10 @@ class SnapshotWriter:
     def _warn(self, text: str) -> None:
         if self._ranks.is_main:
             print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _done() -> Future[Any]:
+    """Work of a rank that has none."""
+    future: Future[Any] = Future()
+    future.set_result(None)
+    return future
