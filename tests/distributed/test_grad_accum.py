@@ -41,8 +41,8 @@ class Again(layouts.Stream):
         super().__init__(config, ranks, 1)
         self.times = times
 
-    def next_step(self) -> StepBatch:
-        batch = super().next_step()
+    def ahead(self) -> StepBatch:
+        batch = super().ahead()
         return replace(batch, micro_batches=batch.micro_batches * self.times)
 
 
@@ -97,7 +97,7 @@ def _load_and_go_on(layout: Layout, path: Path):
     engine = _start(llama(), layout, TWO, FP32_SUMS)
     load(engine.live, path)
     stream = Again(llama(), engine.ranks, TWO)
-    stream.step = 2
+    stream.samples_consumed = 2 * reference.BATCH
     return _go_on(engine, stream)
 
 
