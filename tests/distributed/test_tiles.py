@@ -27,11 +27,12 @@ def truth(model: str) -> reference.Curve:
 
 def _train(config: dict, layout: Layout, ds: dict[str, Any]) -> tuple[reference.Curve, int]:
     """And the most tokens that the activation of an MLP saw at once."""
-    from transformers.activations import NewGELUActivation, SiLUActivation
+    from torch.nn import GELU
+    from transformers.activations import SiLUActivation
 
     most, whole = 0, layouts.recipe_for
     layouts.recipe_for = lambda *arguments: whole(*arguments).model_copy(update={"mlp_tile": TILE})
-    for activation in (NewGELUActivation, SiLUActivation):
+    for activation in (GELU, SiLUActivation):
         original = activation.forward
 
         def counting(self: Any, hidden: Any, original: Any = original) -> Any:
