@@ -30,7 +30,7 @@ def _train_without_locks(recipe: dict, ds: dict) -> str:
     step = Engine.train_step
 
     def train_step(self, stream, number, stop=False):
-        if number == 2:
+        if number == 2 and self.ranks.is_main:
             claim(self.plan.recipe.output, "other")
         return step(self, stream, number, stop)
 
