@@ -1,5 +1,5 @@
 """The coming global batch. What all ranks together have in it is summed along with the step before it, so that a step
-needs one reduction of numbers, at its end, and a GPU is waited for once.
+needs one reduction of numbers, at its end. Beside what DeepSpeed's update waits for, a GPU is then waited for once.
 """
 
 from __future__ import annotations
