@@ -23,8 +23,8 @@ from .command import (
     shell_line,
     user_environment_files,
 )
-from .devices import count_accelerators, cpu_cores, visible_devices
-from .hostfile import is_this_machine, read_hostfile
+from .hosts.devices import count_accelerators, cpu_cores, visible_devices
+from .hosts.hostfile import is_this_machine, read_hostfile
 from .processes import MARK
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def print_dry_run(launch: Launch) -> None:
 
 def start(launch: Launch, output: Path) -> int:
     """Runs the launch and returns its exit code."""
-    from .preflight import check_hosts
+    from .hosts.preflight import check_hosts
     from .session import Session
 
     with launch_folder(output.absolute() if launch.remote else None) as folder:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher import command, launch_command
-from zeropipe.launcher.hostfile import read_hostfile
+from zeropipe.launcher.hosts.hostfile import read_hostfile
 
 output, hostfile, *words = sys.argv[1:]
 hosts = read_hostfile(hostfile)

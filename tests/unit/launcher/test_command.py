@@ -14,7 +14,7 @@ from zeropipe.launcher.command import (
     rank_environment,
     remote_word,
 )
-from zeropipe.launcher.hostfile import Host
+from zeropipe.launcher.hosts.hostfile import Host
 
 NASTY = [
     "plain=1",
