@@ -38,6 +38,7 @@ class Launch:
     master_port: int | None = None
     bind_cores: bool = False
     verbose: bool = False
+    module: str = "zeropipe.trainer"  # what each rank runs
 
     @property
     def remote(self) -> bool:
@@ -55,7 +56,7 @@ def deepspeed_command(launch: Launch) -> list[str]:
             words += [flag, str(value)]
     if launch.bind_cores:
         words.append("--bind_cores_to_rank")
-    words += ["--module", "zeropipe.trainer"]
+    words += ["--module", launch.module]
     return words + [remote_word(word) if launch.remote else word for word in launch.arguments]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..data_prep.errors import UserError
 from ..trainer.commands.arguments import add_run_arguments, add_verb
+from ..trainer.keeper.wire import LAUNCH_FOLDER
 from ..trainer.ranks.ports import free_port
 from .command import (
     Launch,
@@ -25,7 +26,7 @@ from .command import (
 )
 from .hosts.devices import count_accelerators, cpu_cores, visible_devices
 from .hosts.hostfile import is_this_machine, read_hostfile
-from .processes import MARK
+from .supervision.watch import Patience
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
@@ -47,6 +48,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     text = "train on this machine or on every host of a hostfile"
     parser = add_verb(verbs, "launch", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
+    parser.set_defaults(module="zeropipe.trainer")
     parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
     parser.add_argument(
         "--devices",
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print_dry_run(launch)
         return 0
     print(launch_summary(launch, plan), flush=True)
-    return start(launch, plan.recipe.output)
+    return start(launch, plan.recipe.output, Patience.of(plan.recipe))
 
 
 def plan_launch(args: argparse.Namespace) -> Launch:
@@ -91,6 +93,7 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         master_port=args.master_port,
         bind_cores=args.bind_cores_to_rank,
         verbose=args.verbose,
+        module=args.module,
     )
     if args.hostfile is None:
         return _on_this_machine(launch, args.devices)
@@ -150,15 +153,15 @@ def print_dry_run(launch: Launch) -> None:
     print(shell_line(deepspeed_command(launch), added))
 
 
-def start(launch: Launch, output: Path) -> int:
+def start(launch: Launch, output: Path, patience: Patience = Patience()) -> int:  # noqa: B008 (frozen)
     """Runs the launch and returns its exit code."""
     from .hosts.preflight import check_hosts
-    from .session import Session
+    from .supervision.session import Session
 
     with launch_folder(output.absolute() if launch.remote else None) as folder:
         if launch.remote:
             check_hosts(launch.hosts, launch.ssh_port, folder)
-        session = Session(folder, launch.devices, launch.hosts, launch.ssh_port)
+        session = Session(folder, launch.devices, launch.hosts, launch.ssh_port, patience)
         return session.run(deepspeed_command(launch), child_environment(launch, folder))
 
 
@@ -183,7 +186,7 @@ def child_environment(launch: Launch, folder: Path) -> dict[str, str]:
     """The environment of `deepspeed`: the user's, the ranks' settings, and the mark of this launch."""
     environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK"}}
     environment |= rank_environment(environment, launch, count_accelerators(), cpu_cores())
-    environment[MARK] = str(folder)
+    environment[LAUNCH_FOLDER] = str(folder)
     if launch.device_ids is not None:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include
     if launch.remote:

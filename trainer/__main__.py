@@ -4,9 +4,10 @@ import os
 import sys
 
 from .commands.train import main
+from .keeper.keeper import kept
 
 if __name__ == "__main__":
-    code = main()
+    code = kept(main)
     # all is written, told and noted: a thread of torch's or DeepSpeed's that is still there when the process is taken
     # down aborts it now and then ("terminate called without an active exception"), after a run that went well
     sys.stdout.flush()

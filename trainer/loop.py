@@ -31,6 +31,7 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
             evaluator = Evaluator(engine, data, log)
             state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
             while not state.done:
+                engine.pulse.step(state.step)
                 output = engine.train_step(stream, state.step, stop.asked)
                 state.advance(output)
                 log.step(state, output)

@@ -20,6 +20,7 @@ from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.order import key64
 from ..families.registry import family_of
 from ..families.specs import ParamSpec
+from ..keeper.pulse import Pulse
 from ..modeling.build import RandomValues, make_parameter
 from ..modeling.tiles import tile_mlps
 from ..objectives.base import LossSum, Objective
@@ -50,6 +51,7 @@ class Engine(ABC):
     Attributes:
         module: what DeepSpeed trains.
         deepspeed: its engine.
+        pulse: where this rank is, for who looks after it.
     """
 
     module: nn.Module
@@ -64,6 +66,7 @@ class Engine(ABC):
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
         self._agreed: Agreed | None = None  # the next step's batch
         self.bad_steps = BadSteps(plan)
+        self.pulse = Pulse.of_this_rank()
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -132,6 +135,7 @@ class Engine(ABC):
         sums, weight, tokens = self._vector(None), 0.0, 0
         for micro in micro_batches:
             losses = self.token_losses(micro)
+            self.pulse.beat()
             if losses is not None:
                 sums += self._vector(self.objective.loss(micro.to(self.ranks.device), losses))
             weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens

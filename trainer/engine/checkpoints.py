@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..checkpoint.folder import check_same_run, step_name
 from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
 from ..data.batches import BatchStream
+from ..keeper.pulse import SAVE
 from ..metrics.reading import skipped_samples
 from ..metrics.record import RunLog
 from ..ranks.ranks import same_on_all_ranks
@@ -39,7 +41,7 @@ class Checkpoints:
         self.writer: CheckpointWriter = SnapshotWriter(
             self.recipe.output, save.every, save.keep, self.plan.total_steps, save.milestone, save.background
         )
-        self._begun: dict[str, tuple[int, dict[str, int]]] = {}  # by a checkpoint's name: its step, what was drawn
+        self._begun: dict[str, tuple[int, dict[str, int], float]] = {}  # by name: step, what was drawn, since when
 
     def resume_or_start(self) -> TrainState:
         """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective.
@@ -80,14 +82,22 @@ class Checkpoints:
         """
         if state.stopped or self.writer.due(state.step):
             self.save(state)
-        self._record(self.writer.wait() if state.done else self.writer.poll())
+        self._record(self._wait() if state.done else self.writer.poll())
+
+    def _wait(self) -> list[Path]:
+        with self.engine.pulse.during(SAVE, learn=False):
+            return self.writer.wait()
 
     def save(self, state: TrainState) -> None:
         """Begins to save this state, if the run directory is still this run's. Collective; raises as `save_if_due`."""
+        with self.engine.pulse.during(SAVE, learn=False):  # it takes until it is published
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
         self.ranks.together(
             lambda: check_claim(self.recipe.output, self.log.run) if self.ranks.is_main else None, _CANNOT_SAVE
         )
-        self._begun[step_name(state.step)] = state.step, self.stream.drawn()
+        self._begun[step_name(state.step)] = state.step, self.stream.drawn(), time.monotonic()
         record = {
             "step": state.step,
             "samples_consumed": state.samples_consumed,
@@ -107,11 +117,12 @@ class Checkpoints:
         """What all ranks end for alike (a loss that is no number, say) costs no checkpoint that was begun before it."""
         if self._begun and isinstance(error, UserError) and same_on_all_ranks(str(error), occasion="checkpoints"):
             with contextlib.suppress(UserError):  # the first error is the one to tell
-                self._record(self.writer.wait())
+                self._record(self._wait())
 
     def _record(self, published: Sequence[Path]) -> None:
         for path in published:
-            step, drawn = self._begun.pop(path.name)
+            step, drawn, begun = self._begun.pop(path.name)
+            self.engine.pulse.learn(SAVE, time.monotonic() - begun)
             self.log.event("save", step, path=str(path), drawn=drawn)
 
     def _probe(self) -> dict[str, torch.Tensor]:

@@ -60,6 +60,7 @@ class ZeroEngine(Engine):
             with holding_still(self.deepspeed.optimizer) if self._spoilt else nullcontext():
                 self.deepspeed.step()
             sums += self._vector(loss)
+            self.pulse.beat()
         return sums, self.deepspeed.get_global_grad_norm() if norm is None else norm
 
     def _applied(self) -> bool:

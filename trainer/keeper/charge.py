@@ -93,9 +93,8 @@ class Charge:
             return "X"
 
     def ask_for_stacks(self) -> None:
-        """It writes them down by itself; `stacks_if_ready` has them a moment later. A stopped rank is set going."""
+        """It writes them down by itself; `stacks_if_ready` has them a moment later."""
         self._signal(ASK_FOR_STACKS)
-        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             os.write(self._questions, b"?")
         self._stacks_due = time.monotonic() + STACKS_SECONDS
@@ -103,6 +102,10 @@ class Charge:
     def stacks_if_ready(self) -> dict[str, Any] | None:
         """Its Python stacks as text, and the collective it waits in: None if it did not say."""
         if self._stacks_due is None or time.monotonic() < self._stacks_due:
+            return None
+        if self._frozen_since is not None:  # it is set going when the others have told; it will be ended soon
+            self._signal(signal.SIGCONT)
+            self._frozen_since, self._stacks_due = None, time.monotonic() + STACKS_SECONDS / 2
             return None
         self._stacks_due = None
         try:

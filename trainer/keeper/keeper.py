@@ -10,6 +10,7 @@ The rank dies with its keeper, and the keeper ends when the launcher is gone: no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -72,10 +73,8 @@ def _keep(folder: Path, stand_in: socket.socket, rank: Callable[[], int]) -> int
         code = Keeper(charge, wire, stand_in).run()
     except OSError as error:
         print(f"error: the launcher cannot be reached from {socket.gethostname()}: {error}", file=sys.stderr)
-    try:
+    with contextlib.suppress(OSError):  # DeepSpeed's launcher may have killed it meanwhile
         stand_in.send(bytes([code % 256]))
-    except OSError:  # DeepSpeed's launcher has killed it meanwhile
-        pass
     os._exit(code)
 
 

@@ -6,10 +6,12 @@ the rank is stopped or waits in C++.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 SET_UP, STEP, EVALUATION, SAVE = PHASES = ("set-up", "step", "evaluation", "save")
@@ -30,33 +32,49 @@ class Beat:
 
 
 class Pulse:
-    """Of this rank. Does nothing in a rank that has no keeper."""
+    """Of this rank. Nobody reads it where the rank has no keeper."""
 
     def __init__(self, file: int | None) -> None:
         """`file`: as `shared_memory` makes it."""
-        self._memory = None if file is None else mmap.mmap(file, _RECORD.size)
-        self._phase, self._step, self._since = 0, 0, time.monotonic()
-        self._longest = [0.0] * len(PHASES)
+        self._memory = mmap.mmap(-1 if file is None else file, _RECORD.size)
+        self._phase, self._step, self._since, _, *self._longest = _RECORD.unpack_from(self._memory)
 
     @classmethod
     def of_this_rank(cls) -> Pulse:
         files = kept_files()
         return cls(files[0] if files else None)
 
-    def enter(self, phase: str, step: int) -> None:
-        """The rank goes on to another phase, or to the next step."""
-        if self._memory is None:
-            return
+    def step(self, step: int) -> None:
+        """A step begins, counted from 0."""
+        self._go_on(STEP, step, learn=True)
+
+    @contextlib.contextmanager
+    def during(self, phase: str, learn: bool = True) -> Iterator[None]:
+        """The rank is in this phase meanwhile; whatever may take much longer than a step is put into one.
+
+        Args:
+            learn: whether a later one that takes much longer is taken for a hang.
+        """
+        before = PHASES[self._phase]
+        self._go_on(phase, self._step, learn=False)
+        yield
+        self._go_on(before, self._step, learn)
+
+    def learn(self, phase: str, seconds: float) -> None:
+        """How long a phase can take, where that is not seen by when it begins and ends."""
+        self._longest[PHASES.index(phase)] = max(seconds, self._longest[PHASES.index(phase)])
+
+    def _go_on(self, phase: str, step: int, learn: bool) -> None:
         now, before = time.monotonic(), self._phase
-        fading = _FADING if PHASES[before] == STEP else 1.0
-        self._longest[before] = max(now - self._since, fading * self._longest[before])
+        if learn:
+            fading = _FADING if PHASES[before] == STEP else 1.0
+            self._longest[before] = max(now - self._since, fading * self._longest[before])
         self._phase, self._step, self._since = PHASES.index(phase), step, now
         self._write(now)
 
     def beat(self) -> None:
         """The rank is getting on with its phase: to be called in phases that may be long, after each part."""
-        if self._memory is not None:
-            self._write(time.monotonic())
+        self._write(time.monotonic())
 
     def _write(self, now: float) -> None:
         _RECORD.pack_into(self._memory, 0, self._phase, self._step, self._since, now, *self._longest)

@@ -14,11 +14,11 @@ from typing import Any
 
 from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError
+from ..keeper.wire import LAUNCH_FOLDER
 from ..objectives.registry import objective_of
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.environment import describe_host, environment
-from ..run.exit_notes import LAUNCH_FOLDER
 from ..run.guard import StopRequest, claim, record_configuration
 from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings

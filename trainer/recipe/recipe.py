@@ -78,6 +78,9 @@ class Parallel(_Section):
     """How layers are shared out over the stages: parameters, uniform, measured or type:REGEX."""
     timeout: float = Field(default=10.0, gt=0)
     """Minutes that a rank waits for the others in a collective before the run ends."""
+    patience: float = Field(default=120.0, gt=0)
+    """Seconds after which a rank under `launch` counts as hung, if it takes five times its longest step (evaluation,
+    save) so far, or `timeout`; three times `timeout` for set-up and for the first of each."""
 
     @model_validator(mode="after")
     def _expression_is_one(self) -> Parallel:

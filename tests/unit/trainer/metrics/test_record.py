@@ -17,12 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.tiny import tiny_recipe
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.evaluation.evaluate import EvalResult
+from zeropipe.trainer.keeper.wire import LAUNCH_FOLDER
 from zeropipe.trainer.metrics.reading import read_lines, read_metrics
 from zeropipe.trainer.metrics.record import RunLog
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.ranks.ranks import Ranks
 from zeropipe.trainer.recipe.recipe import Recipe
-from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER
 from zeropipe.trainer.run.guard import StopRequest
 from zeropipe.trainer.run.state import StepOutput, TrainState
 from zeropipe.trainer.sinks.console import StepLine, duration
