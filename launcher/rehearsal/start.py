@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from ...data_prep.command_line import Parser
 from ...data_prep.errors import EXIT_USER_ERROR, UserError
-from ..cli import parse_command
+from .. import launch_command
 
 RANK = "zeropipe.launcher.rehearsal.rank"
 
 
-def start(words: list[str]) -> int:
-    args = parse_command(["launch", *words])
+def rehearse_launch(words: list[str]) -> int:
+    parser = Parser(prog="zeropipe")
+    launch_command.register(parser.add_subparsers(parser_class=Parser))
+    args = parser.parse_args(["launch", *words])
     args.module = RANK
     try:
         return args.run(args)
@@ -21,4 +24,4 @@ def start(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start(sys.argv[1:]))
+    sys.exit(rehearse_launch(sys.argv[1:]))

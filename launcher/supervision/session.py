@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from ...trainer.keeper.keeper import STOP_SIGNALS
 from ..hosts.hostfile import Host
 from ..hosts.ssh import ssh_command
 from . import processes
 from .verdict import tell
 from .watch import Finding, Patience, Watch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.1
-GATHER_SECONDS = 2.0  # for the ranks' stacks, and for a cause behind the first failure
+CAUSE_SECONDS = 1.0  # for a cause behind the first failure
+TELLING_SECONDS = 3.0  # for the ranks to tell their stacks
 BEHIND_SECONDS = 8.0  # for the cause behind failures that only follow from another: a host must be silent that long
 END_SECONDS = 2.0  # for keepers, then for `deepspeed`, to be gone
 CLEAN_SECONDS = 3.0  # for a host to kill what is left there
@@ -114,13 +115,11 @@ class Session:
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < BEHIND_SECONDS and len(self.requests) < 2:
             watch.hear(POLL_SECONDS)
-            findings = watch.look()
-            silent = any(finding.kind in ("silent", "lost") for finding in findings)
-            all_told = all(m.told for m in watch.running if silent is False or m.rank not in watch.findings)
-            known = not findings[0].consequence
-            if (waited > GATHER_SECONDS and known) or (known and all_told and waited > GATHER_SECONDS / 2):
+            first, *_ = watch.look()
+            answering = [m for m in watch.running if watch.findings.get(m.rank, first).kind != "silent"]
+            if not first.consequence and waited > CAUSE_SECONDS and all(m.told for m in answering):
                 break
-            if watch.all_ended() and not watch.running:
+            if not watch.running or (waited > TELLING_SECONDS and not first.consequence):
                 break
         return watch.causes()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ...trainer.keeper.wire import BEAT_SECONDS, Message, Wire, publish
+from ...trainer.keeper.wire import BEAT_SECONDS, Wire, Word, leave_word
 
 
 class Switchboard:
@@ -30,9 +30,9 @@ class Switchboard:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._spoken = 0.0
-        publish(folder, own_addresses() if remote else ["127.0.0.1"], self._listener.getsockname()[1], self._token)
+        leave_word(folder, own_addresses() if remote else ["127.0.0.1"], self._listener.getsockname()[1], self._token)
 
-    def poll(self, seconds: float) -> list[tuple[int, Message]]:
+    def poll(self, seconds: float) -> list[tuple[int, Word]]:
         """Waits for that long at most; what has been said since, with the rank of each: a greeting, or another word."""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
@@ -66,7 +66,7 @@ class Switchboard:
         self._strangers.append(wire)
         self._selector.register(wire, selectors.EVENT_READ)
 
-    def _greetings(self) -> list[tuple[int, Message]]:
+    def _greetings(self) -> list[tuple[int, Word]]:
         heard = []
         for wire in list(self._strangers):
             for message in wire.receive()[:1]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...data_prep.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 from ...trainer.keeper.pulse import PHASES, SET_UP, STEP
-from ...trainer.keeper.wire import SILENCE_SECONDS, Message
+from ...trainer.keeper.wire import SILENCE_SECONDS, Word
 from ...trainer.recipe.recipe import Recipe
 from .switchboard import Switchboard
 
@@ -109,7 +109,7 @@ class Watch:
             if 0 <= rank < len(self.members):
                 self._take(self.members[rank], message)
 
-    def _take(self, member: Member, message: Message) -> None:
+    def _take(self, member: Member, message: Word) -> None:
         word = message.pop("word")
         if word == "hello":
             member.host, member.began = message["host"], time.monotonic()
@@ -166,8 +166,8 @@ class Watch:
             return ()
         member = self.members[finding.rank]
         waiting = (member.told or {}).get("waiting")
-        number = (waiting or {}).get("number", 0)
-        return bool(waiting), member.step, number
+        said, number = waiting is not None, (waiting or {}).get("number")
+        return said, number is not None, member.step, number or 0
 
     def limit(self, phase: str) -> float:
         """Seconds that a rank may go without a beat in this phase: what the run has shown, within bounds."""

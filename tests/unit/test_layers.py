@@ -18,8 +18,9 @@ ORDER = {
         "recipe", "keeper",
     ],
     "launcher": [
-        "__main__", "cli", "doctor_command", "import_command", "init_command", "launch_command", "plan_command",
-        "rehearse_command", "rehearsal", "supervision", "doctor", "ways", "command", "hosts", "axolotl",
+        "__main__", "cli", "rehearse_command", "rehearsal", "doctor_command", "import_command", "init_command",
+        "launch_command", "plan_command",
+        "supervision", "doctor", "ways", "command", "hosts", "axolotl",
     ],
 }  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}

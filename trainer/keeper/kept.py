@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 
-from .pulse import KEPT, kept_files
+from .pulse import KEPT_FILES, kept_files
 
 ASK_FOR_STACKS = signal.SIGQUIT
 _PR_SET_PDEATHSIG = 1
@@ -26,7 +26,7 @@ def begin_kept(keeper: int, pulse: int, words: int, stacks: int, questions: int,
         os._exit(1)
     os.setsid()  # what it starts is ended with it, as its process group
     os.dup2(errors, 2)
-    os.environ[KEPT] = f"{os.getpid()}:{pulse}:{words}"
+    os.environ[KEPT_FILES] = f"{os.getpid()}:{pulse}:{words}"
     # collectives are noted, so that a rank can say which it waits in
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     faulthandler.enable(stacks)

@@ -18,7 +18,7 @@ SET_UP, STEP, EVALUATION, SAVE = PHASES = ("set-up", "step", "evaluation", "save
 # phase, step, monotonic time of entering the phase and of the last beat, the longest time in each phase
 _RECORD = struct.Struct(f"<qqdd{len(PHASES)}d")
 _FADING = 0.95  # of the longest step with every step, so that the first ones, which compile, are forgotten
-KEPT = "ZEROPIPE_KEPT"  # process id and the files that it shares with its keeper: pulse, words
+KEPT_FILES = "ZEROPIPE_KEPT"  # process id and the files that it shares with its keeper: pulse, words
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,5 @@ def read_pulse(file: int) -> Beat:
 
 def kept_files() -> list[int] | None:
     """Descriptors of the files that this process shares with its keeper; None if it has none (as what it starts)."""
-    owner, *files = os.environ.get(KEPT, "0").split(":")
+    owner, *files = os.environ.get(KEPT_FILES, "0").split(":")
     return [int(file) for file in files] if int(owner) == os.getpid() else None

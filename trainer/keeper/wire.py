@@ -22,7 +22,7 @@ _WHERE = "launcher.json"
 _CONNECT_SECONDS = 3.0
 _WAIT_SECONDS = 10.0  # for the folder to be seen here
 
-Message = dict[str, Any]
+Word = dict[str, Any]
 
 
 class Wire:
@@ -55,7 +55,7 @@ class Wire:
         except OSError:
             self.closed, self._out = True, b""
 
-    def receive(self) -> list[Message]:
+    def receive(self) -> list[Word]:
         """All messages that have come whole."""
         self.flush()
         try:
@@ -75,7 +75,7 @@ class Wire:
         self._socket.close()
 
 
-def publish(folder: Path, addresses: Sequence[str], port: int, token: str) -> None:
+def leave_word(folder: Path, addresses: Sequence[str], port: int, token: str) -> None:
     """Leaves word for the keepers where the launcher listens. For the user's eyes only."""
     text = json.dumps({"addresses": list(addresses), "port": port, "token": token})
     being_written = folder / f"{_WHERE}.new"

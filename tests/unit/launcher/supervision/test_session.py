@@ -91,7 +91,11 @@ def when_ready(tmp_path: Path, act) -> None:
         deadline = time.monotonic() + 60
         while not all(file.exists() for file in files) and time.monotonic() < deadline:
             time.sleep(0.02)
-        act(*(int(file.read_text()) for file in files))
+        try:
+            act(*(int(file.read_text()) for file in files))
+        except Exception:
+            processes.kill(str(tmp_path))  # the test then fails, and does not hang
+            raise
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -177,7 +181,7 @@ def test_a_rank_that_hangs_in_c(tmp_path, capfd):
         pulse.step(step)
         time.sleep(0.01)
     pulse.step(3)
-    ctypes.PyDLL(None).sleep(60) if rank == "1" else time.sleep(60)
+    ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1) if rank == "1" else time.sleep(60)
     """
     assert start(tmp_path, body, patience=Patience(least=1.0)) == 3
     told = capfd.readouterr().err
@@ -214,8 +218,8 @@ def test_sigterm_to_any_process_of_the_job_saves_first(tmp_path, whose):
         rank = psutil.Process(second)
         keeper = rank.parent()
         others = [p for p in processes.find_processes(str(tmp_path)) if p not in (rank, keeper)]
-        standing_in = next(p for p in others if "rank.py" in p.cmdline()[-1] and p.environ()["RANK"] == "1" and keeper)
         launcher = next(p for p in others if "launcher.py" in p.cmdline()[1])
+        standing_in = launcher.children()[1]
         {"launcher.py": launcher, "stand-in": standing_in, "keeper": keeper, "rank": rank}[whose].terminate()
 
     when_ready(tmp_path, terminate)
@@ -271,8 +275,9 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path):
         time.sleep(0.1)
 
 
-def test_a_rank_that_never_begins(tmp_path, capfd):
-    assert start(tmp_path, "pass\nimport no_such_module") == 3
+def test_a_rank_that_never_begins(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(globals(), "RANK", "import no_such_module\n" + RANK)
+    assert start(tmp_path, "pass") == 3
     told = capfd.readouterr().err
     assert "No module named 'no_such_module'" in told
     assert "rank 0, 1 of 2 did not begin" in last_line(told)
