@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .durable import publish_folder, write_durably
-from .errors import UserError, os_problem
-from .lock import LockedError, lock_file
-from .manifest import Manifest
+from ..durable import publish_folder, write_durably
+from ..errors import UserError, os_problem
+from ..lock import LockedError, lock_file
+from ..manifest import Manifest
 
 
 class Workspace:
