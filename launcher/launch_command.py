@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data_prep.errors import UserError
+from ..data_prep.errors import EXIT_RANK_FAILED, UserError
 from ..trainer.commands.arguments import add_run_arguments, add_verb
 from ..trainer.keeper.wire import LAUNCH_FOLDER
 from ..trainer.ranks.ports import free_port
@@ -26,6 +28,8 @@ from .command import (
 )
 from .hosts.devices import count_accelerators, cpu_cores, visible_devices
 from .hosts.hostfile import is_this_machine, read_hostfile
+from .supervision.restarts import hosts_that_answer, most_hosts, resume_word
+from .supervision.session import Session
 from .supervision.watch import Patience
 
 if TYPE_CHECKING:
@@ -64,6 +68,16 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--bind_cores_to_rank", action="store_true", help="bind each rank to cores of its own (numactl)"
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on so often, from the newest checkpoint; default: 0",
+    )
+    parser.add_argument(
+        "--min-hosts", type=int, metavar="M", help="go on without hosts that do not answer, if M are left; default: all"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
     parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
 
@@ -74,8 +88,45 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(launch)
         return 0
-    print(launch_summary(launch, plan), flush=True)
-    return start(launch, plan.recipe.output, Patience.of(plan.recipe))
+    began, whole = time.time(), launch
+    for left in range(args.max_restarts, -1, -1):
+        print(launch_summary(launch, plan), flush=True)
+        session = run_once(launch, plan.recipe.output, Patience.of(plan.recipe))
+        if session.code != EXIT_RANK_FAILED or session.asked or not left:
+            return session.code
+        try:
+            launch, plan = again(args, whole, plan, began)
+        except UserError as error:
+            print(f"error: cannot go on: {error}", file=sys.stderr)
+            return EXIT_RANK_FAILED
+        print(f"going on ({left} of {args.max_restarts} restarts left)", file=sys.stderr, flush=True)
+    return EXIT_RANK_FAILED
+
+
+def again(args: argparse.Namespace, whole: Launch, plan: Plan, began: float) -> tuple[Launch, Plan]:
+    """The launch that goes on, from the newest checkpoint, on the hosts that answer, and its plan.
+
+    Args:
+        whole: the launch on all hosts; one that has come back takes part again.
+        began: when the first launch began, by time.time.
+
+    Raises:
+        UserError: fewer than `--min-hosts` (all, if that is not said) answer, or no plan is legal on what is left.
+    """
+    recipe = plan.recipe
+    if (word := resume_word(recipe.output, recipe.resume, began)) is not None:
+        args.overrides = [*(said for said in args.overrides if not said.startswith("resume=")), word]
+    arguments = plan_launch(args).arguments
+    if not whole.remote:
+        return replace(whole, arguments=arguments, master_port=args.master_port or free_port()), plan
+    alive = hosts_that_answer(whole.hosts, whole.ssh_port)
+    least = args.min_hosts or len(whole.hosts)
+    if gone := [host.name for host in whole.hosts if host not in alive]:
+        print(f"{', '.join(gone)}: no answer by ssh", file=sys.stderr)
+    hosts, plan = most_hosts(alive, least, lambda devices: checked_plan(args, devices))
+    address = whole.master_addr if hosts[0] == whole.hosts[0] else None  # it was the first host's
+    devices = sum(host.slots for host in hosts)
+    return replace(whole, arguments=arguments, hosts=hosts, devices=devices, master_addr=address), plan
 
 
 def plan_launch(args: argparse.Namespace) -> Launch:
@@ -155,14 +206,30 @@ def print_dry_run(launch: Launch) -> None:
 
 def start(launch: Launch, output: Path, patience: Patience = Patience()) -> int:  # noqa: B008 (frozen)
     """Runs the launch and returns its exit code."""
+    return run_once(launch, output, patience).code
+
+
+def run_once(launch: Launch, output: Path, patience: Patience) -> Session:
+    """Runs the launch to its end."""
     from .hosts.preflight import check_hosts
-    from .supervision.session import Session
 
     with launch_folder(output.absolute() if launch.remote else None) as folder:
         if launch.remote:
             check_hosts(launch.hosts, launch.ssh_port, folder)
+            launch = with_hostfile(launch, folder)
         session = Session(folder, launch.devices, launch.hosts, launch.ssh_port, patience)
-        return session.run(deepspeed_command(launch), child_environment(launch, folder))
+        session.run(deepspeed_command(launch), child_environment(launch, folder))
+        return session
+
+
+def with_hostfile(launch: Launch, folder: Path) -> Launch:
+    """The launch with a hostfile of the hosts that take part: its own, where those are not all."""
+    assert launch.hostfile is not None
+    if launch.hosts == read_hostfile(launch.hostfile):
+        return launch
+    own = folder / "hostfile"
+    own.write_text("".join(f"{host.name} slots={host.slots}\n" for host in launch.hosts), encoding="utf-8")
+    return replace(launch, hostfile=own)
 
 
 @contextmanager

@@ -41,7 +41,14 @@ class Session:
     patience: Patience = field(default_factory=Patience)
     requests: list[int] = field(default_factory=list)  # signals that asked this launch to stop, in order
     stopping: bool = False  # the ranks have been told to save and stop
+    told: set[int] = field(default_factory=set)  # which of them
     cut_off: str = ""  # why the ranks were told, where nobody had asked
+    code: int = EXIT_RANK_FAILED  # the launch's, once it has ended
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody wanted this launch to end."""
+        return self.stopping and not self.cut_off
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Runs the command to its end and returns the exit code for the user.
@@ -63,7 +70,8 @@ class Session:
             for number, handler in before.items():
                 signal.signal(number, handler)
             watch.board.close()
-        return self._verdict(watch, findings, process.returncode)
+        self.code = self._verdict(watch, findings, process.returncode)
+        return self.code
 
     def _note_request(self, number: int, _frame: object) -> None:
         if not self.requests:
@@ -97,13 +105,12 @@ class Session:
 
     def _stop(self, watch: Watch) -> None:
         self.stopping = True
-        self._told: set[int] = set()
         self._stop_late_comers(watch)
 
     def _stop_late_comers(self, watch: Watch) -> None:
         for rank, line in watch.board.lines.items():
-            if rank not in self._told:
-                self._told.add(rank)
+            if rank not in self.told:
+                self.told.add(rank)
                 line.send("stop")
 
     def _gather(self, watch: Watch, findings: list[Finding]) -> list[Finding]:
