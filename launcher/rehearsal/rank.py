@@ -1,6 +1,6 @@
 """A rank that comes to harm at a given place: run by rehearsals in the place of `zeropipe.trainer`.
 
-What to do and where is in the environment, as `Harm.written` writes it. Faults from outside (a cut link, say) are done
+What to do and where is in a file that the environment names. Faults from outside (a cut link, say) are done
 by whoever rehearses; here their moment is made known by a file.
 """
 
@@ -33,8 +33,11 @@ class Harm:
     step: int
     folder: str  # for a file that says when it happened: once in a rehearsal, however often the run is restarted
 
-    def written(self) -> str:
-        return json.dumps(asdict(self))
+    def write(self) -> str:
+        """Leaves word for the ranks; returns the path, which `HARM` is to be set to."""
+        path = Path(self.folder) / "harm.json"
+        path.write_text(json.dumps(asdict(self)))
+        return str(path)
 
     @property
     def moment(self) -> Path:
@@ -113,7 +116,7 @@ def _in_set_up(act: Callable[[], None]) -> None:
 
 
 def rehearsed() -> int:
-    harm = Harm(**json.loads(os.environ[HARM]))
+    harm = Harm(**json.loads(Path(os.environ[HARM]).read_text()))
     if int(os.environ.get("RANK", "0")) == harm.rank:
         come_to_harm(harm)
     return main()
