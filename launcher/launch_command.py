@@ -37,7 +37,7 @@ examples:
 
 With a hostfile, every host needs: ssh without a password from here, this folder and this Python at the same path, and
 the data and the run directory on shared storage; relative paths count from the folder you launch in. OMP_*, GLOO_*,
-NCCL_*, HF_*, TORCH_*, … of your environment and the lines of `.deepspeed_env` go to every rank.
+NCCL_*, HF_*, TORCH_*, CUDA_*, … of your environment and the lines of `.deepspeed_env`, as they are, go to every rank.
 
 Ctrl-C or SIGTERM: the ranks finish the step, save and stop (exit code 4); the same command resumes.
 """
