@@ -57,11 +57,30 @@ def one_host(hosts, work) -> list[str]:
 
 
 def test_deepspeed_over_pdsh(hosts, work, one_host):
-    """The command of the README, without `zeropipe launch`."""
-    words = [str(BIN / "deepspeed"), "--hostfile", "hostfile", "--module", "zeropipe.trainer", "--run", "recipe.yaml"]
+    """The command of the README, without `zeropipe launch`; with two networks it must be told which."""
+    words = [str(BIN / "deepspeed"), "--hostfile", "hostfile", "--master_addr", hosts[0].address]
+    words += ["--module", "zeropipe.trainer", "--run", "recipe.yaml"]
     done = hosts[0].run([*words, "--deepspeed_config", "zero2", "output=plain"], cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(work / "plain") == one_host
+
+
+def test_torchrun_on_every_host(hosts, work, one_host):
+    """Ranks need torchrun's variables alone; MASTER_ADDR may be a name that means the loopback on its own host."""
+    words = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "node1"]
+    rank = ["-m", "zeropipe.trainer", "recipe.yaml", "--deepspeed_config", "zero2", "output=torchrun"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    commands = [host.command([*words, "--node-rank", str(i), *rank]) for i, host in enumerate(hosts[:2])]
+    nodes = [
+        subprocess.Popen(command, cwd=work, env=environment, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    try:
+        said = [node.communicate(timeout=120)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    assert losses(work / "torchrun") == one_host
 
 
 def test_launch_on_a_hostfile_and_stop(hosts, work, one_host):
