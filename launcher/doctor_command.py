@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from .doctor.case import Case
     from .doctor.crew import local_crew, ssh_crew
     from .doctor.examine import examine
-    from .doctor.report import as_json, report
+    from .doctor.report import doctor_report, examination_json
 
     if args.hostfile is None:
         hosts: tuple[Host, ...] = (Host("localhost", count_accelerators() or 1),)
@@ -63,5 +63,5 @@ def run(args: argparse.Namespace) -> int:
         found = examine(case, crew, thorough=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(as_json(found) if args.json else report(found))
+    print(examination_json(found) if args.json else doctor_report(found))
     return EXIT_USER_ERROR if found.fatal else EXIT_DONE

@@ -6,7 +6,7 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -69,11 +69,20 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     launch = plan_launch(args)
     plan = checked_plan(args, launch.devices)
+    files = _files_to_compare(plan, launch)
     if args.dry_run:
-        print_dry_run(launch)
+        print_dry_run(launch, files)
         return 0
     print(launch_summary(launch, plan), flush=True)
-    return start(launch, plan.recipe.output)
+    return start(launch, plan.recipe.output, files)
+
+
+def _files_to_compare(plan: Plan, launch: Launch) -> list[str]:
+    if not launch.remote:
+        return []
+    from .doctor.quick import files_to_compare
+
+    return files_to_compare(plan.recipe, *launch.arguments)
 
 
 def plan_launch(args: argparse.Namespace) -> Launch:
@@ -141,7 +150,13 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
     return make_plan(*load_pair(args.recipe, args.deepspeed_config, args.overrides), devices)
 
 
-def print_dry_run(launch: Launch) -> None:
+def print_dry_run(launch: Launch, files: Sequence[str] = ()) -> None:
+    """Prints the exact command; hosts are asked where they would meet, and one that cannot take part is told of."""
+    if launch.remote:
+        try:
+            launch = meeting(launch, None, files)
+        except UserError as error:
+            print("\n".join(f"# {line}" for line in str(error).splitlines()))
     added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
     if launch.remote:
         print("# with these lines in .deepspeed_env of the current folder, which carries them to every host:")
@@ -150,14 +165,27 @@ def print_dry_run(launch: Launch) -> None:
     print(shell_line(deepspeed_command(launch), added))
 
 
-def start(launch: Launch, output: Path) -> int:
-    """Runs the launch and returns its exit code."""
-    from .hosts.preflight import check_hosts
+def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: Path | None = None) -> Launch:
+    """The launch with address and port for its ranks to meet at, after a look at every host.
+
+    Raises:
+        UserError: a host cannot take part.
+    """
+    from .doctor.quick import check_hosts
+
+    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output)
+    return replace(
+        launch, master_addr=launch.master_addr or found.address, master_port=launch.master_port or found.port
+    )
+
+
+def start(launch: Launch, output: Path, files: Sequence[str] = ()) -> int:
+    """Runs the launch and returns its exit code; `files` must be the same on every host."""
     from .session import Session
 
     with launch_folder(output.absolute() if launch.remote else None) as folder:
         if launch.remote:
-            check_hosts(launch.hosts, launch.ssh_port, folder)
+            launch = meeting(launch, folder, files, output)
         session = Session(folder, launch.devices, launch.hosts, launch.ssh_port)
         return session.run(deepspeed_command(launch), child_environment(launch, folder))
 

@@ -20,7 +20,7 @@ from ...trainer.ranks.interface import own_address
 from ...trainer.ranks.ports import free_port
 from . import probe
 
-MARK = "zeropipe-doctor "  # a login shell may say other things
+REPLY = "zeropipe-doctor "  # a login shell may say other things
 
 
 class Agent:
@@ -108,10 +108,10 @@ def _measured(rank: subprocess.Popen[str], deadline: float) -> dict[str, Any]:
         said, problems = rank.communicate(timeout=max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return {"error": "no answer: it still waits for the others"}
-    lines = [line for line in said.splitlines() if line.startswith(MARK)]
+    lines = [line for line in said.splitlines() if line.startswith(REPLY)]
     if rank.returncode or not lines:
         return {"error": (problems.strip().splitlines() or [f"it ended with {rank.returncode}"])[-1]}
-    return json.loads(lines[-1].removeprefix(MARK))
+    return json.loads(lines[-1].removeprefix(REPLY))
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def main() -> None:
                 answer = {"value": getattr(agent, request["do"])(**request["with"])}
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}
-            print(MARK + json.dumps(answer), flush=True)
+            print(REPLY + json.dumps(answer), flush=True)
     finally:
         agent.close()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..hosts.hostfile import Host
 
-GIB = 2**30
-LEAST_DISK, LEAST_SHARED, LEAST_MEMORY = 2 * GIB, 64 * 2**20, GIB
+BYTES_PER_GIB = 2**30
+LEAST_DISK, LEAST_SHARED, LEAST_MEMORY = 2 * BYTES_PER_GIB, 64 * 2**20, BYTES_PER_GIB
 NO_DISK = 2**26  # bytes: not even a log fits
 STALE_SECONDS = 600  # a build of DeepSpeed's largest extension takes a few minutes
 MOST_SKEW = 2.0  # seconds
@@ -103,7 +103,7 @@ def _room(name: str, found: Mapping[str, Any]) -> Iterator[Finding]:
     ):
         free = found[what]
         if free is not None and free < least:
-            says = f"{free / GIB:.2f} GiB of {what.replace('_', ' ')} free"
+            says = f"{free / BYTES_PER_GIB:.2f} GiB of {what.replace('_', ' ')} free"
             yield Finding(what.replace("_", " "), name, says, cure, fatal=what == "disk" and free < NO_DISK)
 
 

@@ -9,6 +9,7 @@ import os
 import resource
 import shlex
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any, Protocol
 
 from ..hosts.hostfile import Host
 from ..hosts.ssh import SSH_FAILED, ssh_command
-from .agent import MARK
+from .agent import REPLY
 
-AT_ONCE = 256  # connections under way; each is a process here
+ASKED_AT_ONCE = 256  # connections under way; each is a process here
 NO_FOLDER, NO_PYTHON = 81, 82
 MOST_BYTES = 1 << 24  # of one answer
 
@@ -54,6 +55,7 @@ class Crew:
     connect: Callable[[str], Awaitable[Line]]
     lines: dict[str, Line] = field(default_factory=dict)
     silent: dict[str, Silence] = field(default_factory=dict)
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each host's last question and answer
 
     async def ask(
         self, names: Sequence[str], do: str, wait: float, own: Mapping[str, Any] | None = None, **arguments: Any
@@ -64,7 +66,7 @@ class Crew:
             wait: seconds for a host, its connection included.
             own: further arguments of each host, by name.
         """
-        gate = asyncio.Semaphore(AT_ONCE)
+        gate = asyncio.Semaphore(ASKED_AT_ONCE)
 
         async def one(name: str) -> Any:
             async with gate:
@@ -84,10 +86,12 @@ class Crew:
         if name not in self.lines:
             self.lines[name] = await self.connect(name)
         line = self.lines[name]
+        asked = time.time()
         await line.say(json.dumps({"do": do, "with": arguments}))
         while text := await line.hear():
-            if text.startswith(MARK):
-                answer = json.loads(text.removeprefix(MARK))
+            if text.startswith(REPLY):
+                self.times[name] = (asked, time.time())
+                answer = json.loads(text.removeprefix(REPLY))
                 if "error" in answer:
                     self.silent[name] = Silence(f"'{do}' failed: {answer['error']}", "see the message")
                 return answer.get("value")

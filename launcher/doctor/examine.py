@@ -80,12 +80,6 @@ async def _shared(case: Case, crew: Crew, found: Examination, folder: Path, thor
 
 
 async def _clocks(case: Case, crew: Crew, found: Examination) -> None:
-    async def one(name: str) -> None:
-        asked = time.time()
-        answer = await crew.ask([name], "clock", case.seconds)
-        if name in answer:
-            # it was read somewhere between question and answer: only what is more than that is its own
-            most, least = answer[name] - asked, answer[name] - time.time()
-            found.findings += check_clock(name, max(0.0, least) + min(0.0, most))
-
-    await asyncio.gather(*(one(name) for name in found.facts))
+    for name, read in (await crew.ask(list(found.facts), "clock", case.seconds)).items():
+        asked, answered = crew.times[name]  # it was read in between: only what is more than that is its own
+        found.findings += check_clock(name, max(0.0, read - answered) + min(0.0, read - asked))

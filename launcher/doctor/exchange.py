@@ -13,10 +13,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from .agent import MARK
+from .agent import REPLY
 
-SMALL, LARGE = 2, 1 << 20  # fp32 values
-ROUNDS = 10
+FEW_VALUES, MANY_VALUES = 2, 1 << 20  # fp32 values
+TURNS = 10
 MOST_PAIRED = 32  # hosts: above, each is paired with its next neighbours only
 NEIGHBOURS = 4
 
@@ -54,7 +54,7 @@ def measure(place: dict[str, str]) -> dict[str, Any]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
     del store
-    world, size = dist.get_world_size(), LARGE * (16 if gpu else 1)
+    world, size = dist.get_world_size(), MANY_VALUES * (16 if gpu else 1)
 
     def seconds(values: int, rounds: int) -> float:
         data = torch.ones(values, device=device)
@@ -67,7 +67,7 @@ def measure(place: dict[str, str]) -> dict[str, Any]:
         assert data[0].item() == data[-1].item() == world, "the all-reduce did not add up"
         return (time.perf_counter() - began) / rounds
 
-    latency = seconds(SMALL, ROUNDS)
+    latency = seconds(FEW_VALUES, TURNS)
     large = seconds(size, 2)
     answer: dict[str, Any] = {"interface": os.environ.get("GLOO_SOCKET_IFNAME"), "latency": latency}
     answer["bandwidth"] = 4 * size * 2 * (world - 1) / world / large if world > 1 else None
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     import torch.distributed  # while other hosts are still being asked  # noqa: F401
 
     try:
-        print(MARK + json.dumps(measure(json.loads(sys.stdin.readline()))), flush=True)
+        print(REPLY + json.dumps(measure(json.loads(sys.stdin.readline()))), flush=True)
     except Exception as error:
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr, flush=True)
         os._exit(1)

@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import psutil
 import xxhash
 
 from ...data_prep.lock import LockedError, lock_file
+from ...trainer.run.environment import versions
 from ..hosts.devices import count_accelerators, cpu_cores
-
-PACKAGES = ("torch", "deepspeed", "transformers", "zeropipe", "numpy", "safetensors", "tokenizers", "peft")
 
 
 def facts(files: Sequence[str], output: str) -> dict[str, Any]:
@@ -34,9 +32,9 @@ def facts(files: Sequence[str], output: str) -> dict[str, Any]:
     return {
         "name": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": package_versions(),
+        "versions": versions(),
         "code": code_digest(),
-        "files": {name: file_digest(Path(name)) for name in files},
+        "files": {name: _digest(Path(name)) for name in files},
         "accelerators": count_accelerators(),
         "cores": cpu_cores(),
         "disk": _free(Path(output)),
@@ -48,17 +46,6 @@ def facts(files: Sequence[str], output: str) -> dict[str, Any]:
         "nvcc": shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda}/bin"),
         "build_locks": build_locks(os.environ),
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Of the packages that decide what a rank computes; what is not installed is left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def code_digest() -> str:
@@ -74,7 +61,7 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str | None:
+def _digest(path: Path) -> str | None:
     """Of what is in the file; None where there is none."""
     try:
         return xxhash.xxh3_64(path.read_bytes()).hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .case import Examination
-from .checks import GIB, Finding
+from .checks import BYTES_PER_GIB, Finding
 
 MOST_ROWS = 16  # hosts in the table; of more, those with a fault come first
 MOST_LINES = 40  # of findings; the rest is counted
@@ -17,13 +17,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def report(found: Examination) -> str:
+def doctor_report(found: Examination) -> str:
     """The whole report: bounded in length, however many hosts there are."""
-    lines = [*_table(found), "", *_measured(found), *finding_lines(list(found.in_order())), verdict(found)]
+    lines = [*_table(found), "", *_measured(found), *finding_lines(list(found.in_order())), outcome(found)]
     return "\n".join(lines)
 
 
-def verdict(found: Examination) -> str:
+def outcome(found: Examination) -> str:
     """One line."""
     bad = {name for finding in found.fatal for name in finding.host.split(" - ")}
     total, took = len(found.hosts), f"{found.seconds:.1f} s"
@@ -96,10 +96,10 @@ def _measured(found: Examination) -> Iterator[str]:
 
 
 def _gib(size: int | None) -> str:
-    return "-" if size is None else f"{size / GIB:.1f} GiB"
+    return "-" if size is None else f"{size / BYTES_PER_GIB:.1f} GiB"
 
 
-def as_json(found: Examination) -> str:
+def examination_json(found: Examination) -> str:
     """Everything, for programs."""
     measured: dict[str, Any] = {**found.measured}
     if measured:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class VirtualHost:
     address: str
     namespace: str
     port: int
+    folder: Path
 
     def command(self, words: Sequence[str]) -> list[str]:
         """`words`, to be run on this host."""
@@ -48,14 +50,74 @@ class VirtualHost:
         return subprocess.run(self.command(words), capture_output=True, text=True, **{"timeout": 120, **options})
 
     @contextlib.contextmanager
-    def own_folder(self, folder: Path) -> Iterator[None]:
+    def own_folder(self, folder: Path, size: str = "64m") -> Iterator[None]:
         """Gives what ssh starts on this host an empty file system of its own at `folder`."""
-        with contextlib.ExitStack() as undo:
-            for process in subprocess.check_output(["ip", "netns", "pids", self.namespace], text=True).split():
-                inside = ["nsenter", "--target", process, "--mount"]
-                subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(folder)], check=True)
-                undo.callback(subprocess.run, [*inside, "umount", str(folder)], check=True)
+        with self._mounted(["-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], folder):
             yield
+
+    @contextlib.contextmanager
+    def own_file(self, path: Path, text: str) -> Iterator[None]:
+        """Gives what ssh starts on this host another text in the file `path`."""
+        with tempfile.TemporaryDirectory() as folder:
+            other = Path(folder) / path.name
+            other.write_text(text)
+            with self._mounted(["--bind", str(other), str(path)], path):
+                yield
+
+    @contextlib.contextmanager
+    def _mounted(self, words: Sequence[str], where: Path) -> Iterator[None]:
+        """A file system for the sshd of this host alone, and for what it starts."""
+        with contextlib.ExitStack() as undo:
+            for process in self.processes():
+                inside = ["nsenter", "--target", str(process), "--mount"]
+                subprocess.run([*inside, "mount", *words], check=True)
+                undo.callback(subprocess.run, [*inside, "umount", "--lazy", str(where)], check=True)
+            yield
+
+    def processes(self) -> list[int]:
+        """Ids of all that runs on this host; at rest, that is its sshd."""
+        return [int(word) for word in subprocess.check_output(["ip", "netns", "pids", self.namespace]).split()]
+
+    @contextlib.contextmanager
+    def without_sshd(self) -> Iterator[None]:
+        """Nobody gets in any more."""
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+        try:
+            yield
+        finally:
+            _start_sshd(self)
+
+    @contextlib.contextmanager
+    def firewall(self) -> Iterator[None]:
+        """Drops every connection to this host but those to its sshd, and says nothing."""
+        # without netfilter: a policer on what comes in
+        tc = ["tc", "-n", self.namespace]
+        rule = [*tc, "filter", "add", "dev", "eth0", "parent", "ffff:", "protocol", "ip"]
+        ssh = ["u32", "match", "ip", "dport", str(self.port), "0xffff", "action", "pass"]
+        syn = [
+            "u32",
+            "match",
+            "ip",
+            "protocol",
+            "6",
+            "0xff",
+            "match",
+            "u8",
+            "0x02",
+            "0x12",
+            "at",
+            "33",
+            "action",
+            "drop",
+        ]
+        subprocess.run([*tc, "qdisc", "add", "dev", "eth0", "ingress"], check=True)
+        try:
+            subprocess.run([*rule, "prio", "1", *ssh], check=True)
+            subprocess.run([*rule, "prio", "2", *syn, "action", "drop"], check=True)
+            yield
+        finally:
+            subprocess.run([*tc, "qdisc", "del", "dev", "eth0", "ingress"], check=True)
 
     def set_link(self, state: str) -> None:
         """Cuts the host off (`down`), without closing a socket, or connects it again (`up`)."""
@@ -92,7 +154,7 @@ def virtual_hosts(
     tag = f"zp{os.getpid()}"
     names = [f"node{i}" for i in range(1, count + 1)]
     hosts = [
-        VirtualHost(name, f"{NETWORK}.{i}", f"{tag}n{i}", (ports or {}).get(name, port))
+        VirtualHost(name, f"{NETWORK}.{i}", f"{tag}n{i}", (ports or {}).get(name, port), folder)
         for i, name in enumerate(names, 1)
     ]
     switch = f"{tag}sw"
@@ -107,7 +169,7 @@ def virtual_hosts(
                 _connect(host, switch, f"dead{number}", "aaa0", f"{DEAD_NETWORK}.{number}", "up")
             _connect(host, switch, f"port{number}", "eth0", host.address, "master", "bridge", "up")
             _configure(host, hosts, folder, "127.0.1.1" if loopback_names else host.address)
-            _start_sshd(host, folder)
+            _start_sshd(host)
         _wait_for_ssh(hosts)
         yield hosts
 
@@ -177,9 +239,10 @@ def _configure(host: VirtualHost, hosts: Sequence[VirtualHost], folder: Path, ow
     )
 
 
-def _start_sshd(host: VirtualHost, folder: Path) -> None:
+def _start_sshd(host: VirtualHost) -> None:
     Path("/run/sshd").mkdir(exist_ok=True)
-    words = [SSHD, "-f", str(folder / f"sshd-{host.name}.conf"), "-E", str(folder / f"sshd-{host.name}.log")]
+    settings = str(host.folder / f"sshd-{host.name}")
+    words = [SSHD, "-f", f"{settings}.conf", "-E", f"{settings}.log"]
     host.run(words, check=True)
 
 

@@ -15,30 +15,6 @@ from .netns import VirtualHost
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
 STEPS = 6
-RECIPE = """
-model: {config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 32}}
-data: {train: [{store: store}], split: "90,10,0", seq_len: 32}
-batch: {global: 8}
-duration: {steps: 6}
-schedule: {type: constant, warmup: 0}
-optimizer: {lr: 1.0e-3}
-log: {every: 1}
-eval: {every: 0}
-"""
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder to launch in, with a recipe, a small token store, and the environment for the ranks."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
-    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
-    prepare = ["prepare", "--builtin", "stdlib", "--limit-bytes", "200K", "--train-tokenizer", "300", "--workers", "0"]
-    subprocess.run(
-        [str(BIN / "zeropipe"), *prepare, "--output", "store"], cwd=folder, check=True, timeout=120, capture_output=True
-    )
-    return folder
 
 
 def losses(run: Path) -> list[str]:

@@ -22,7 +22,7 @@ STARTERS = {
     ),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }  # fmt: skip
-CONNECT_SECONDS = 3
+_CONNECT_SECONDS = 3
 
 
 def adopt_variables(environ: MutableMapping[str, str]) -> None:
@@ -149,7 +149,7 @@ def _addresses() -> list[str]:
 
 def _reaches(address: str, port: int) -> bool:
     try:
-        socket.create_connection((address, port), CONNECT_SECONDS).close()
+        socket.create_connection((address, port), _CONNECT_SECONDS).close()
     except OSError:
         return False
     return True
