@@ -11,8 +11,10 @@ from pathlib import Path
 from ..data_prep.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from ..trainer.commands.arguments import add_verb
 from .command import FORWARDED
+from .hosts.arguments import add_host_arguments, hosts_of
 from .hosts.devices import count_accelerators
-from .hosts.hostfile import Host, read_hostfile
+from .hosts.hostfile import Host
+from .hosts.selection import select_hosts
 
 _EPILOG = """\
 examples:
@@ -28,8 +30,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(
         verbs, "doctor", run, "look at every host of a hostfile: what a launch would fail on", __doc__, _EPILOG
     )
-    parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to look at; default: this machine")
-    parser.add_argument("--ssh_port", type=int, metavar="PORT", help="of the hosts; default: as ssh is configured")
+    add_host_arguments(parser, "hosts to look at; default: this machine")
     parser.add_argument(
         "--shared", default=".", metavar="FOLDER", help="where run directories will be, on all hosts; default: here"
     )
@@ -46,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from .doctor.examine import examine
     from .doctor.report import doctor_report, examination_json
 
-    if args.hostfile is None:
-        hosts: tuple[Host, ...] = (Host("localhost", count_accelerators() or 1),)
-    else:
-        hosts = read_hostfile(args.hostfile)
+    given = hosts_of(args, os.environ)
+    alone = (Host("localhost", count_accelerators() or 1),)
+    hosts = alone if given is None else select_hosts(given, args.include, args.exclude)
     shared = Path(args.shared).absolute()
     if not shared.is_dir():
         raise UserError(
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     environment = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
     try:
         case = Case(hosts, args.files, str(shared), folder, environment, args.seconds)
-        crew = local_crew() if args.hostfile is None else ssh_crew(hosts, args.ssh_port)
+        crew = local_crew() if given is None else ssh_crew(hosts, args.ssh_port)
         found = examine(case, crew, thorough=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -23,8 +23,11 @@ from .command import (
     shell_line,
     user_environment_files,
 )
+from .hosts.arguments import add_host_arguments, hosts_of
 from .hosts.devices import count_accelerators, cpu_cores, visible_devices
-from .hosts.hostfile import is_this_machine, read_hostfile
+from .hosts.hostfile import is_this_machine
+from .hosts.selection import select_hosts
+from .hosts.sources import hostfile_text
 from .processes import MARK
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     text = "train on this machine or on every host of a hostfile"
     parser = add_verb(verbs, "launch", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
-    parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
+    add_host_arguments(parser, "hosts to train on; default: this machine")
     parser.add_argument(
         "--devices",
         "--num_accelerators",
@@ -56,7 +59,6 @@ def register(verbs: argparse._SubParsersAction) -> None:
         metavar="N",
         help="ranks on this machine; default: all its accelerators, or 1 on a machine with CPUs only",
     )
-    parser.add_argument("--ssh_port", type=int, metavar="PORT", help="of the hosts; default: as ssh is configured")
     parser.add_argument("--master_addr", metavar="ADDR", help="address of the first host, as the others reach it")
     parser.add_argument("--master_port", type=int, metavar="PORT", help="for the ranks to find each other")
     parser.add_argument(
@@ -101,15 +103,18 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         bind_cores=args.bind_cores_to_rank,
         verbose=args.verbose,
     )
-    if args.hostfile is None:
+    given = hosts_of(args, os.environ)
+    if given is None:
         return _on_this_machine(launch, args.devices)
-    hosts = read_hostfile(args.hostfile)
+    hosts = select_hosts(given, args.include, args.exclude)
     slots = sum(host.slots for host in hosts)
     if args.devices is not None and args.devices != slots:
-        raise UserError(f"--devices {args.devices}, but {args.hostfile} has {slots} slots; leave --devices out")
-    if len(hosts) == 1 and is_this_machine(hosts[0].name):
+        where = args.hostfile or args.hosts
+        raise UserError(f"--devices {args.devices}, but {where} has {slots} slots; leave --devices out")
+    if len(hosts) == 1 and is_this_machine(hosts[0].name) and hosts[0].devices is None:
         return _on_this_machine(launch, slots)
-    return replace(launch, hostfile=Path(args.hostfile).absolute(), hosts=hosts, devices=slots)
+    hostfile = Path(args.hostfile).absolute() if args.hostfile else Path("hostfile")  # written when it is known where
+    return replace(launch, hostfile=hostfile, hosts=hosts, devices=slots, selected=hosts != given)
 
 
 def _absolute(name: str) -> str:
@@ -153,6 +158,9 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
 def print_dry_run(launch: Launch, files: Sequence[str] = ()) -> None:
     """Prints the exact command; hosts are asked where they would meet, and one that cannot take part is told of."""
     if launch.remote:
+        if launch.hostfile == Path("hostfile"):
+            lines = hostfile_text(launch.hosts).splitlines()
+            print("\n".join(["# with this hostfile:", *(f"#   {line}" for line in lines)]))
         try:
             launch = meeting(launch, None, files)
         except UserError as error:
@@ -179,13 +187,22 @@ def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: P
     )
 
 
+def _with_hostfile(launch: Launch, folder: Path) -> Launch:
+    """The launch with a hostfile written into its folder, where its hosts came from an allocation."""
+    if launch.hostfile is None or launch.hostfile.is_absolute():
+        return launch
+    hostfile = folder / "hostfile"
+    hostfile.write_text(hostfile_text(launch.hosts), encoding="ascii")
+    return replace(launch, hostfile=hostfile, selected=False)
+
+
 def start(launch: Launch, output: Path, files: Sequence[str] = ()) -> int:
     """Runs the launch and returns its exit code; `files` must be the same on every host."""
     from .session import Session
 
     with launch_folder(output.absolute() if launch.remote else None) as folder:
         if launch.remote:
-            launch = meeting(launch, folder, files, output)
+            launch = meeting(_with_hostfile(launch, folder), folder, files, output)
         session = Session(folder, launch.devices, launch.hosts, launch.ssh_port)
         return session.run(deepspeed_command(launch), child_environment(launch, folder))
 

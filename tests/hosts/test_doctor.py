@@ -33,7 +33,7 @@ def faults(found: dict) -> dict[str, str]:
 
 def test_hosts_that_are_ready(hosts, tmp_path):
     """… and one link that is a hundred times slower than the others; the dead interface is nowhere taken."""
-    with hosts[2].slow_link("rate", "4mbit"):
+    with hosts[2].slow_link("8mbit"):
         found = doctor(hosts, tmp_path)
     assert faults(found) == {}
     assert found["master_addr"] == hosts[0].address

@@ -67,7 +67,7 @@ def pretend(hosts, **options) -> tuple[Examination, int]:
     async def connect(name):
         return Pretended(name, under_way)
 
-    found = examine(Case(hosts, ["a.yaml"], ".", None, seconds=1.0), Crew(connect), **options)
+    found = examine(Case(hosts, ["a.yaml"], ".", None, seconds=4.0), Crew(connect), **options)
     return found, under_way[1]
 
 
@@ -76,11 +76,10 @@ def _here(monkeypatch):
     monkeypatch.setattr(probe, "facts", lambda *_: GOOD)
 
 
-@pytest.mark.parametrize("thorough", [False, True])
-def test_a_thousand_hosts(thorough):
+def test_a_thousand_hosts():
     began = time.monotonic()
-    found, at_once = pretend(MANY, thorough=thorough)
-    assert time.monotonic() - began < 60  # of which 1 s is waiting for the silent ones
+    found, at_once = pretend(MANY, thorough=True)
+    assert time.monotonic() - began < 60  # of which 4 s are waiting for the silent ones
     assert 200 <= at_once <= 256
     silent = {finding.host for finding in found.findings if finding.check == "reach"}
     assert silent == {f"gpu{i:04}" for i in range(1000) if i % 250 in (3, 7)}
@@ -88,7 +87,7 @@ def test_a_thousand_hosts(thorough):
     assert len(stale) == 100
     assert (found.address, found.port) == ("10.0.0.1", 20000)
     clocks = [finding.host for finding in found.findings if finding.check == "clock"]
-    assert clocks == (["gpu0005"] if thorough else [])
+    assert clocks == ["gpu0005"]
     text = doctor_report(found)
     assert len(text.splitlines()) < 120
     assert len(text) < 12_000
@@ -108,18 +107,18 @@ def test_every_host_wrong_in_its_own_way_is_still_a_page(monkeypatch):
 
 def test_a_launch_is_refused_in_a_page(monkeypatch):
     monkeypatch.setattr(quick, "ssh_crew", lambda *_: Crew(connect))
-    monkeypatch.setattr(quick, "SECONDS", 1.0)
+    monkeypatch.setattr(quick, "SECONDS", 4.0)
     monkeypatch.setattr(quick.shutil, "which", lambda program: program)
 
     async def connect(name):
         return Pretended(name, [0, 0])
 
     with pytest.raises(UserError) as error:
-        quick.check_hosts(MANY, None, None)
+        quick.check_hosts(MANY[:250], None, None)
     lines = str(error.value).splitlines()
-    assert lines[0] == "108 of 1000 hosts cannot take part:"
+    assert lines[0] == "27 of 250 hosts cannot take part:"
     assert len(lines) == 22
-    assert "… and 88 more" in lines[-1]
+    assert "… and 7 more" in lines[-1]
 
 
 @pytest.mark.parametrize(
