@@ -104,19 +104,19 @@ class Ranks:
         """Runs `action` on every rank; where it fails on one, all raise, so that none waits for it. Collective.
 
         Args:
-            doing: what an OSError then prevents, in words ("cannot write the checkpoint").
+            doing: what an OSError or MemoryError then prevents, in words ("cannot write the checkpoint").
             where: the path to name if the OSError names none.
 
         Raises:
-            UserError: on every rank alike, so that rank 0 can speak for all: what a rank's UserError or OSError said,
-                and on which rank.
+            UserError: on every rank alike, so that rank 0 can speak for all: what the error of a rank said, and on
+                which rank.
         """
         result, problem, advice = None, None, ""
         try:
             result = action()
         except UserError as error:
             problem = str(error)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             problem, advice = os_problem(error, doing, where)
         self.raise_together(problem, advice)
         return result  # type: ignore[return-value]
