@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,18 +28,21 @@ def _waits_of_a_run(recipe: dict, ds: dict) -> tuple[dict[str, set[float]], int]
     from zeropipe.trainer.evaluation.evaluator import Evaluator
 
     found: dict[str, set[float]] = {}
+
+    def noting(name: str, real: Callable) -> Callable:
+        def noted(*arguments):
+            found[name] = found.get(name, set()) | _minutes()
+            return real(*arguments)
+
+        return noted
+
     for owner, name in (
         (Engine, "train_step"),
         (Checkpoints, "resume_or_start"),
         (Checkpoints, "save"),
         (Evaluator, "evaluate"),
     ):
-
-        def noting(*arguments, name: str = name, real=getattr(owner, name)):
-            found[name] = found.get(name, set()) | _minutes()
-            return real(*arguments)
-
-        setattr(owner, name, noting)
+        setattr(owner, name, noting(name, getattr(owner, name)))
     _train(recipe, ds)
     return found, len(c10d._world.pg_map)
 
