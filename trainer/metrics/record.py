@@ -24,6 +24,7 @@ from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
 from ..sinks.registry import ALWAYS, SINKS
+from .fared import by_host
 from .reading import resumed_from
 
 _DOING = "the run's record cannot be written"
@@ -51,11 +52,14 @@ class RunLog:
         return self
 
     def start(self, event: str, step: int, message: str | None = None, **fields: Any) -> None:
-        """Records the event "start" or "resume", and with it the configuration and the environment. Collective.
+        """Records "start", "resume" or "rewind", and with it the configuration and the environment. Collective.
 
         Raises:
             UserError: on every rank, if the run directory cannot be written.
         """
+        if self._sinks:  # a run that went back: what comes now takes the place of what it did beyond `step`
+            self._close()
+            self.run, self._last_step = secrets.token_hex(4), step
         self.ranks.together(
             lambda: self._start(event, step, message, fields) if self.ranks.is_main else None, _DOING, self.directory
         )
@@ -71,6 +75,7 @@ class RunLog:
             "samples": list(output.samples),
             "ledger": f"{output.ledger:016x}",
             "data_seconds": output.data_seconds,
+            **by_host(output.fared, [host["host"] for host in self.hosts]),
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
@@ -96,13 +101,16 @@ class RunLog:
             return
         if error is not None:
             self._attempt({"kind": "event", "event": "failed", "step": self._last_step, "error": f"{error!r}"})
+        self._close()
+        if error is None:
+            hosts = len({host["host"] for host in self.hosts})
+            print(closing(self.plan, self._last_step, hosts, self._clock), flush=True)
+
+    def _close(self) -> None:
         for sink in self._sinks:
             with contextlib.suppress(OSError):  # what matters was flushed with its record
                 sink.close()
         self._sinks = []
-        if error is None:
-            hosts = len({host["host"] for host in self.hosts})
-            print(closing(self.plan, self._last_step, hosts, self._clock), flush=True)
 
     def _report_compilation(self, step: int, seconds: float) -> None:
         self._warmth.append(seconds)
