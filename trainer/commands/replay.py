@@ -12,8 +12,8 @@ from .arguments import add_verb
 
 _DESCRIPTION = """\
 Takes a bad step again in one process, from its replay capsule, and names the first module whose output or gradient is
-no number. It begins at the checkpoint that was the newest before the step and takes the steps in between first, with the
-same micro batches and the same dropout. Nothing is written into the run."""
+no number. It begins at the checkpoint that was the newest before the step and takes the steps in between first, with
+the same micro batches and the same dropout. Nothing is written into the run."""
 
 
 def register(verbs: argparse._SubParsersAction) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ...data_prep.errors import UserError
 from ..adapters.bases import Base, base_of, check_base
-from ..checkpoint.folder import check_same_run, step_name
+from ..checkpoint.folder import CHECKPOINTS, check_same_run, step_name
 from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
@@ -79,7 +79,7 @@ class Checkpoints:
         if self._newest is None:
             raise UserError(
                 f"samples {bad.samples[0]} to {bad.samples[1] - 1}: a bad step (loss {bad.loss}) before the first "
-                "checkpoint, so there is none to rewind to; lower optimizer.lr, warm up longer, or save sooner (save.every)"
+                "checkpoint: there is none to rewind to; lower optimizer.lr, warm up longer or save sooner"
             )
         checkpoint = resolve_resume(self.recipe.output, str(self._newest), self.ranks)
         assert checkpoint is not None
@@ -109,7 +109,8 @@ class Checkpoints:
         folder = self.recipe.output / CAPSULES / step_name(bad.step)
         if self.ranks.is_main:
             try:
-                write_capsule(folder, bad, self.plan, self.stream, self._newest)
+                begun = [self.recipe.output / CHECKPOINTS / name for name in self._begun]  # whole by the run's end
+                write_capsule(folder, bad, self.plan, self.stream, begun[-1] if begun else self._newest)
             except (OSError, UserError) as error:  # the bad step is what the run ends or goes on by, not this
                 print(f"warning: {folder} cannot be written: {error}", file=sys.stderr, flush=True)
         return f"; zeropipe replay {shlex.quote(str(folder))} looks for what came first"

@@ -107,30 +107,34 @@ class Finder:
     def __init__(self, module: nn.Module) -> None:
         self.found: str | None = None
         self.micro, self.rows = -1, list[int]()
-        self._root, self._handles = module, list[Any]()
+        self._weights: dict[str, list[str]] = {}  # by module: those of its own that are no numbers
         module.register_forward_pre_hook(self._next_micro)
         for name, own in module.named_modules():
             called = name.removeprefix("model.") or "the whole model"
-            self._handles.append(own.register_forward_pre_hook(self._entering(called)))
-            self._handles.append(own.register_forward_hook(self._leaving(called)))
+            own.register_forward_pre_hook(self._entering(called))
+            own.register_forward_hook(self._leaving(called))
         for _, parameter in module.named_parameters():
             if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self._of_parameter(parameter)))
+                parameter.register_hook(self._of_parameter(parameter))
 
     def _next_micro(self, *_: object) -> None:
         self.micro += self.found is None
 
     def _entering(self, name: str) -> Callable[..., None]:
-        def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # now, for ZeRO-3 has taken them away again when the module is left
+            wrong = [key for key, p in module.named_parameters(recurse=False) if not bool(p.isfinite().all())]
+            if wrong:
+                self._weights[name] = wrong
             self._note(inputs[0] if inputs else None, name, "what enters it, computed by the module around it")
 
         return look
 
     def _leaving(self, name: str) -> Callable[..., None]:
-        def look(module: nn.Module, _: object, output: Any) -> None:
+        def look(_module: nn.Module, _inputs: object, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) and output else output
-            weights = [key for key, p in module.named_parameters(recurse=False) if not bool(p.isfinite().all())]
-            why = f"; its own {' and '.join(weights)} is no number" if weights else "; what enters it is finite"
+            weights = " and ".join(self._weights.get(name, ()))
+            why = f"; its own {weights} is no number" if weights else "; what enters it is finite"
             self._note(tensor, name, "its output", why)
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda grad: self._note(grad, name, "the gradient that comes back to its output"))
@@ -171,11 +175,10 @@ def replay(
         loss, norm = engine.take(micro_batches, capsule.step - 1, *capsule.samples)
     lines = [f"step {capsule.step}: loss {loss}, gradient norm {norm}; in the run {capsule.loss}, {capsule.grad_norm}"]
     if finder.found is None:
-        return "\n".join(
-            [*lines, f"every module gave numbers; in the run {capsule.wrong}: look at the ranks, not here"]
-        )
+        return "\n".join([*lines, f"all is finite here; in the run {capsule.wrong}: look at its ranks and hosts"])
     micro, data = divmod(finder.micro, capsule.data_parallel)
     lines += [f"first: {finder.found}", f"in micro batch {micro} of data-parallel rank {data}"]
-    places = [finder.micro * capsule.micro_batch + row for row in finder.rows]
-    samples = [f"  row {row}: {capsule.sample_ids[place]}" for row, place in zip(finder.rows, places, strict=True)]
-    return "\n".join([*lines, *samples])
+    for row in finder.rows:
+        store, sample = capsule.sample_ids[finder.micro * capsule.micro_batch + row]
+        lines.append(f"  row {row}: sample {sample} of {store}")
+    return "\n".join(lines)

@@ -274,9 +274,9 @@ def _replicas(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if not recipe.check_replicas:
         return
     if layout.zero_stage == 3:
-        yield "check_replicas with ZeRO-3: each weight is on one rank, there are no copies to compare; check_replicas=0"
+        yield "check_replicas with ZeRO-3: each weight is on one rank, without copies; check_replicas=0"
     elif layout.world == layout.pipeline:
-        yield f"check_replicas on {layout}: no rank holds a copy of another's weights; check_replicas=0, or more devices"
+        yield f"check_replicas on {layout}: no rank holds a copy of another's weights; check_replicas=0"
 
 
 def _divisors(number: int) -> str:

@@ -32,7 +32,7 @@ def _train_without_locks(recipe: dict, ds: dict) -> str:
     def train_step(self, stream, number, stop=False, save=False):
         if number == 2 and self.ranks.is_main:
             claim(self.plan.recipe.output, "other")
-        return step(self, stream, number, stop)
+        return step(self, stream, number, stop, save)
 
     Engine.train_step = train_step  # type: ignore[method-assign]
     try:
