@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...data_prep.errors import UserError
@@ -50,19 +51,16 @@ def build_model(
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
     model, specs = _skeleton(config, ranks.tensor_size)
-    fill = values or RandomValues(seed)
+    _materialise_buffers(model, ranks.device)
+    fill = values or (RandomValues(seed) if family_of(config) is not None else _OwnValues(model, seed))
     made: dict[str, nn.Parameter] = {}
-    for prefix, module in _modules_with_tensors(model):
-        _materialise_buffers(model, module, ranks.device)
+    for prefix, module in list(_named_modules(model)):
         fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
-        if not fresh:
-            continue
-        module_values = fill
-        if values is None and family_of(config) is None:
-            module_values = _own_initialiser(model, module, prefix, seed)
         for name in fresh:
             spec = specs[f"{prefix}{name}"]
-            made[spec.name] = module._parameters[name] = make_parameter(spec, module_values, dtype, ranks)
+            made[spec.name] = module._parameters[name] = make_parameter(spec, fill, dtype, ranks)
+        if not fresh:
+            continue
         if (converted := convert(module)) is not module:
             model.set_submodule(prefix.removesuffix("."), converted)
         if zero3_config is not None:
@@ -84,9 +82,9 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
         hf_config = AutoConfig.for_model(**trained)
         hf_config.use_cache = False
         with torch.device("meta"), initialization.no_init_weights():
-            attention = "sdpa" if family is None else BY_TEXT
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention)
-    except (ValueError, TypeError, KeyError) as error:
+            attention = None if family is None else BY_TEXT  # None: the best of those that it can do
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
     use_kernels(model)
     model.tie_weights()
@@ -109,33 +107,35 @@ def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
     return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else _skeleton(config, 1)[1]
 
 
-def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in list(model.named_modules()):
-        if module._parameters or module._buffers:
-            yield (f"{name}." if name else ""), module
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module, parents first, with what its parameters' names begin with."""
+    for name, module in model.named_modules():
+        yield (f"{name}." if name else ""), module
 
 
-def _materialise_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
-    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration."""
-    buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-    if not buffers:
-        return
-    for name, buffer in buffers.items():
-        module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    model._init_weights(module)  # type: ignore[operator]
-    for name in buffers:
-        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
+def _materialise_buffers(model: Any, device: torch.device) -> None:
+    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration.
 
-
-def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int) -> Values:
-    """For a family without a table: transformers' initialiser of this module, seeded by the module's name."""
-    drawn = {name: torch.empty(p.shape) for name, p in module._parameters.items() if p is not None}
-    for name, tensor in drawn.items():
-        module._parameters[name] = nn.Parameter(tensor)
+    Of the whole model at once, while the parameters are on the meta device and cost nothing: some are their parent's.
+    """
+    buffers = {(module, name): b for module in model.modules() for name, b in module._buffers.items() if b is not None}
+    for (module, name), buffer in buffers.items():
+        module._buffers[name] = _unset(buffer)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(parameter_seed(seed, prefix))
-        model._init_weights(module)  # type: ignore[operator]
-    return lambda spec: module._parameters[spec.name.removeprefix(prefix)].detach()  # type: ignore[union-attr]
+        model.initialize_weights()
+    for (module, name), _ in buffers.items():
+        module._buffers[name] = _filled(module._buffers[name], name, model).to(device)
+
+
+def _unset(like: Tensor) -> Tensor:
+    """On the CPU; where nothing sets it, `_filled` sees it."""
+    return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
+
+
+def _filled(tensor: Tensor, name: str, model: nn.Module) -> Tensor:
+    if tensor.is_floating_point() and tensor.isnan().any():
+        raise UserError(f"model.config: transformers' {type(model).__name__} draws no initial value for {name}")
+    return tensor
 
 
 def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
@@ -152,13 +152,14 @@ def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: R
 
 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
+    """Leaves each rank its share of the parameters that have been made; those of children may be still to come."""
     import deepspeed
     from deepspeed.utils import groups
 
     from ..ranks.mpu import Mpu
 
     deepspeed.zero.Init(
-        module=module,
+        module=nn.ParameterList(p for p in module.parameters() if not p.is_meta),
         data_parallel_group=ranks.replica_group,
         # of zero_hpz_partition_size: the first call makes the group, and the next would assert that there is none
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
@@ -188,6 +189,56 @@ class RandomValues:
         if spec.init == "uniform":
             return (torch.rand(spec.shape, generator=generator) * 2 - 1) * (math.sqrt(3) * spec.std)
         return torch.randn(spec.shape, generator=generator) * spec.std
+
+
+class _OwnValues:
+    """For a family without a table: what transformers' initialiser draws, seeded by the name of the module.
+
+    It goes block by block, since some modules leave their values to the one that they are in.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._drawn: dict[str, Tensor] = {}  # of one block
+
+    def __call__(self, spec: ParamSpec) -> Tensor:
+        if spec.name not in self._drawn:
+            self._drawn = self._draw(*self._block_of(spec.name))
+        return _filled(self._drawn.pop(spec.name), spec.name, self._model)
+
+    def _block_of(self, name: str) -> tuple[str, nn.Module]:
+        """The outermost module around a parameter that is one of a list or has parameters of its own."""
+        path, module, listed = "", self._model, False
+        for part in name.split(".")[:-1]:
+            if listed or any(p is not None for p in module._parameters.values()):
+                break
+            listed = isinstance(module, nn.ModuleList | nn.ModuleDict)
+            path, module = f"{path}{part}.", module.get_submodule(part)
+        return path, module
+
+    @torch.no_grad()
+    def _draw(self, path: str, block: nn.Module) -> dict[str, Tensor]:
+        """Values of all parameters of a block that are on the meta device yet; the block stays as it is."""
+        kept = {name: p for name, p in block.named_parameters() if p.is_meta}
+        owners = {name: block.get_submodule(name.rpartition(".")[0]) for name in kept}
+        drawn = {name: nn.Parameter(_unset(p), requires_grad=False) for name, p in kept.items()}
+        try:
+            for name, owner in owners.items():
+                owner._parameters[name.rpartition(".")[2]] = drawn[name]
+            with torch.random.fork_rng(devices=[]):
+                self._initialise(path, block, self._model)
+        finally:
+            for name, owner in owners.items():
+                owner._parameters[name.rpartition(".")[2]] = kept[name]
+        return {f"{path}{name}": p.detach() for name, p in drawn.items()}
+
+    def _initialise(self, path: str, module: nn.Module, model: Any) -> None:
+        """Children first, as transformers does; `model` is the innermost of its models around them."""
+        inner = module if isinstance(module, PreTrainedModel) else model
+        for name, child in module.named_children():
+            self._initialise(f"{path}{name}.", child, inner)
+        torch.manual_seed(parameter_seed(self._seed, path))
+        inner._init_weights(module)
 
 
 class FolderValues:
