@@ -10,7 +10,7 @@ from .evaluation.evaluator import Evaluator
 from .metrics.profile import Profile
 from .metrics.record import RunLog
 from .plan.plan import Plan
-from .ranks.ranks import Ranks
+from .ranks.ranks import Ranks, waiting_at_most
 from .run.data import RunData
 from .run.guard import StopRequest, exclusive
 from .run.state import TrainState
@@ -24,8 +24,13 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
             recipe, data cannot be read, or the loss is no number.
         RankFault: on every rank: replicas of a weight differ.
     """
-    stop = StopRequest(ranks, plan.recipe.output)
-    with exclusive(plan.recipe.output, ranks), RunLog(plan, ranks, stop) as log, stop:
+    stop, waits = StopRequest(ranks, plan.recipe.output), plan.recipe.parallel
+    with (
+        waiting_at_most(waits.setup_timeout),
+        exclusive(plan.recipe.output, ranks),
+        RunLog(plan, ranks, stop) as log,
+        stop,
+    ):
         data = ranks.together(lambda: RunData.open(plan))
         engine = build_engine(plan, ranks)
         data = with_reference(data, engine)
@@ -33,7 +38,8 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
             evaluator, replicas = Evaluator(engine, data, log), Replicas(engine, log)
             state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
             while not state.done:
-                output = engine.train_step(stream, state.step, *stop.look())
+                with waiting_at_most(waits.timeout):
+                    output = engine.train_step(stream, state.step, *stop.look())
                 if output.rewind:
                     state = checkpoints.rewind(output)
                     continue
