@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from ...data_prep.command_line import Parser
-from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RankFault, UserError
 from ..ranks.variables import adopt_variables
 from ..run.exit_notes import note_exit
 from ..run.quiet import quiet
@@ -66,9 +66,9 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     quiet()  # before the libraries are imported
     try:
         code = rank()
-    except UserError as error:
-        code = EXIT_USER_ERROR
-        _tell(error)
+    except (UserError, RankFault) as error:
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANK_FAILED
+        _tell(error, code)
     except Exception as error:
         number = os.environ.get("RANK", "0")
         if any(words in str(error) for words in LOST_PEER):
@@ -82,7 +82,7 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     return code
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: Exception, code: int) -> None:
     """Says it once where all ranks found the same wrong; a rank that is alone with it says so and ends, so that those
     that wait for it hear of it.
     """
@@ -92,8 +92,8 @@ def _tell(error: UserError) -> None:
 
         if not same_on_all_ranks(str(error)):
             print(f"error: {error} (on rank {number})", file=sys.stderr, flush=True)
-            note_exit(EXIT_USER_ERROR)
-            os._exit(EXIT_USER_ERROR)
+            note_exit(code)
+            os._exit(code)
         shut_down()
     if number == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
