@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,11 @@ from .command import (
     shell_line,
     user_environment_files,
 )
+from .hosts.arguments import add_host_arguments, hosts_of
 from .hosts.devices import count_accelerators, cpu_cores, visible_devices
-from .hosts.hostfile import is_this_machine, read_hostfile
+from .hosts.hostfile import is_this_machine
+from .hosts.selection import select_hosts
+from .hosts.sources import hostfile_text
 from .supervision.restarts import hosts_that_answer, most_hosts, resume_word
 from .supervision.session import Session
 from .supervision.watch import Patience
@@ -53,7 +56,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(verbs, "launch", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
     parser.set_defaults(module="zeropipe.trainer")
-    parser.add_argument("--hostfile", "-H", metavar="FILE", help="hosts to train on; default: this machine")
+    add_host_arguments(parser, "hosts to train on; default: this machine")
     parser.add_argument(
         "--devices",
         "--num_accelerators",
@@ -62,18 +65,13 @@ def register(verbs: argparse._SubParsersAction) -> None:
         metavar="N",
         help="ranks on this machine; default: all its accelerators, or 1 on a machine with CPUs only",
     )
-    parser.add_argument("--ssh_port", type=int, metavar="PORT", help="of the hosts; default: as ssh is configured")
     parser.add_argument("--master_addr", metavar="ADDR", help="address of the first host, as the others reach it")
     parser.add_argument("--master_port", type=int, metavar="PORT", help="for the ranks to find each other")
     parser.add_argument(
         "--bind_cores_to_rank", action="store_true", help="bind each rank to cores of its own (numactl)"
     )
     parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="go on so often, from the newest checkpoint; default: 0",
+        "--max-restarts", type=int, default=0, metavar="N", help="go on so often, from the newest checkpoint; else 0"
     )
     parser.add_argument(
         "--min-hosts", type=int, metavar="M", help="go on without hosts that do not answer, if M are left; default: all"
@@ -85,13 +83,14 @@ def register(verbs: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     launch = plan_launch(args)
     plan = checked_plan(args, launch.devices)
+    files = _files_to_compare(plan, launch)
     if args.dry_run:
-        print_dry_run(launch)
+        print_dry_run(launch, files)
         return 0
     began, whole = time.time(), launch
     for left in range(args.max_restarts, -1, -1):
         print(launch_summary(launch, plan), flush=True)
-        session = run_once(launch, plan.recipe.output, Patience.of(plan.recipe))
+        session = run_once(launch, plan.recipe.output, files, Patience.of(plan.recipe))
         if session.code != EXIT_RANK_FAILED or session.asked or not left:
             return session.code
         try:
@@ -124,9 +123,17 @@ def again(args: argparse.Namespace, whole: Launch, plan: Plan, began: float) -> 
     if gone := [host.name for host in whole.hosts if host not in alive]:
         print(f"{', '.join(gone)}: no answer by ssh", file=sys.stderr)
     hosts, plan = most_hosts(alive, least, lambda devices: checked_plan(args, devices))
+    left_out = {"selected": whole.selected or hosts != whole.hosts, "devices": sum(host.slots for host in hosts)}
     address = whole.master_addr if hosts[0] == whole.hosts[0] else None  # it was the first host's
-    devices = sum(host.slots for host in hosts)
-    return replace(whole, arguments=arguments, hosts=hosts, devices=devices, master_addr=address), plan
+    return replace(whole, arguments=arguments, hosts=hosts, master_addr=address, **left_out), plan
+
+
+def _files_to_compare(plan: Plan, launch: Launch) -> list[str]:
+    if not launch.remote:
+        return []
+    from .doctor.quick import files_to_compare
+
+    return files_to_compare(plan.recipe, *launch.arguments)
 
 
 def plan_launch(args: argparse.Namespace) -> Launch:
@@ -146,15 +153,18 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         verbose=args.verbose,
         module=args.module,
     )
-    if args.hostfile is None:
+    given = hosts_of(args, os.environ)
+    if given is None:
         return _on_this_machine(launch, args.devices)
-    hosts = read_hostfile(args.hostfile)
+    hosts = select_hosts(given, args.include, args.exclude)
     slots = sum(host.slots for host in hosts)
     if args.devices is not None and args.devices != slots:
-        raise UserError(f"--devices {args.devices}, but {args.hostfile} has {slots} slots; leave --devices out")
-    if len(hosts) == 1 and is_this_machine(hosts[0].name):
+        where = args.hostfile or args.hosts
+        raise UserError(f"--devices {args.devices}, but {where} has {slots} slots; leave --devices out")
+    if len(hosts) == 1 and is_this_machine(hosts[0].name) and hosts[0].devices is None:
         return _on_this_machine(launch, slots)
-    return replace(launch, hostfile=Path(args.hostfile).absolute(), hosts=hosts, devices=slots)
+    hostfile = Path(args.hostfile).absolute() if args.hostfile else Path("hostfile")  # written when it is known where
+    return replace(launch, hostfile=hostfile, hosts=hosts, devices=slots, selected=hosts != given)
 
 
 def _absolute(name: str) -> str:
@@ -195,7 +205,16 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
     return make_plan(*load_pair(args.recipe, args.deepspeed_config, args.overrides), devices)
 
 
-def print_dry_run(launch: Launch) -> None:
+def print_dry_run(launch: Launch, files: Sequence[str] = ()) -> None:
+    """Prints the exact command; hosts are asked where they would meet, and one that cannot take part is told of."""
+    if launch.remote:
+        if launch.hostfile == Path("hostfile"):
+            lines = hostfile_text(launch.hosts).splitlines()
+            print("\n".join(["# with this hostfile:", *(f"#   {line}" for line in lines)]))
+        try:
+            launch = meeting(launch, None, files)
+        except UserError as error:
+            print("\n".join(f"# {line}" for line in str(error).splitlines()))
     added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
     if launch.remote:
         print("# with these lines in .deepspeed_env of the current folder, which carries them to every host:")
@@ -204,32 +223,42 @@ def print_dry_run(launch: Launch) -> None:
     print(shell_line(deepspeed_command(launch), added))
 
 
-def start(launch: Launch, output: Path, patience: Patience = Patience()) -> int:  # noqa: B008 (frozen)
-    """Runs the launch and returns its exit code."""
-    return run_once(launch, output, patience).code
+def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: Path | None = None) -> Launch:
+    """The launch with address and port for its ranks to meet at, after a look at every host.
+
+    Raises:
+        UserError: a host cannot take part.
+    """
+    from .doctor.quick import check_hosts
+
+    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output)
+    return replace(
+        launch, master_addr=launch.master_addr or found.address, master_port=launch.master_port or found.port
+    )
 
 
-def run_once(launch: Launch, output: Path, patience: Patience) -> Session:
-    """Runs the launch to its end."""
-    from .hosts.preflight import check_hosts
+def _with_hostfile(launch: Launch, folder: Path) -> Launch:
+    """The launch with a hostfile written into its folder, where its hosts came from an allocation."""
+    if launch.hostfile is None or launch.hostfile.is_absolute():
+        return launch
+    hostfile = folder / "hostfile"
+    hostfile.write_text(hostfile_text(launch.hosts), encoding="ascii")
+    return replace(launch, hostfile=hostfile, selected=False)
 
+
+def start(launch: Launch, output: Path, files: Sequence[str] = ()) -> int:
+    """Runs the launch and returns its exit code; `files` must be the same on every host."""
+    return run_once(launch, output, files, Patience()).code
+
+
+def run_once(launch: Launch, output: Path, files: Sequence[str], patience: Patience) -> Session:
+    """Runs the launch to its end; raises as `meeting`."""
     with launch_folder(output.absolute() if launch.remote else None) as folder:
         if launch.remote:
-            check_hosts(launch.hosts, launch.ssh_port, folder)
-            launch = with_hostfile(launch, folder)
+            launch = meeting(_with_hostfile(launch, folder), folder, files, output)
         session = Session(folder, launch.devices, launch.hosts, launch.ssh_port, patience)
         session.run(deepspeed_command(launch), child_environment(launch, folder))
         return session
-
-
-def with_hostfile(launch: Launch, folder: Path) -> Launch:
-    """The launch with a hostfile of the hosts that take part: its own, where those are not all."""
-    assert launch.hostfile is not None
-    if launch.hosts == read_hostfile(launch.hostfile):
-        return launch
-    own = folder / "hostfile"
-    own.write_text("".join(f"{host.name} slots={host.slots}\n" for host in launch.hosts), encoding="utf-8")
-    return replace(launch, hostfile=own)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One rank of a run: what `deepspeed --module zeropipe.trainer` starts on every device."""
 
+import faulthandler
 import os
 import sys
 
@@ -7,6 +8,7 @@ from .commands.train import main
 from .keeper.keeper import kept
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a block that a memory-mapped store cannot read is a SIGBUS: say where
     code = kept(main)
     # all is written, told and noted: a thread of torch's or DeepSpeed's that is still there when the process is taken
     # down aborts it now and then ("terminate called without an active exception"), after a run that went well

@@ -1,6 +1,6 @@
 """The processes of one launch on this host, found by a mark in their environment; run on other hosts through ssh.
 
-`python -m zeropipe.launcher.supervision.processes MARK` kills them all. Ranks end by themselves when their launcher is
+`python -m zeropipe.launcher.supervision.processes FOLDER` kills them all. Ranks end by themselves when the launcher is
 gone; this is for what they, and DeepSpeed's launchers, leave.
 """
 

@@ -26,12 +26,12 @@ class Patience:
 
     least: float = 120.0  # in any phase
     most: float = 600.0  # in a step, however long the longest one took; twice the longest one if that is more
-    unknown: float = 1800.0  # in a phase that has not been seen to end yet
+    unknown: float = 3600.0  # in a phase that has not been seen to end yet
 
     @classmethod
     def of(cls, recipe: Recipe) -> Patience:
-        most = recipe.parallel.timeout * 60
-        return cls(recipe.parallel.patience, most, 3 * most)
+        waits = recipe.parallel
+        return cls(waits.patience, waits.timeout * 60, waits.setup_timeout * 60)
 
     def limit(self, phase: str, longest: float) -> float:
         """Of a phase of which the longest, on any rank, took `longest` seconds; 0: none has ended yet."""
