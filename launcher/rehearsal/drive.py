@@ -18,8 +18,8 @@ import psutil
 from ...trainer.keeper.wire import LAUNCH_FOLDER
 from .rank import HARM, Harm
 
-START_SECONDS = 400.0  # for the launch to get to the place of the harm
-END_SECONDS = 60.0
+ARRIVE_SECONDS = 400.0  # for the launch to get to the place of the harm
+ENOUGH_SECONDS = 60.0
 LEFT_SECONDS = 15.0  # for the last process to be gone
 # what the last line says, by fault
 CAUSE = {
@@ -70,7 +70,7 @@ def rehearse(
     harm: Harm,
     act: Callable[[subprocess.Popen], None] = lambda _: None,
     environment: Mapping[str, str] | None = None,
-    end_seconds: float = END_SECONDS,
+    end_seconds: float = ENOUGH_SECONDS,
 ) -> Outcome:
     """Runs a launch until it has come to harm and ended.
 
@@ -98,10 +98,10 @@ def rehearse(
             for process in processes_of(harm.folder):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-    return outcome(harm, where, seconds, launch.wait(), len(left), log.read_text(errors="replace"))
+    return _outcome(harm, where, seconds, launch.wait(), len(left), log.read_text(errors="replace"))
 
 
-def outcome(harm: Harm, where: str, seconds: float | None, code: int, left: int, said: str) -> Outcome:
+def _outcome(harm: Harm, where: str, seconds: float | None, code: int, left: int, said: str) -> Outcome:
     last = (said.strip().splitlines() or [""])[-1]
     place = rf"step {harm.step + 1}" if harm.phase == "step" else harm.phase
     expected = CAUSE[harm.fault].format(rank=harm.rank, host=re.escape(where), place=place)
@@ -109,7 +109,7 @@ def outcome(harm: Harm, where: str, seconds: float | None, code: int, left: int,
 
 
 def _wait_for(harm: Harm, launch: subprocess.Popen) -> float:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + ARRIVE_SECONDS
     while not harm.moment.exists() or not harm.moment.read_text():
         if launch.poll() is not None or time.monotonic() > deadline:
             said = (Path(harm.folder) / "said").read_text(errors="replace")

@@ -19,7 +19,7 @@ from ..hosts.hostfile import Host
 from ..hosts.ssh import ssh_command
 from . import processes
 from .verdict import tell
-from .watch import Finding, Patience, Watch
+from .watch import Mishap, Patience, Watch
 
 POLL_SECONDS = 0.1
 CAUSE_SECONDS = 1.0  # for a cause behind the first failure
@@ -63,14 +63,14 @@ class Session:
             process = subprocess.Popen(
                 list(command), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
             )
-            findings = self._until_something_ends(watch, process)
-            findings = self._gather(watch, findings)
+            mishaps = self._until_something_ends(watch, process)
+            mishaps = self._gather(watch, mishaps)
             self._leave_nothing(watch, process)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             watch.board.close()
-        self.code = self._verdict(watch, findings, process.returncode)
+        self.code = self._verdict(watch, mishaps, process.returncode)
         return self.code
 
     def _note_request(self, number: int, _frame: object) -> None:
@@ -78,12 +78,12 @@ class Session:
             print("\nstopping: the ranks save a checkpoint first (once more: kill them)", file=sys.stderr, flush=True)
         self.requests.append(number)
 
-    def _until_something_ends(self, watch: Watch, process: subprocess.Popen) -> list[Finding]:
+    def _until_something_ends(self, watch: Watch, process: subprocess.Popen) -> list[Mishap]:
         """Until all ranks have ended, one has failed, `deepspeed` has ended without one, or all shall be killed."""
         while len(self.requests) < 2:
             watch.hear(POLL_SECONDS)
-            if findings := watch.look():
-                return findings
+            if mishaps := watch.look():
+                return mishaps
             if watch.all_ended():
                 break
             if process.poll() is not None and not self._go_on_without(watch, process.returncode):
@@ -113,18 +113,18 @@ class Session:
                 self.told.add(rank)
                 line.send("stop")
 
-    def _gather(self, watch: Watch, findings: list[Finding]) -> list[Finding]:
+    def _gather(self, watch: Watch, mishaps: list[Mishap]) -> list[Mishap]:
         """Stacks of the ranks that still run, and the cause behind what was found first."""
-        if not findings:
-            return findings
+        if not mishaps:
+            return mishaps
         for member in watch.running:
             watch.board.lines[member.rank].send("stacks")
         begun = time.monotonic()
         while (waited := time.monotonic() - begun) < BEHIND_SECONDS and len(self.requests) < 2:
             watch.hear(POLL_SECONDS)
             first, *_ = watch.look()
-            answering = [m for m in watch.running if watch.findings.get(m.rank, first).kind != "silent"]
-            if not first.consequence and waited > CAUSE_SECONDS and all(m.told for m in answering):
+            told = all(member.told or watch.silent(member) for member in watch.running)
+            if not first.consequence and waited > CAUSE_SECONDS and told:
                 break
             if not watch.running or (waited > TELLING_SECONDS and not first.consequence):
                 break
@@ -133,11 +133,14 @@ class Session:
     def _leave_nothing(self, watch: Watch, process: subprocess.Popen) -> None:
         """Ends what is left of the launch, here and on every host; after a clean end there is nothing."""
         watch.board.tell("end")
+        silent = any(mishap.kind == "silent" for mishap in watch.mishaps.values())
+        if silent or len(self.requests) > 1:  # `deepspeed` would wait for hosts that do not answer
+            process.kill()
         deadline = time.monotonic() + END_SECONDS
-        while watch.running and time.monotonic() < deadline:
+        while any(not watch.silent(member) for member in watch.running) and time.monotonic() < deadline:
             watch.hear(POLL_SECONDS)
         try:
-            process.wait(END_SECONDS if watch.findings or self.requests else 10 * END_SECONDS)
+            process.wait(END_SECONDS if watch.mishaps else 10 * END_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -151,7 +154,7 @@ class Session:
         with ThreadPoolExecutor(64) as pool:
             list(pool.map(lambda host: _on(ssh_command(host.name, self.ssh_port, command)), self.hosts))
 
-    def _verdict(self, watch: Watch, findings: Sequence[Finding], status: int) -> int:
+    def _verdict(self, watch: Watch, mishaps: Sequence[Mishap], status: int) -> int:
         resumes = ". The same command resumes from the newest checkpoint"
         if len(self.requests) > 1:
             print(f"error: killed on request{resumes}", file=sys.stderr)
@@ -159,8 +162,8 @@ class Session:
         if (member := watch.user_error()) is not None:
             print((member.end or {})["text"], file=sys.stderr)
             return EXIT_USER_ERROR
-        if findings:
-            print(tell(watch, findings) + resumes, file=sys.stderr)
+        if mishaps:
+            print(tell(watch, mishaps) + resumes, file=sys.stderr)
             return EXIT_RANK_FAILED
         codes = {(member.end or {}).get("code") for member in watch.members}
         if codes == {EXIT_DONE}:

@@ -7,16 +7,16 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from .watch import Finding, Member, Watch
+from .watch import Member, Mishap, Watch
 
 _TAIL_LINES = 15
 
 
-def tell(watch: Watch, findings: Sequence[Finding]) -> str:
+def tell(watch: Watch, mishaps: Sequence[Mishap]) -> str:
     """Stacks of the ranks that were asked for them, ranks that failed in consequence, and at last the first cause."""
-    first = findings[0]
+    first = mishaps[0]
     parts = [_stacks(watch.members)]
-    others = [finding for finding in findings[1:] if finding.kind == "ended" and not finding.consequence]
+    others = [mishap for mishap in mishaps[1:] if mishap.kind == "ended" and not mishap.consequence]
     parts += [f"{who(watch.members[f.rank])} {_what(watch, f)}" for f in others[:8]]
     member = watch.members[first.rank]
     parts += [_own_words(member), f"error: {who(member)} {_what(watch, first)}"]
@@ -27,20 +27,20 @@ def who(member: Member) -> str:
     return f"rank {member.rank} on {member.host}"
 
 
-def _what(watch: Watch, finding: Finding) -> str:
-    member = watch.members[finding.rank]
-    place, seconds = finding.place, f"{finding.seconds:.0f} s"
-    if finding.kind == "ended":
+def _what(watch: Watch, mishap: Mishap) -> str:
+    member = watch.members[mishap.rank]
+    place, seconds = mishap.place, f"{mishap.seconds:.0f} s"
+    if mishap.kind == "ended":
         return f"{_ending(member.end or {})}, in {place}"
-    if finding.kind == "lost":
-        alone = all(f.kind == "lost" for f in watch.findings.values() if watch.members[f.rank].host == member.host)
+    if mishap.kind == "lost":
+        alone = all(f.kind == "lost" for f in watch.mishaps.values() if watch.members[f.rank].host == member.host)
         gone = "is gone, with its keeper" if not alone else "is gone, with all that ran there for it"
         return f"{gone}: killed, or its host went down; it was in {place}"
-    if finding.kind == "silent":
+    if mishap.kind == "silent":
         return f"has not been heard for {seconds}: its host is down or cut off; it was in {place}"
-    if finding.kind == "frozen":
+    if mishap.kind == "frozen":
         return f"was stopped by a signal (SIGSTOP) {seconds} ago and not set going again, in {place}"
-    if finding.kind == "absent":
+    if mishap.kind == "absent":
         return f"did not begin within {seconds} of the first one: see above what its host says"
     waits = _waiting(member)
     return f"hangs in {place}: nothing for {seconds}, where {watch.limit(member.phase):.0f} s are the limit{waits}"

@@ -15,7 +15,7 @@ from ...trainer.recipe.recipe import Recipe
 from .switchboard import Switchboard
 
 FROZEN_SECONDS = 6.0  # stopped by a signal for so long: for good
-START_SECONDS = 60.0  # after the first rank, for the others to begin
+BEGIN_SECONDS = 60.0  # after the first rank, for the others to begin
 _TIMES_LONGEST = 5.0
 _SIGTERM = -15
 
@@ -72,7 +72,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Mishap:
     """Something that went wrong with a rank.
 
     Attributes:
@@ -100,7 +100,7 @@ class Watch:
         self.members = [Member(rank) for rank in range(ranks)]
         self.patience = patience
         self.asked = False  # a rank's side was asked to stop
-        self.findings: dict[int, Finding] = {}  # by rank, in order of time
+        self.mishaps: dict[int, Mishap] = {}  # by rank, in order of time
         self._looked = time.monotonic()
 
     def hear(self, seconds: float) -> None:
@@ -126,12 +126,12 @@ class Watch:
                 self._found("ended", member, consequence=message["consequence"])
 
     def _found(self, kind: str, member: Member, seconds: float = 0.0, consequence: bool = False) -> None:
-        finding = Finding(kind, member.rank, member.place, consequence, seconds)
-        known = self.findings.get(finding.rank)
-        if known is None or known.order > finding.order:
-            self.findings[finding.rank] = finding
+        mishap = Mishap(kind, member.rank, member.place, consequence, seconds)
+        known = self.mishaps.get(mishap.rank)
+        if known is None or known.order > mishap.order:
+            self.mishaps[mishap.rank] = mishap
 
-    def look(self) -> list[Finding]:
+    def look(self) -> list[Mishap]:
         """What has gone wrong so far, the first cause first."""
         now, late = time.monotonic(), time.monotonic() - self._looked
         self._looked = now
@@ -150,21 +150,21 @@ class Watch:
             elif (quiet := member.pulse.get("quiet", 0)) > self.limit(member.phase):
                 self._found("hung", member, quiet)
         began = [member.began for member in self.members if member.began is not None]
-        if began and len(began) < len(self.members) and now - min(began) > START_SECONDS:
+        if began and len(began) < len(self.members) and now - min(began) > BEGIN_SECONDS:
             for member in self.members:
                 if member.began is None:
                     self._found("absent", member, now - min(began))
         return self.causes()
 
-    def causes(self) -> list[Finding]:
+    def causes(self) -> list[Mishap]:
         """Of ranks that hang, the one that keeps the others waiting comes first."""
-        return sorted(self.findings.values(), key=lambda finding: (*finding.order, *self._behind(finding)))
+        return sorted(self.mishaps.values(), key=lambda mishap: (*mishap.order, *self._behind(mishap)))
 
-    def _behind(self, finding: Finding) -> tuple:
+    def _behind(self, mishap: Mishap) -> tuple:
         """What speaks for a rank that hangs being the cause: said nothing, waits for nobody, is behind."""
-        if finding.kind != "hung":
+        if mishap.kind != "hung":
             return ()
-        member = self.members[finding.rank]
+        member = self.members[mishap.rank]
         waiting = (member.told or {}).get("waiting")
         said, number = waiting is not None, (waiting or {}).get("number")
         return said, number is not None, member.step, number or 0
@@ -181,11 +181,15 @@ class Watch:
         lines = self.board.lines
         return [m for m in self.members if m.began and m.end is None and not lines[m.rank].closed]
 
+    def silent(self, member: Member) -> bool:
+        mishap = self.mishaps.get(member.rank)
+        return mishap is not None and mishap.kind == "silent"
+
     def all_ended(self) -> bool:
         return all(member.end is not None for member in self.members)
 
-    def hosts(self, findings: Sequence[Finding]) -> list[str]:
-        return list(dict.fromkeys(self.members[finding.rank].host for finding in findings))
+    def hosts(self, mishaps: Sequence[Mishap]) -> list[str]:
+        return list(dict.fromkeys(self.members[mishap.rank].host for mishap in mishaps))
 
     def user_error(self) -> Member | None:
         """The rank that saw a mistake of the user's: it outweighs those that it took down with it."""

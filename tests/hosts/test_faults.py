@@ -51,7 +51,7 @@ def test_a_rank_of_the_second_host_that_dies_at_the_start(hosts: list[VirtualHos
     assert found.code == 3
     assert found.left == 0
     assert found.seconds is not None
-    assert found.seconds < 15
+    assert found.seconds < 25  # 15 on a machine of its own
 
 
 def test_a_link_that_is_cut(hosts: list[VirtualHost], work: Path):
@@ -65,7 +65,7 @@ def test_a_link_that_is_cut(hosts: list[VirtualHost], work: Path):
     assert found.code == 3
     assert found.left == 0
     assert found.seconds is not None
-    assert found.seconds < 15
+    assert found.seconds < 25  # 15 on a machine of its own
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
 from ..data.batches import BatchStream
-from ..keeper.pulse import SAVE, SET_UP
+from ..keeper.pulse import SAVING, SET_UP
 from ..metrics.reading import REWIND, skipped_samples
 from ..metrics.record import RunLog
 from ..ranks.ranks import same_on_all_ranks
@@ -138,12 +138,12 @@ class Checkpoints:
         self._record(self._wait() if state.done else self.writer.poll())
 
     def _wait(self) -> list[Path]:
-        with self.engine.pulse.during(SAVE, learn=False):
+        with self.engine.pulse.during(SAVING, learn=False):
             return self.writer.wait()
 
     def save(self, state: TrainState) -> None:
         """Begins to save this state, if the run directory is still this run's. Collective; raises as `save_if_due`."""
-        with self.engine.pulse.during(SAVE, learn=False):  # it takes until it is published
+        with self.engine.pulse.during(SAVING, learn=False):  # it takes until it is published
             self._save(state)
 
     def _save(self, state: TrainState) -> None:
@@ -179,7 +179,7 @@ class Checkpoints:
     def _record(self, published: Sequence[Path]) -> None:
         for path in published:
             self._newest, (step, drawn, begun) = path, self._begun.pop(path.name)
-            self.engine.pulse.learn(SAVE, time.monotonic() - begun)
+            self.engine.pulse.learn(SAVING, time.monotonic() - begun)
             self.log.event("save", step, path=str(path), drawn=drawn)
 
     def _probe(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-SET_UP, STEP, EVALUATION, SAVE = PHASES = ("set-up", "step", "evaluation", "save")
+SET_UP, STEP, EVALUATION, SAVING = PHASES = ("set-up", "step", "evaluation", "save")
 # phase, step, monotonic time of entering the phase and of the last beat, the longest time in each phase
 _RECORD = struct.Struct(f"<qqdd{len(PHASES)}d")
 _FADING = 0.95  # of the longest step with every step, so that the first ones, which compile, are forgotten

@@ -17,7 +17,7 @@ from typing import Any
 
 LAUNCH_FOLDER = "ZEROPIPE_LAUNCH"  # set by `zeropipe launch`: a folder of this launch alone, seen by every rank
 BEAT_SECONDS = 0.5  # each end says something that often
-SILENCE_SECONDS = 7.0  # an end that has said nothing for so long is gone
+SILENCE_SECONDS = 6.0  # an end that has said nothing for so long is gone
 _WHERE = "launcher.json"
 _CONNECT_SECONDS = 3.0
 _WAIT_SECONDS = 10.0  # for the folder to be seen here

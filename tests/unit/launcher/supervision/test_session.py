@@ -40,7 +40,7 @@ RANK = """
 import ctypes, os, signal, subprocess, sys, time
 from zeropipe.trainer.keeper.keeper import kept
 from zeropipe.trainer.keeper.kept import say_last
-from zeropipe.trainer.keeper.pulse import EVALUATION, SAVE, SET_UP, Pulse
+from zeropipe.trainer.keeper.pulse import EVALUATION, SAVING, SET_UP, Pulse
 rank = os.environ["RANK"]
 def ready():
     open(os.environ["READY"] + rank + ".new", "w").write(str(os.getpid()))
@@ -62,7 +62,7 @@ SAVES = """
     ready()
     while not asked:
         time.sleep(0.01)
-    with pulse.during(SAVE, learn=False):
+    with pulse.during(SAVING, learn=False):
         time.sleep({seconds})
     open(os.environ["READY"] + "saved" + rank, "w").close()
     return 4
@@ -197,7 +197,7 @@ def test_a_phase_may_take_longer_than_a_step(tmp_path):
         with pulse.during(EVALUATION):
             time.sleep(0.5)
     pulse.step(3)
-    with pulse.during(SAVE, learn=False):
+    with pulse.during(SAVING, learn=False):
         time.sleep(3)
     """
     assert start(tmp_path, body, patience=Patience(least=1.0)) == 0
