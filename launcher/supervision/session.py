@@ -126,7 +126,8 @@ class Session:
             told = all(member.told or watch.silent(member) for member in watch.running)
             if not first.consequence and waited > CAUSE_SECONDS and told:
                 break
-            if not watch.running or (waited > TELLING_SECONDS and not first.consequence):
+            over = not watch.running and all(member.began for member in watch.members)
+            if over or (waited > TELLING_SECONDS and not first.consequence):
                 break
         return watch.causes()
 

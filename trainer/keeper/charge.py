@@ -42,6 +42,7 @@ class Charge:
         files = {"pulse": shared_memory(), "words": os.memfd_create("words"), "stacks": os.memfd_create("stacks")}
         (asked, questions), (answers, answered), (errors, written) = os.pipe(), os.pipe(), os.pipe()
         keeper = os.getpid()
+        signal.signal(ASK_FOR_STACKS, signal.SIG_IGN)  # and so in the rank, until it can answer
         if process := os.fork():
             for end in (asked, answered, written):
                 os.close(end)

@@ -126,8 +126,12 @@ def test_the_rank_that_fails_first_is_named_last(tmp_path, capfd, harm, said):
     """Though the other, which lost it, was heard before."""
     body = f"""
     pulse.step(7)
+    dying = os.environ["READY"] + "dying"
     if rank == "0":
+        while not os.path.exists(dying):
+            time.sleep(0.01)
         return fail("rank 0 lost another rank", consequence=True)
+    open(dying, "w").close()
     time.sleep(0.3)
     sys.stderr.write("on stderr" + chr(10)); sys.stderr.flush()
     {harm}
