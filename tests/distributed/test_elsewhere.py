@@ -24,6 +24,7 @@ LORA = {"adapter": {"type": "lora", "r": 4}}
 DOCUMENTS = {"data": {"document_mask": True}}
 SFT, DPO = {"objective": "sft"}, {"objective": "dpo"}
 ROOM = "zeropipe.trainer."
+# planted in the forward pass alone: what raises in the backward pass may end the process, from a thread of torch's own
 # path: the model; sections of the recipe; keys of the JSON; which records; where a defect is planted
 PATHS: dict[str, tuple[dict, dict, dict, str, str]] = {
     "plain": (LLAMA, {}, {}, "text", "modeling.causal:head_token_losses"),
@@ -54,7 +55,7 @@ PATHS: dict[str, tuple[dict, dict, dict, str, str]] = {
         {},
         {"tensor_parallel": {"autotp_size": 2}},
         "text",
-        "modeling.tensor_parallel:_sum_copies",
+        "modeling.tensor_parallel:RowParallelLinear.forward",
     ),
     "sequence": (LLAMA, {}, {"sequence_parallel_size": 2}, "text", "modeling.sequence_parallel:_local_attention"),
     "pipeline": (tiny.LLAMA, {**DOCUMENTS, "parallel": {"pipeline": 2}}, {}, "text", "modeling.pipeline:Block.forward"),
@@ -213,6 +214,4 @@ def test_nothing_is_left_on_the_host(stores):
 
 def test_what_is_left_on_the_host_is_seen_on_every_path(stores):
     [found] = run_ranks(1, _steps, list(PATHS), stores, True, timeout=800)
-    # from inside a hook of the backward pass, torch lets less of it through
-    seen = "two devices", "run_backward"
-    assert {path: error for path, error in found.items() if not any(words in error for words in seen)} == {}
+    assert {path: error for path, error in found.items() if "two devices" not in error} == {}
