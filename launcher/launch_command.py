@@ -29,6 +29,7 @@ from .hosts.hostfile import is_this_machine
 from .hosts.selection import select_hosts
 from .hosts.sources import hostfile_text
 from .processes import MARK
+from .ways.arguments import add_way_arguments, print_way
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
@@ -65,10 +66,13 @@ def register(verbs: argparse._SubParsersAction) -> None:
         "--bind_cores_to_rank", action="store_true", help="bind each rank to cores of its own (numactl)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
+    add_way_arguments(parser)
     parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.via:
+        return print_way(args)
     launch = plan_launch(args)
     plan = checked_plan(args, launch.devices)
     files = _files_to_compare(plan, launch)

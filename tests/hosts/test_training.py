@@ -41,6 +41,21 @@ def test_deepspeed_over_pdsh(hosts, work, one_host):
     assert losses(work / "plain") == one_host
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("zero3", ["--deepspeed_config", "zero3"]), ("pipeline", ["--deepspeed_config", "zero1", "parallel.pipeline=2"])],
+)
+def test_two_hosts_compute_what_one_does(hosts, work, name, words):
+    """No environment set by hand, no address, no port: the hosts are as the fixture says."""
+    command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", *words]
+    for where, run in ((["--devices", "2"], f"{name}-one"), (["--hostfile", "hostfile"], f"{name}-two")):
+        done = hosts[0].run([*command, *where, f"output={run}"], cwd=work, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(work / f"{name}-two")) == STEPS
+    assert losses(work / f"{name}-two") == losses(work / f"{name}-one")
+
+
 def test_torchrun_on_every_host(hosts, work, one_host):
     """Ranks need torchrun's variables alone; MASTER_ADDR may be a name that means the loopback on its own host."""
     words = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "node1"]
