@@ -104,8 +104,6 @@ def _kubeflow(start: Start) -> str:
     }
     if start.gpu:
         trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": ranks}}
-    volume = {"name": MOUNT, "persistentVolumeClaim": {"claimName": MOUNT}}
-    mounts = [{"name": MOUNT, "mountPath": str(Path.cwd())}, {"name": "shm", "mountPath": "/dev/shm"}]
     job = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
@@ -113,15 +111,7 @@ def _kubeflow(start: Start) -> str:
         "spec": {
             "runtimeRef": {"name": "torch-distributed"},
             "trainer": trainer,
-            "podTemplateOverrides": [
-                {
-                    "targetJobs": [{"name": "node"}],
-                    "spec": {
-                        "volumes": [volume, {"name": "shm", "emptyDir": {"medium": "Memory"}}],
-                        "containers": [{"name": "node", "volumeMounts": mounts}],
-                    },
-                }
-            ],
+            "runtimePatches": [_storage_patch()],
         },
     }
     notes = (
@@ -129,3 +119,22 @@ def _kubeflow(start: Start) -> str:
         f"# the image: docker build -t {start.image} .\n"
     )
     return notes + yaml.safe_dump(job, sort_keys=False, width=10_000).rstrip()
+
+
+def _storage_patch() -> dict[str, object]:
+    """Shared storage at the current folder, /dev/shm beyond Kubernetes' 64 MiB, and time to save when a pod must go."""
+    mounts = [{"name": MOUNT, "mountPath": str(Path.cwd())}, {"name": "shm", "mountPath": "/dev/shm"}]
+    volumes = [
+        {"name": MOUNT, "persistentVolumeClaim": {"claimName": MOUNT}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+    pod = {
+        "terminationGracePeriodSeconds": SAVE_SECONDS,
+        "volumes": volumes,
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+    }
+    job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    return {
+        "manager": "zeropipe/launch",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}},
+    }

@@ -20,7 +20,7 @@ from zeropipe.trainer.commands.train import parse_rank
 ROOT = Path(__file__).parents[4]
 WORDS = ["my recipe.yaml", "--deepspeed_config", "zero2", "name=it's", "output=/s/$HOME/`x`"]
 START = Start("My run", WORDS, (Host("n1", 4), Host("n2", 4)), {"NCCL_DEBUG": "INFO $x"}, gpu=True)
-# of the CRD's own validation: what is required, and of which type
+# of Kubeflow Trainer 2.3 (kubeflow-trainer-api, TrainerV1alpha1TrainJob): what is required, and of which type
 TRAIN_JOB = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -33,7 +33,13 @@ TRAIN_JOB = {
             "additionalProperties": False,
             "properties": {
                 "runtimeRef": {"required": ["name"]},
-                "podTemplateOverrides": {"type": "array", "items": {"required": ["targetJobs"]}},
+                "runtimePatches": {  # podTemplateOverrides until Trainer 2.2
+                    "type": "array",
+                    "items": {
+                        "required": ["manager"],
+                        "properties": {"trainingRuntimeSpec": {"required": ["template"]}},
+                    },
+                },
                 "trainer": {
                     "additionalProperties": False,
                     "properties": {
