@@ -39,6 +39,7 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     bind_cores: bool = False
+    sync: bool = False  # files and code that differ on a host are sent there
     verbose: bool = False
 
     @property

@@ -50,7 +50,7 @@ def _versions(name: str, found: Mapping[str, Any], here: Mapping[str, Any]) -> I
             cure = f"ssh {name} pip install {package}=={wanted}" if wanted else f"ssh {name} pip uninstall {package}"
             yield Finding("versions", name, says, cure)
     if found["code"] != here["code"]:
-        cure = f"bring it to the same revision (git -C … pull on {name})"
+        cure = f"bring it to the same revision (git -C … pull on {name}), or launch with --sync"
         yield Finding("code", name, "ZeroPipe's own code differs from the one here", cure)
 
 
@@ -59,7 +59,7 @@ def _files(name: str, found: Mapping[str, str | None], here: Mapping[str, str | 
         if digest is None or found[path] == digest:
             continue
         full = Path(path).absolute()
-        cure = f"put it on shared storage, or: scp {full} {name}:{full}"
+        cure = f"put it on shared storage, or: scp {full} {name}:{full}; or launch with --sync"
         yield Finding("files", name, f"{path} {'differs from the one here' if found[path] else 'is missing'}", cure)
 
 

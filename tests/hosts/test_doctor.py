@@ -79,6 +79,23 @@ class TestPlantedFaults:
         with hosts[1].own_file(work / "recipe.yaml", "name: another\n"):
             assert f"node2: {work}/recipe.yaml differs from the one here" in self.refused(hosts, work)
 
+    def test_what_is_missing_is_sent(self, hosts, work):
+        """With --sync, to the host that lacks them; a dry run sends nothing."""
+        own = work / "own"
+        own.mkdir(exist_ok=True)
+        (own / "recipe.yaml").write_text((work / "recipe.yaml").read_text())
+        command = [str(BIN / "zeropipe"), "launch", str(own / "recipe.yaml"), "--deepspeed_config", "zero2", "--sync"]
+        command += ["--hostfile", "hostfile", f"output={work}/synced", "batch.global=3", "duration.steps=2"]
+        (work / "hostfile").write_text(HOSTFILE)
+        with hosts[1].own_folder(own):
+            dry = hosts[0].run([*command, "--dry-run"], cwd=work, timeout=200)
+            assert f"node2: {own}/recipe.yaml is missing" in dry.stdout
+            done = hosts[0].run(command, cwd=work, timeout=400)
+            sent = hosts[0].run(["ssh", "node2", f"cat {own}/recipe.yaml"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sending what differs to node2\n" in done.stdout
+        assert sent.stdout == (own / "recipe.yaml").read_text()
+
     def test_another_version(self, hosts, work):
         (site,) = {path.parent for path in Path(sys.prefix).glob("lib/python*/site-packages/deepspeed")}
         (metadata,) = site.glob("deepspeed-*.dist-info/METADATA")
