@@ -45,7 +45,8 @@ def test_files_arrive(tmp_path, monkeypatch):
     file.write_text("new")
     monkeypatch.setattr(sync, "ssh_command", lambda name, port, command: ["sh", "-c", command])
     archive = sync._archive([file])
-    assert tarfile.open(fileobj=io.BytesIO(archive)).getnames() == [str(file).lstrip("/")]
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        assert tar.getnames() == [str(file).lstrip("/")]
     monkeypatch.setattr(sync, "_archive", lambda paths: archive)
     file.write_text("old")
     with file.open() as held:
