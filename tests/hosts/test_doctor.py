@@ -16,8 +16,8 @@ HOSTFILE = "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n"
 
 def doctor(hosts: list[VirtualHost], folder: Path, *words: str, hostfile: str = HOSTFILE) -> dict:
     """The JSON of an examination that was asked for on the first host."""
-    (folder / "hostfile").write_text(hostfile)
-    command = [str(BIN / "zeropipe"), "doctor", "--hostfile", "hostfile", "--json", "--seconds", "120", *words]
+    (folder / "hosts3").write_text(hostfile)
+    command = [str(BIN / "zeropipe"), "doctor", "--hostfile", "hosts3", "--json", "--seconds", "120", *words]
     done = hosts[0].run(command, cwd=folder, timeout=400)
     assert done.stdout.startswith("{"), done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -67,9 +67,9 @@ class TestPlantedFaults:
 
     def refused(self, hosts, folder: Path, hostfile: str = HOSTFILE, ranks: int = 3) -> str:
         made = (folder / "refused").exists()
-        (folder / "hostfile").write_text(hostfile)
+        (folder / "hosts3").write_text(hostfile)
         command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2"]
-        command += ["--hostfile", "hostfile", "output=refused", f"batch.global={ranks}"]
+        command += ["--hostfile", "hosts3", "output=refused", f"batch.global={ranks}"]
         done = hosts[0].run(command, cwd=folder, timeout=400)
         assert done.returncode == 2, done.stdout + done.stderr
         assert (folder / "refused").exists() == made
@@ -85,8 +85,8 @@ class TestPlantedFaults:
         own.mkdir(exist_ok=True)
         (own / "recipe.yaml").write_text((work / "recipe.yaml").read_text())
         command = [str(BIN / "zeropipe"), "launch", str(own / "recipe.yaml"), "--deepspeed_config", "zero2", "--sync"]
-        command += ["--hostfile", "hostfile", f"output={work}/synced", "batch.global=3", "duration.steps=2"]
-        (work / "hostfile").write_text(HOSTFILE)
+        command += ["--hostfile", "hosts3", f"output={work}/synced", "batch.global=3", "duration.steps=2"]
+        (work / "hosts3").write_text(HOSTFILE)
         with hosts[1].own_folder(own):
             dry = hosts[0].run([*command, "--dry-run"], cwd=work, timeout=200)
             assert f"node2: {own}/recipe.yaml is missing" in dry.stdout
@@ -115,8 +115,13 @@ class TestPlantedFaults:
             assert f"node2: there is no {sys.executable}" in self.refused(hosts, work)
 
     def test_no_folder(self, hosts, work):
-        with hosts[2].own_folder(work.parent):
-            assert f"node3: there is no folder {work}" in self.refused(hosts, work)
+        inner = work / "inner"
+        inner.mkdir()
+        (inner / "recipe.yaml").write_text(
+            (work / "recipe.yaml").read_text().replace("store: store", "store: ../store")
+        )
+        with hosts[2].own_folder(work):
+            assert f"node3: there is no folder {inner}" in self.refused(hosts, inner)
 
     def test_no_sshd(self, hosts, work):
         with hosts[1].without_sshd():
