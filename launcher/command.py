@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..data_prep.errors import UserError
 from .hosts.hostfile import Host
+from .hosts.selection import include_words
 
 DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # taken by DeepSpeed, unasked, wherever it exists
 # DeepSpeed itself sends only PYTHON*, MLFLOW*, MV2*, UCX* and NCCL* to other hosts
@@ -32,11 +33,13 @@ class Launch:
     devices: int  # ranks in all
     hostfile: Path | None = None  # None: this machine
     hosts: tuple[Host, ...] = ()
+    selected: bool = False  # `hosts` are not all of the hostfile
     device_ids: tuple[int, ...] | None = None  # of this machine, where only some may be used
     ssh_port: int | None = None
     master_addr: str | None = None
     master_port: int | None = None
     bind_cores: bool = False
+    sync: bool = False  # files and code that differ on a host are sent there
     verbose: bool = False
 
     @property
@@ -72,6 +75,8 @@ def _remote_flags(launch: Launch) -> list[str]:
     # with one host left, DeepSpeed would start the ranks here, whatever the host's name; the ssh check looks at the
     # first host only, and ours has looked at all of them
     flags = ["--hostfile", str(launch.hostfile), "--force_multi", "--no_ssh_check"]
+    if launch.selected:
+        flags += ["--include", include_words(launch.hosts)]
     if not launch.verbose:
         # DeepSpeed does not pass the log level on to other hosts, but this flag's value, which their shells split
         flags += ["--enable_each_rank_log", "None --log_level critical"]
@@ -111,6 +116,15 @@ def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: i
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of this environment matters to ranks on other hosts; nothing that is named like a secret."""
+    return {
+        name: environ[name]
+        for name in sorted(environ)
+        if FORWARDED.fullmatch(name) and not SECRET.search(name) and name not in NOT_FORWARDED
+    }
+
+
 def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> list[str]:
     """Lines of the `.deepspeed_env` that carries the ranks' environment to other hosts.
 
@@ -121,9 +135,7 @@ def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> l
         UserError: a line of a file is not NAME=VALUE, or a PATH that would have to be expanded.
     """
     lines = [f"PATH={Path(sys.executable).parent}:$PATH"]  # programs beside this Python: ninja, for DeepSpeed's builds
-    for name in sorted(environ):
-        if FORWARDED.fullmatch(name) and not SECRET.search(name) and name not in NOT_FORWARDED:
-            lines.append(f"{name}={_escaped(environ[name])}")
+    lines += [f"{name}={_escaped(value)}" for name, value in forwarded_variables(environ).items()]
     for path in user_files:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = line.strip()
