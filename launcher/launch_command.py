@@ -34,6 +34,7 @@ from .hosts.sources import hostfile_text
 from .supervision.restarts import hosts_that_answer, most_hosts, resume_word
 from .supervision.session import Session
 from .supervision.watch import Patience
+from .ways.arguments import add_way_arguments, print_way
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
@@ -77,10 +78,15 @@ def register(verbs: argparse._SubParsersAction) -> None:
         "--min-hosts", type=int, metavar="M", help="go on without hosts that do not answer, if M are left; default: all"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
+    text = "send recipe, JSON and ZeroPipe's own code to hosts where they are missing or differ"
+    parser.add_argument("--sync", action="store_true", help=text)
+    add_way_arguments(parser)
     parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.via:
+        return print_way(args)
     launch = plan_launch(args)
     plan = checked_plan(args, launch.devices)
     files = _files_to_compare(plan, launch)
@@ -103,17 +109,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def again(args: argparse.Namespace, whole: Launch, plan: Plan, began: float) -> tuple[Launch, Plan]:
-    """The launch that goes on, from the newest checkpoint, on the hosts that answer, and its plan.
-
-    Args:
-        whole: the launch on all hosts; one that has come back takes part again.
-        began: when the first launch began, by time.time.
+    """The launch that goes on, from the newest checkpoint, on the hosts of the `whole` that answer, and its plan.
 
     Raises:
         UserError: fewer than `--min-hosts` (all, if that is not said) answer, or no plan is legal on what is left.
     """
-    recipe = plan.recipe
-    if (word := resume_word(recipe.output, recipe.resume, began)) is not None:
+    if (word := resume_word(plan.recipe.output, plan.recipe.resume, began)) is not None:
         args.overrides = [*(said for said in args.overrides if not said.startswith("resume=")), word]
     arguments = plan_launch(args).arguments
     if not whole.remote:
@@ -152,6 +153,7 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         bind_cores=args.bind_cores_to_rank,
         verbose=args.verbose,
         module=args.module,
+        sync=args.sync,
     )
     given = hosts_of(args, os.environ)
     if given is None:
@@ -212,7 +214,7 @@ def print_dry_run(launch: Launch, files: Sequence[str] = ()) -> None:
             lines = hostfile_text(launch.hosts).splitlines()
             print("\n".join(["# with this hostfile:", *(f"#   {line}" for line in lines)]))
         try:
-            launch = meeting(launch, None, files)
+            launch = meeting(replace(launch, sync=False), None, files)
         except UserError as error:
             print("\n".join(f"# {line}" for line in str(error).splitlines()))
     added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
@@ -231,7 +233,7 @@ def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: P
     """
     from .doctor.quick import check_hosts
 
-    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output)
+    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output, launch.sync)
     return replace(
         launch, master_addr=launch.master_addr or found.address, master_port=launch.master_port or found.port
     )
