@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -72,6 +72,17 @@ def read_header(path: Path) -> Header:
     if code not in _DTYPES or code in (6, 7):
         raise UserError(f"{path}: token type code {code} does not stand for an integer type")
     return Header(np.dtype(_DTYPES[code]), sequences, entries)
+
+
+class Index(Protocol):
+    """What a `.bin` holds: lengths int32 [N] in tokens, offsets int64 [N] in bytes, documents int64 [D], the first
+    sequence of each and N at last.
+    """
+
+    header: Header
+    lengths: np.ndarray
+    offsets: np.ndarray
+    documents: np.ndarray
 
 
 class IndexFile:
