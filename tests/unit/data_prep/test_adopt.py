@@ -60,8 +60,9 @@ def test_merging_writes_one_pair(
 
 
 def write_uncounted(prefix: Path, documents: list[list[list[int]]], eod: int) -> Path:
-    """The pair that Megatron-DeepSpeed's `preprocess_data.py --append-eod` makes of documents of sentences: the tokens
-    of a document go into the .bin with the end-of-document token, the lengths of its sentences into the .idx without it.
+    """The pair that Megatron-DeepSpeed's `preprocess_data.py --append-eod` makes of documents of sentences:
+    the tokens of a document go into the .bin with the end-of-document token, the lengths of its sentences into the
+    .idx without it.
     An empty document has neither.
     """
     sizes: list[int] = []
