@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
-from .index import Index, IndexFile
+from .index import Index, IndexFile, counted, leaves_ends_out
 from .manifest import STORE_MANIFEST, Manifest
-from .uncounted import counted, leaves_ends_out
 
 # flags of a token in a store of records (`.mask`)
 TRAINED = 1  # it is learnt: predicting it counts in the loss
@@ -32,7 +31,7 @@ class Shard:
         """
         Args:
             masked: with a `.mask` beside them.
-            count_ends: where the `.idx` leaves the documents' last tokens out (`uncounted.py`), see a whole index.
+            count_ends: where the `.idx` leaves the documents' last tokens out (`leaves_ends_out`), see a whole index.
         """
         self.prefix = prefix
         self.bin, self.idx = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
