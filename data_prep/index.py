@@ -122,7 +122,7 @@ class CountedIndex:
 def leaves_ends_out(index: Index, tokens: int) -> bool:
     """Whether a `.bin` of so many tokens has one more for each document that holds anything than its index tells.
 
-    Megatron-DeepSpeed's `preprocess_data.py --append-eod` writes the token behind each document and does not count it, so
+    Megatron-DeepSpeed's `preprocess_data.py --append-eod` writes a token behind each document and does not count it, so
     that every document begins one token later than its index says for each one before it.
     """
     documents, sequences = index.documents, index.header.sequences
