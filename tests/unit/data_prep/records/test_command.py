@@ -46,7 +46,7 @@ def same_files(one: Path, other: Path) -> bool:
     return filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_workers_and_kills_change_no_byte(kind: str, chatml: Path, tmp_path: Path) -> None:
     records = preferences(400) if kind == "dpo" else [{"messages": chat} for chat in conversations(1500)]
     corpus = write_records(tmp_path / "records.jsonl", records + records[:40])
