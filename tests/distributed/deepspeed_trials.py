@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed import reference
 from tests.distributed.legality_table import Combination, Plain
-from tests.distributed.legality_trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
+from tests.distributed.legality_trials import HANGS, MARK, MODEL, STEPS, differences, judge, train_trial
 from tests.distributed.reference import BETAS, CLIP, DECAY, LR, Curve, gpt2, llama
 from tests.harness import RankFailed, RankGroup, run_ranks
 from zeropipe.trainer.ranks.ranks import init_distributed
@@ -83,14 +83,14 @@ def as_written(combination: Combination, known: Curve) -> dict[str, Any]:
         return initialize(config=config, **arguments)
 
     deepspeed.initialize = unchanged
-    found, ignored = train(combination)
+    found, ignored = train_trial(combination)
     return {"ignored": ignored, **differences(found, known)}
 
 
 def with_settings(combination: Combination, settings: dict[str, Any], known: Curve) -> dict[str, Any]:
     sections = combination.sections
     sections["zero_optimization"] |= settings
-    found, ignored = train(combination, sections)
+    found, ignored = train_trial(combination, sections)
     return {"ignored": ignored, **differences(found, known)}
 
 

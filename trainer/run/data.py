@@ -41,6 +41,7 @@ class RunData:
 
     @property
     def shape(self) -> BatchShape:
+        """How the samples are cut into batches."""
         plan = self.plan
         cut = plan.micro_batch, plan.accumulation, plan.global_batch, plan.seq_len, plan.vocab_size
         return BatchShape(*cut, self._multiple, objective_of(plan.recipe.objective).collate)
