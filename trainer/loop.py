@@ -9,7 +9,7 @@ from .evaluation.evaluator import Evaluator
 from .metrics.profile import Profile
 from .metrics.record import RunLog
 from .plan.plan import Plan
-from .ranks.ranks import Ranks
+from .ranks.ranks import Ranks, waiting_at_most
 from .run.data import RunData
 from .run.guard import StopRequest, exclusive
 from .run.state import TrainState
@@ -22,8 +22,13 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
         UserError: on every rank: the run directory is in use or cannot be written, the checkpoint does not fit the
             recipe, data cannot be read, or the loss is no number.
     """
-    stop = StopRequest(ranks)
-    with exclusive(plan.recipe.output, ranks), RunLog(plan, ranks, stop) as log, stop:
+    stop, waits = StopRequest(ranks), plan.recipe.parallel
+    with (
+        waiting_at_most(waits.setup_timeout),
+        exclusive(plan.recipe.output, ranks),
+        RunLog(plan, ranks, stop) as log,
+        stop,
+    ):
         data = RunData.open(plan, ranks)
         engine = build_engine(plan, ranks)
         data = with_reference(data, engine)
@@ -31,7 +36,8 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
             evaluator = Evaluator(engine, data, log)
             state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
             while not state.done:
-                output = engine.train_step(stream, state.step, stop.asked)
+                with waiting_at_most(waits.timeout):
+                    output = engine.train_step(stream, state.step, stop.asked)
                 state.advance(output)
                 log.step(state, output)
                 profile.after_step(state)

@@ -77,7 +77,9 @@ class Parallel(_Section):
     partition: str = Field(default="parameters", pattern=r"^(parameters|uniform|measured|type:.+)$")
     """How layers are shared out over the stages: parameters, uniform, measured or type:REGEX."""
     timeout: float = Field(default=10.0, gt=0)
-    """Minutes that a rank waits for the others in a collective before the run ends."""
+    """Minutes that a rank waits for the others in a step before the run ends."""
+    setup_timeout: float = Field(default=60.0, gt=0)
+    """Minutes that it waits while the run is set up, evaluated or saved: the slowest disk may be that much behind."""
 
     @model_validator(mode="after")
     def _expression_is_one(self) -> Parallel:
