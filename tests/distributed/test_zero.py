@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from functools import cache
 from pathlib import Path
 
@@ -221,15 +222,16 @@ def test_killed_at_any_instant_it_resumes_and_ends_the_same(steps, most, store, 
     """SIGKILL at random instants of a run that saves at every step."""
     ds = tiny_json("zero1", micro=2)
     sections = {"duration": {"steps": steps}, "save": {"every": 1, "keep": 2}}
+    started = time.monotonic()
     undisturbed = train_on_ranks(2, recipe_of(store, tmp_path / "undisturbed", **sections), ds)
-    recipe = recipe_of(store, tmp_path / "killed", **sections)
-    rng, kills, seen, patience = np.random.default_rng(5), 0, 0, 1.0
-    while kills < most and not run_for(patience * rng.uniform(0.4, 1.6), recipe, ds):
+    whole, recipe = time.monotonic() - started, recipe_of(store, tmp_path / "killed", **sections)
+    rng, kills, seen = np.random.default_rng(5), 0, 0
+    while kills < most and not run_for(whole * rng.uniform(0.1, 0.5), recipe, ds):
         kills += 1
         saved = any((tmp_path / "killed").glob("checkpoints/step-*"))
         step = Checkpoint.open(tmp_path / "killed").step if saved else 0
         assert step >= seen
-        patience *= 1.0 if step > seen else 1.3  # a busy machine comes to no step in that time
+        whole *= 1.0 if step > seen else 1.2  # the machine has become busier
         seen = step
     record_property("kills", kills)
     final = train_on_ranks(2, recipe, ds)
