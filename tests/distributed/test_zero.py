@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from functools import cache
 from pathlib import Path
 
@@ -217,25 +216,25 @@ def test_activation_checkpointing_changes_nothing(store, tmp_path):
     assert checkpointed["loss"] == plain["loss"]
 
 
-@pytest.mark.parametrize(("steps", "most"), [(120, 8), pytest.param(300, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "most"), [(200, 4), pytest.param(600, 16, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_it_resumes_and_ends_the_same(steps, most, store, tmp_path, record_property):
-    """SIGKILL at random instants of a run that saves at every step."""
+    """SIGKILL at random instants of a run that saves at every step, `most` of them after it has come further."""
     ds = tiny_json("zero1", micro=2)
     sections = {"duration": {"steps": steps}, "save": {"every": 1, "keep": 2}}
-    started = time.monotonic()
     undisturbed = train_on_ranks(2, recipe_of(store, tmp_path / "undisturbed", **sections), ds)
-    whole, recipe = time.monotonic() - started, recipe_of(store, tmp_path / "killed", **sections)
-    rng, kills, seen = np.random.default_rng(5), 0, 0
-    while kills < most and not run_for(whole * rng.uniform(0.1, 0.5), recipe, ds):
+    recipe = recipe_of(store, tmp_path / "killed", **sections)
+    rng, kills, further, seen, patience = np.random.default_rng(5), 0, 0, 0, 1.0
+    while further < most and not run_for(patience * rng.uniform(0.4, 1.6), recipe, ds):
         kills += 1
         saved = any((tmp_path / "killed").glob("checkpoints/step-*"))
         step = Checkpoint.open(tmp_path / "killed").step if saved else 0
         assert step >= seen
-        whole *= 1.0 if step > seen else 1.2  # the machine has become busier
+        further += step > seen
+        patience *= 1.3 if step == seen else 0.7 if step > seen + 30 else 1.0  # whatever the machine is busy with
         seen = step
     record_property("kills", kills)
     final = train_on_ranks(2, recipe, ds)
-    assert kills >= most // 2 and seen > 0  # a fast machine may reach the end before the last kill
+    assert further >= most // 2  # a fast machine may reach the end before the last kill
     assert final["loss"] == undisturbed["loss"]
 
 
