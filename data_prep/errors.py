@@ -20,6 +20,13 @@ class UserError(Exception):
     """
 
 
+class RankFault(Exception):
+    """A rank or a host does what it should not, and all ranks know it. The message names it and says what to do.
+
+    It is printed as a `UserError` is; the exit code is `EXIT_RANK_FAILED`.
+    """
+
+
 def os_problem(error: OSError | MemoryError, doing: str = "", where: Path | str = "") -> tuple[str, str]:
     """What failed, for the user, and what helps against it (empty where nothing in particular does).
 

@@ -13,6 +13,8 @@ from ..data.ledger import join, split
 from ..objectives.base import Objective
 from ..ranks.ranks import Ranks
 
+NUMBERS = 5  # of a coming batch that are summed over all ranks
+
 
 @dataclass(frozen=True)
 class Coming:

@@ -25,6 +25,7 @@ from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
 from ..sinks.registry import ALWAYS, SINKS
+from .fared import by_host
 from .reading import resumed_from
 
 _DOING = "the run's record cannot be written"
@@ -52,11 +53,14 @@ class RunLog:
         return self
 
     def start(self, event: str, step: int, message: str | None = None, **fields: Any) -> None:
-        """Records the event "start" or "resume", and with it the configuration and the environment. Collective.
+        """Records "start", "resume" or "rewind", and with it the configuration and the environment. Collective.
 
         Raises:
             UserError: on every rank, if the run directory cannot be written.
         """
+        if self._sinks:  # a run that went back: what comes now takes the place of what it did beyond `step`
+            self._close_all()
+            self.run, self._last_step = secrets.token_hex(4), step
         self.ranks.together(
             lambda: self._start(event, step, message, fields) if self.ranks.is_main else None, _DOING, self.directory
         )
@@ -72,6 +76,7 @@ class RunLog:
             "samples": list(output.samples),
             "ledger": f"{output.ledger:016x}",
             "data_seconds": output.data_seconds,
+            **by_host(output.fared, [host["host"] for host in self.hosts]),
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
@@ -97,9 +102,7 @@ class RunLog:
             return
         if error is not None:
             self._attempt({"kind": "event", "event": "failed", "step": self._last_step, "error": f"{error!r}"})
-        for name in list(self._sinks):
-            self._close(name)
-        self._sinks = {}
+        self._close_all()
         if error is None:
             hosts = len({host["host"] for host in self.hosts})
             print(closing(self.plan, self._last_step, hosts, self._clock), flush=True)
@@ -154,6 +157,11 @@ class RunLog:
         del self._sinks[name]
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
         print(f"warning: log.sinks: {name} fails and is left out from here on: {why}", file=sys.stderr, flush=True)
+
+    def _close_all(self) -> None:
+        for name in list(self._sinks):
+            self._close(name)
+        self._sinks = {}
 
     def _close(self, name: str) -> None:
         try:
