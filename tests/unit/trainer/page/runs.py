@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "vocab_size": 500}
+MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "vocab_size": 512}
 
 
 def write_records(folder: Path, steps: int, rate: float = 3e-4, spike: int = 37) -> Path:
@@ -54,7 +54,8 @@ def write_records(folder: Path, steps: int, rate: float = 3e-4, spike: int = 37)
 def train(step: int, rate: float, spike: int, run: str) -> dict[str, Any]:
     seen = {"hosts": {"node1": {"host_memory": 3 * 2**30}}, "most_memory": 2**30 + step, "most_data_seconds": 0.1}
     return {
-        "kind": "train", "step": step, "run": run, "time": 1e9 + step, "loss": 99.0 if step == spike else 5.0 + 3 / step,
+        "kind": "train", "step": step, "run": run, "time": 1e9 + step,
+        "loss": 99.0 if step == spike else 5.0 + 3 / step,
         "lr": rate, "grad_norm": 1.0, "tokens": step * 250, "tokens_per_second": 500.0, "step_seconds": 0.5,
         "data_seconds": 0.05, "samples": [step * 8 - 8, step * 8], "ledger": "0",
         **(seen if step % 5 == 0 else {}),
