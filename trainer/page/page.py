@@ -11,9 +11,9 @@ from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError, as_user_error
 from .collect import collect
 
-POINTS = 1500  # of a line, where one run is shown
-ALL_POINTS = 6000  # of the lines of all runs together
-MOST_RUNS = 20
+_POINTS = 1500  # of a line, where one run is shown
+_ALL_POINTS = 6000  # of the lines of all runs together
+_MOST_RUNS = 20
 
 
 def write_page(runs: Sequence[str | Path], file: Path) -> int:
@@ -22,9 +22,9 @@ def write_page(runs: Sequence[str | Path], file: Path) -> int:
     Raises:
         UserError: a run has no record, or the file cannot be written.
     """
-    if len(runs) > MOST_RUNS:
-        raise UserError(f"{len(runs)} runs on one page: {MOST_RUNS} at most, or nobody can tell them apart")
-    points = max(200, min(POINTS, ALL_POINTS // len(runs)))
+    if len(runs) > _MOST_RUNS:
+        raise UserError(f"{len(runs)} runs on one page: {_MOST_RUNS} at most, or nobody can tell them apart")
+    points = max(200, min(_POINTS, _ALL_POINTS // len(runs)))
     found = [collect(run, points) for run in runs]
     page = page_of({"runs": found}).encode()
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...data_prep.errors import UserError, os_problem
+from .interface import set_interface
 from .late_compiling import compile_when_called
 from .ports import free_port
 
@@ -181,12 +182,13 @@ def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
         os.environ.setdefault(key, default)
     if "MASTER_PORT" not in os.environ:  # alone in the world: any free port will do
         os.environ["MASTER_PORT"] = str(free_port())
+    store = set_interface(os.environ, timeout)
     _wait_at_most(timeout)
     device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
     if device_type != "cpu":
         accelerator().set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:  # the ranks of a host share its cores
-        local_size = int(os.environ.get("LOCAL_SIZE", "1"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     deepspeed.init_distributed(
         "gloo" if device_type == "cpu" else accelerator().communication_backend_name(),
@@ -194,6 +196,7 @@ def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
         timeout=timeout,
         verbose=False,
     )
+    del store
     world, device = dist.get_world_size(), torch.device(accelerator().current_device_name())
     return Ranks(rank=dist.get_rank(), world=world, data_size=world, local_rank=local_rank, device=device)
 
