@@ -88,13 +88,15 @@ def _yaml(path: Path) -> Any:
         return {}
 
 
-def _line(label: str, steps: Iterable[float], values: Iterable[float], points: int, dots: bool = False) -> _Record:
+def _line(
+    label: str, steps: Iterable[float], values: Iterable[float | None], points: int, dots: bool = False
+) -> _Record:
     x, y = np.array(list(steps), float), np.array([np.nan if v is None else v for v in values], float)
     chosen = kept(y, points)
     return {"label": label, "x": [int(step) for step in x[chosen]], "y": rounded(y[chosen]), "dots": dots}
 
 
-def _figure(key: str, title: str, unit: str, lines: Sequence[_Record]) -> list[_Record]:
+def _figure(key: str, title: str, unit: str, lines: list[_Record]) -> list[_Record]:
     shown = [line for line in lines if any(value is not None for value in line["y"])]
     return [{"key": key, "title": title, "unit": unit, "lines": shown}] if shown else []
 
@@ -113,7 +115,7 @@ def _losses(records: Sequence[_Record], train: Sequence[_Record], points: int) -
         perplexities.append(_line(split, at, (record.get("perplexity") for record in own), points, dots=True))
     figures = _figure("loss", "Loss", "", losses) + _figure("perplexity", "Perplexity", "", perplexities)
     names = dict.fromkeys(
-        key for record in (train[:1] + train[-1:]) for key, value in record.items()
+        key for record in (*train[:1], *train[-1:]) for key, value in record.items()
         if key not in _KNOWN and isinstance(value, int | float)
     )  # fmt: skip
     groups: dict[str, list[_Record]] = {}
@@ -135,7 +137,8 @@ def _figures(train: Sequence[_Record], points: int) -> list[_Record]:
         for column, label in columns.items():
             own = [(record["step"], value) for record in train if (value := _value(record, column)) is not None]
             if own:
-                lines.append(_line(label, *zip(*own, strict=True), points))
+                steps, values = zip(*own, strict=True)
+                lines.append(_line(label, steps, values, points))
         found += _figure(key, title, unit, lines)
     return found
 

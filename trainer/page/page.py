@@ -55,4 +55,4 @@ def page_of(data: object) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__package__ or "").joinpath(name).read_text(encoding="utf-8")
