@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.trainer.page.runs import write_records
+from tests.unit.trainer.page.runs import write_whole_run
 from zeropipe.trainer.page.page import write_page
 
 CHROMIUM = shutil.which("chromium")
@@ -19,7 +19,7 @@ PHONE, DESK = {"width": 390, "height": 844}, {"width": 1400, "height": 900}
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    runs = [write_records(folder / name, 200, rate) for name, rate in (("one", 3e-4), ("two", 1e-4))]
+    runs = [write_whole_run(folder / name, 200, rate) for name, rate in (("one", 3e-4), ("two", 1e-4))]
     write_page(runs, folder / "page.html")
     return folder / "page.html"
 

@@ -9,7 +9,7 @@ from typing import Any
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "vocab_size": 512}
 
 
-def write_records(folder: Path, steps: int, rate: float = 3e-4, spike: int = 37) -> Path:
+def write_whole_run(folder: Path, steps: int, rate: float = 3e-4, spike: int = 37) -> Path:
     """Resumed in the middle from the step before; evaluated, asked and saved every tenth step."""
     folder.mkdir(parents=True)
     host = {"host": "node1", "rank": 0, "device_name": "NVIDIA H100 80GB HBM3"}

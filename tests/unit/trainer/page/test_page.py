@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.unit.trainer.page.runs import MODEL, write_records
+from tests.unit.trainer.page.runs import MODEL, write_whole_run
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.page.collect import collect
 from zeropipe.trainer.page.decimate import kept, rounded
@@ -31,7 +31,7 @@ def test_a_long_series_keeps_its_ends_and_extremes():
 
 
 def test_a_run_as_the_page_shows_it(tmp_path):
-    found = collect(write_records(tmp_path / "run", 100), 60)
+    found = collect(write_whole_run(tmp_path / "run", 100), 60)
     figures = {figure["key"]: figure for figure in found["figures"]}
     assert list(figures) == ["loss", "perplexity", "lr", "grad_norm", "speed", "time", "memory", "wait", "mixture"]
     loss, valid = figures["loss"]["lines"]
@@ -55,7 +55,7 @@ def test_a_run_as_the_page_shows_it(tmp_path):
 
 
 def test_the_page_holds_all_it_needs_and_nothing_that_runs_out_of_it(tmp_path, capsys):
-    runs = [str(write_records(tmp_path / name, 50, rate)) for name, rate in (("one", 3e-4), ("two", 1e-4))]
+    runs = [str(write_whole_run(tmp_path / name, 50, rate)) for name, rate in (("one", 3e-4), ("two", 1e-4))]
     page = tmp_path / "out" / "page.html"
     assert main(["report", *runs, "--html", str(page)]) == 0
     text = page.read_text()
