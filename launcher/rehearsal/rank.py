@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...trainer.commands.train import main
-from ...trainer.keeper.keeper import kept
+from ...trainer.keeper.keeper import under_keeper
 from ...trainer.keeper.pulse import SET_UP, Pulse
 
 HARM = "ZEROPIPE_HARM"
@@ -123,7 +123,7 @@ def rehearsed() -> int:
 
 
 if __name__ == "__main__":
-    code = kept(rehearsed)
+    code = under_keeper(rehearsed)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from zeropipe.trainer.keeper.keeper import kept
+from zeropipe.trainer.keeper.keeper import under_keeper
 from zeropipe.trainer.keeper.wire import LAUNCH_FOLDER
 
 
@@ -17,4 +17,4 @@ def show() -> int:
     return 0
 
 
-os._exit(kept(show))
+os._exit(under_keeper(show))

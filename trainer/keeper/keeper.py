@@ -29,7 +29,7 @@ _ROUND_SECONDS = 0.1
 _STOP = b"s"
 
 
-def kept(rank: Callable[[], int]) -> int:
+def under_keeper(rank: Callable[[], int]) -> int:
     """Runs a rank and returns its exit code: under a keeper where `zeropipe launch` has started it, else right here.
 
     To be called before anything has made a thread.

@@ -38,7 +38,7 @@ while any(rank.poll() is None for rank in ranks):
 """
 RANK = """
 import ctypes, os, signal, subprocess, sys, time
-from zeropipe.trainer.keeper.keeper import kept
+from zeropipe.trainer.keeper.keeper import under_keeper
 from zeropipe.trainer.keeper.kept import say_last
 from zeropipe.trainer.keeper.pulse import EVALUATION, SAVING, SET_UP, Pulse
 rank = os.environ["RANK"]
@@ -53,7 +53,7 @@ def body():
     {body}
     return 0
 if __name__ == "__main__":
-    os._exit(kept(body))
+    os._exit(under_keeper(body))
 """
 SAVES = """
     pulse.step(7)
