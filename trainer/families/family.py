@@ -89,7 +89,10 @@ class Family:
     conv: bool = False  # whether linears are Conv1D
     dropout: Mapping[str, str] = field(default_factory=dict)  # embedding | attention | residual → key
     freezes_padding: bool = False  # whether the embedding of pad_token_id gets no gradient
-    plain_head: bool = True  # whether the logits are head(hidden) and nothing more: no scale, no cap
+    shape: tuple[float, float] | None = (1.0, 0.0)  # scale and cap of the logits; see `Derived`
+    head: str = "lm_head"
+    pads: bool = True  # whether the vocabulary can be padded
+    by_text: bool = True  # whether all that attention need know of a row is where its texts begin
     # parameters whose gradient is only rounding noise, by relative names → which of their parts
     noise: Mapping[str, int] = field(default_factory=dict)
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...data_prep.errors import UserError
-from ..families.registry import family_of
-from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
+from ..anatomy.skeleton import materialise_buffers, skeleton
+from ..families.registry import FAMILIES, family_of
+from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
@@ -49,20 +50,17 @@ def build_model(
     Raises:
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
-    model, specs = _skeleton(config, ranks.tensor_size)
-    fill = values or RandomValues(seed)
+    model, specs = model_and_specs(config, ranks.tensor_size)
+    materialise_buffers(model, ranks.device)
+    fill = values or drawn_values(config, seed)
     made: dict[str, nn.Parameter] = {}
     for prefix, module in _modules_with_tensors(model):
-        _materialise_buffers(model, module, ranks.device)
         fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
         if not fresh:
             continue
-        module_values = fill
-        if values is None and family_of(config) is None:
-            module_values = _own_initialiser(model, module, prefix, seed)
         for name in fresh:
             spec = specs[f"{prefix}{name}"]
-            made[spec.name] = module._parameters[name] = make_parameter(spec, module_values, dtype, ranks)
+            made[spec.name] = module._parameters[name] = make_parameter(spec, fill, dtype, ranks)
         if (converted := convert(module)) is not module:
             model.set_submodule(prefix.removesuffix("."), converted)
         if zero3_config is not None:
@@ -73,23 +71,13 @@ def build_model(
     return model
 
 
-def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[str, ParamSpec]]:
-    """The model on the meta device, its vocabulary padded where the family has a table, and its parameters by name."""
-    from transformers import AutoConfig, AutoModelForCausalLM, initialization
-
+def model_and_specs(config: Mapping[str, Any], tensor: int) -> tuple[Any, dict[str, ParamSpec]]:
+    """The model on the meta device, its vocabulary padded where that is possible, and its parameters by name."""
     family, trained = family_of(config), dict(config)
     if family is not None:
-        trained["vocab_size"] = padded_vocab(config["vocab_size"], tensor)
-    try:
-        hf_config = AutoConfig.for_model(**trained)
-        hf_config.use_cache = False
-        with torch.device("meta"), initialization.no_init_weights():
-            attention = "sdpa" if family is None else BY_TEXT
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
+        trained["vocab_size"] = trained_vocab(config, tensor)
+    model = skeleton(trained, BY_TEXT if family is not None and family.by_text else None)
     use_kernels(model)
-    model.tie_weights()
     if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}
     else:
@@ -106,36 +94,13 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
 
 def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
     """Every parameter of a model by name, tied ones once; of any family that transformers knows."""
-    return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else _skeleton(config, 1)[1]
+    return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else model_and_specs(config, 1)[1]
 
 
 def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(model.named_modules()):
         if module._parameters or module._buffers:
             yield (f"{name}." if name else ""), module
-
-
-def _materialise_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
-    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration."""
-    buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-    if not buffers:
-        return
-    for name, buffer in buffers.items():
-        module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    model._init_weights(module)  # type: ignore[operator]
-    for name in buffers:
-        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
-
-
-def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int) -> Values:
-    """For a family without a table: transformers' initialiser of this module, seeded by the module's name."""
-    drawn = {name: torch.empty(p.shape) for name, p in module._parameters.items() if p is not None}
-    for name, tensor in drawn.items():
-        module._parameters[name] = nn.Parameter(tensor)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(parameter_seed(seed, prefix))
-        model._init_weights(module)  # type: ignore[operator]
-    return lambda spec: module._parameters[spec.name.removeprefix(prefix)].detach()  # type: ignore[union-attr]
 
 
 def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
@@ -188,6 +153,34 @@ class RandomValues:
         if spec.init == "uniform":
             return (torch.rand(spec.shape, generator=generator) * 2 - 1) * (math.sqrt(3) * spec.std)
         return torch.randn(spec.shape, generator=generator) * spec.std
+
+
+class OwnValues:
+    """For a family without a written record: what transformers' initialiser draws, seeded by the module's name."""
+
+    def __init__(self, config: Mapping[str, Any], seed: int) -> None:
+        self._model, self._seed = skeleton(config), seed
+        self._drawn: dict[str, Tensor] = {}  # of one module
+
+    def __call__(self, spec: ParamSpec) -> Tensor:
+        if spec.name not in self._drawn:
+            path = spec.name.rpartition(".")[0]
+            module, prefix = self._model.get_submodule(path), f"{path}." if path else ""
+            drawn = {name: torch.empty(p.shape) for name, p in module._parameters.items() if p is not None}
+            for name, tensor in drawn.items():
+                module._parameters[name] = nn.Parameter(tensor)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(parameter_seed(self._seed, prefix))
+                self._model._init_weights(module)
+            self._drawn = {prefix + name: module._parameters[name].detach() for name in drawn}  # type: ignore[union-attr]
+            for name, tensor in drawn.items():
+                module._parameters[name] = nn.Parameter(tensor.to("meta"))
+        return self._drawn.pop(spec.name)
+
+
+def drawn_values(config: Mapping[str, Any], seed: int) -> Values:
+    """Initial values that follow from the seed and the names alone: a record's, or else transformers' own."""
+    return RandomValues(seed) if config["model_type"] in FAMILIES else OwnValues(config, seed)
 
 
 class FolderValues:

@@ -9,7 +9,9 @@ from ...data_prep.errors import UserError
 from ..adapters.base import rows_of
 from ..adapters.qlora import Qlora
 from ..adapters.registry import adapter_of
-from ..families.registry import FAMILIES
+from ..families.derived import Axis, Derived
+from ..families.family import Family
+from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
 from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
@@ -161,9 +163,9 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
     for key, on in (("wall_clock_breakdown", settings.json.get("wall_clock_breakdown")), ("flops_profiler", profiled)):
         if on:
             yield f"{key} with a pipeline: DeepSpeed starts a timer twice and fails; leave it out"
-    family = FAMILIES.get(model["model_type"])
-    if family is None:
-        yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(FAMILIES)}"
+    family = family_of(model)
+    if (refusal := _refused("pipeline", model, family)) is not None or family is None:
+        yield f"pipeline {layout.pipeline} of model_type {model['model_type']!r}: {refusal}; set parallel.pipeline to 1"
         return
     layers = family.value(model, "num_hidden_layers")
     if layout.pipeline > layers:
@@ -173,9 +175,12 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
 def _tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     if layout.tensor == 1:
         return
-    family = FAMILIES.get(model["model_type"])
-    if family is None:
-        yield f"tensor parallel of model_type {model['model_type']!r}: there are tables for {', '.join(FAMILIES)}"
+    family = family_of(model)
+    if (refusal := _refused("tensor", model, family)) is not None or family is None:
+        yield f"tensor parallel {layout.tensor} of model_type {model['model_type']!r}: {refusal}; set it to 1"
+        return
+    if isinstance(family, Derived):
+        yield from _derived_split(layout, model, family)
         return
     heads = family.value(model, "num_attention_heads")
     if heads % layout.tensor:
@@ -192,6 +197,34 @@ def _tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
         yield f"tensor parallel of {model['model_type']}: its record does not say whether {unknown} feeds split linears"
 
 
+def _refused(axis: Axis, model: Mapping[str, Any], family: Family | Derived | None) -> str | None:
+    """Why a family has no layout on an axis; None where it has one."""
+    if family is None:
+        return f"nothing is derived of it without torch and transformers; there are records of {', '.join(FAMILIES)}"
+    return family.refusals.get(axis) if isinstance(family, Derived) else None
+
+
+def _derived_split(layout: Layout, model: Mapping[str, Any], family: Derived) -> Iterator[str]:
+    """Whether every split part of a derived table can be shared out, and its blocks then run."""
+    size, lacking = layout.tensor, {}
+    for spec in parameter_table(model, size):
+        if spec.tensor is None or spec.kind == "vocab":
+            continue
+        for part in spec.parts:
+            units = part // spec.tensor.grain
+            copied = spec.tensor.grain > 1 and units == family.sizes["num_key_value_heads"] and size % units == 0
+            if units % size and not copied:
+                lacking.setdefault(family.relative(spec) or spec.name, units)
+    for name, units in lacking.items():
+        yield f"tensor parallel {size} does not divide the {units} units of {name}; sizes that do: {_divisors(units)}"
+    if lacking:
+        return
+    from ..modeling.derived.shapes import shapes_fit
+
+    if problem := shapes_fit(dict(model), size):
+        yield f"tensor parallel {size} of model_type {model['model_type']!r}: split as transformers says, {problem}"
+
+
 def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     size = layout.sequence
     if size == 1:
@@ -200,7 +233,10 @@ def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Itera
         yield f"sequence parallel {size} with pipeline {layout.pipeline}: DeepSpeed cannot; set one of them to 1"
     if recipe.data.seq_len % size:
         yield f"sequence parallel {size} does not divide data.seq_len {recipe.data.seq_len}"
-    family = FAMILIES.get(model["model_type"])
+    family = family_of(model)
+    if refusal := family is not None and _refused("sequence", model, family):
+        yield f"sequence parallel {size} of model_type {model['model_type']!r}: {refusal}; set it to 1"
+        return
     heads = (family.value(model, "num_attention_heads") if family else model.get("num_attention_heads")) or size
     among = f" of each of {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
     heads //= layout.tensor
@@ -223,6 +259,8 @@ def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[
     adapter = adapter_of(recipe.adapter)
     if adapter is None:
         return
+    if layout.tensor > 1 and model["model_type"] not in FAMILIES:
+        yield f"an adapter with tensor parallel {layout.tensor} of model_type {model['model_type']!r}: untried; set it to 1"
     if layout.tensor > 1 and not adapter.splits:
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
     if isinstance(adapter, Qlora):
@@ -241,7 +279,7 @@ def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[
 
 def _groups(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     """The optimizer's groups of parameters, and learning rates of their own."""
-    known, rows = model["model_type"] in FAMILIES, rows_of(adapter_of(recipe.adapter))
+    known, rows = family_of(model) is not None, rows_of(adapter_of(recipe.adapter))
     table = parameter_table(model, layout.tensor) if known else []
     trained = [spec for spec in rows(table) if spec.trained]
     own = isinstance(recipe.adapter, dict) and recipe.adapter.get("lr_ratio", 1) != 1

@@ -37,7 +37,7 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
         config = {"bos_token_id": eod, "eos_token_id": eod, **config}
     if base:
         _same_shapes(recipe.model.init, base, config)
-    if (family := family_of(config)) is not None:
+    if isinstance(family := family_of(config), Family):
         _shape_is_possible(config, family)
     return config
 

@@ -14,9 +14,9 @@ from ..adapters.merged import initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
-from ..families.registry import FAMILIES
+from ..families.registry import family_of
 from ..families.specs import parameter_table
-from ..modeling.build import RandomValues
+from ..modeling.build import drawn_values
 from ..modeling.slices import merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import init_distributed
@@ -56,9 +56,9 @@ def plain_model(plan: Plan) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**plan.model_config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_config(config).train()
     values, parameters = initial_values(plan.recipe.model.init), dict(model.named_parameters())
-    values = values or RandomValues(plan.recipe.seed)
+    values = values or drawn_values(plan.model_config, plan.recipe.seed)
     with torch.no_grad():
         for spec in parameter_table(plan.model_config):
             parameters[spec.name].copy_(values(spec))
@@ -123,15 +123,17 @@ def whole_weights(engine: Engine) -> tuple[dict[str, np.ndarray], list[str]]:
 def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) -> bool:
     """Whether tensor ranks drop different attention probabilities where their heads are alike. Collective."""
     from ..modeling.build import build_model
-    from ..modeling.tensor_parallel import RowParallelLinear, parallelise
+    from ..modeling.derived.words import split_over_ranks
+    from ..modeling.tensor_parallel import RowParallelLinear
 
     quiet()
     if sabotage is not None:
         sabotage()
     ranks = init_distributed(tensor)
-    family = FAMILIES[config["model_type"]]
+    family = family_of(config)
+    assert family is not None
     model = build_model({**config, family.dropout["attention"]: 0.5}, None, 0, torch.float32, ranks).train()
-    parallelise(model, family, ranks)
+    split_over_ranks(model, family, ranks)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
     seen: list[Tensor] = []
