@@ -13,8 +13,8 @@ LAYERS = {"data_prep": (), "trainer": ("data_prep",), "launcher": ("trainer", "d
 # rooms and single files of the trainer; each imports itself and what stands to its right
 ORDER = [
     "__main__", "commands", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run", "plan",
-    "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "data", "ranks",
-    "recipe",
+    "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "anatomy", "data",
+    "ranks", "recipe",
 ]  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
 LIGHT_ROOMS = ("recipe", "families", "optim", "sinks", "objectives", "plan", "tune", "commands")  # without HEAVY
