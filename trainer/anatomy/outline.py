@@ -1,4 +1,4 @@
-"""What a base model of transformers does around its blocks, asked of its own forward with stand-ins for what has weights.
+"""What a base model of transformers does around its blocks: its own forward, with stand-ins for what has weights.
 
 So nothing of a family need be written down: what goes into the first block, which masks, rotary tables and other inputs
 every block gets, and what is left to do after the last one.
@@ -6,6 +6,7 @@ every block gets, and what is left to do after the last one.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class Outline:
     """A base model of which nothing with weights is left, but for what `install` puts back."""
 
     def __init__(self, model: Any, blocks: str, embedding: str, norm: str | None) -> None:
-        """Args: the names of the list of blocks, the embedding and the last norm in `model`, whose buffers are there."""
+        """Args: names of the list of blocks, the embedding and the last norm in `model`, whose buffers are there."""
         base, prefix = model.base_model, model.base_model_prefix + "."
         self._width = model.get_input_embeddings().weight.shape[1]
         self._blocks, self._norm = blocks.removeprefix(prefix), (norm or "").removeprefix(prefix)
@@ -124,7 +125,7 @@ class Outline:
             return "it does not call its blocks once each, in their order"
         if any(call.hidden.shape != one.shape for call in calls):
             return "what goes from block to block is not [batch, time, width]"
-        if any(after.hidden is not before.hidden for before, after in zip(calls, calls[1:], strict=False)):
+        if any(after.hidden is not before.hidden for before, after in itertools.pairwise(calls)):
             return "it does something between its blocks"
         for first, second in zip(calls, again, strict=True):
             if name := _differing(first, second):

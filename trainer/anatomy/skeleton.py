@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
 
@@ -28,7 +29,7 @@ def skeleton(config: Mapping[str, Any], attention: str | None = None) -> Any:
         hf_config = AutoConfig.for_model(**config)
         hf_config.use_cache = False
         with torch.device("meta"), initialization.no_init_weights():
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AssertionError, AttributeError, IndexError, ImportError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {said}") from error
@@ -37,15 +38,28 @@ def skeleton(config: Mapping[str, Any], attention: str | None = None) -> Any:
 
 
 def materialise_buffers(model: Any, device: torch.device) -> None:
-    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration."""
-    for module in model.modules():
-        buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in buffers.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if buffers:
-            model._init_weights(module)
-        for name in buffers:
-            module._buffers[name] = module._buffers[name].to(device)
+    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration.
+
+    Of the whole model at once, while the parameters are on the meta device and cost nothing: some are their parent's.
+    """
+    buffers = {(module, name): b for module in model.modules() for name, b in module._buffers.items() if b is not None}
+    for (module, name), buffer in buffers.items():
+        module._buffers[name] = unset(buffer)
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()
+    for (module, name), _ in buffers.items():
+        module._buffers[name] = filled(module._buffers[name], name, model).to(device)
+
+
+def unset(like: Tensor) -> Tensor:
+    """On the CPU; where nothing sets it, `_filled` sees it."""
+    return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
+
+
+def filled(tensor: Tensor, name: str, model: nn.Module) -> Tensor:
+    if tensor.is_floating_point() and tensor.isnan().any():
+        raise UserError(f"model.config: transformers' {type(model).__name__} draws no initial value for {name}")
+    return tensor
 
 
 def with_parts(module: nn.Module, parts: Mapping[str, nn.Module]) -> Any:

@@ -39,7 +39,9 @@ class ZeroEngine(Engine):
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if plan.recipe.compile == "blocks":
             compile_blocks(blocks_of(model))
-        self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks, *self.counting, family=family_of(plan.model_config)).train()
+        self.module: nn.Module = CausalLM(
+            model, plan.vocab_size, ranks, *self.counting, family=family_of(plan.model_config)
+        ).train()
         if ranks.sequence_size > 1:
             from ..modeling.sequence_parallel import SequenceParallel
 

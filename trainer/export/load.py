@@ -88,9 +88,7 @@ def build_plain(config: dict[str, Any], dtype: str | torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, initialization
 
     with initialization.no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            hf_config(config), dtype=torch_dtype(dtype)
-        )
+        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=torch_dtype(dtype), trust_remote_code=False)
     model.tie_weights()
     return model
 

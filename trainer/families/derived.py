@@ -1,4 +1,4 @@
-"""The record of a family that nobody has written down: what transformers declares of it and does with it. Needs no torch.
+"""The record of a family that nobody has written down: what transformers declares and does. Needs no torch.
 
 It is of one configuration: its rows are those of that very model.
 """
@@ -18,8 +18,8 @@ COLUMN, PACKED, GATHERED = "colwise", "packed_colwise", "colwise_gather_output"
 ROW, SPLIT_ROW = "rowwise", "rowwise_split_input"
 SUMMED, LATENT, EXPERTS = "replicated_with_grad_allreduce", "mla_kv_a_proj", "moe_tp_experts"
 WHOLE = "local_params"  # says nothing of our parameters, which are plain tensors
-COLUMNS, ROWS = frozenset({COLUMN, PACKED, GATHERED}), frozenset({ROW, SPLIT_ROW})
-WORDS = COLUMNS | ROWS | {SUMMED, LATENT, EXPERTS, WHOLE}
+COLUMN_WORDS, ROW_WORDS = frozenset({COLUMN, PACKED, GATHERED}), frozenset({ROW, SPLIT_ROW})
+WORDS = COLUMN_WORDS | ROW_WORDS | {SUMMED, LATENT, EXPERTS, WHOLE}
 
 Axis = Literal["tensor", "pipeline", "sequence"]
 

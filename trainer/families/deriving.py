@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...data_prep.errors import UserError
-from .derived import COLUMNS, GATHERED, PACKED, ROWS, SUMMED, WORDS, Axis, Derived
+from .derived import COLUMN_WORDS, GATHERED, PACKED, ROW_WORDS, SUMMED, WORDS, Axis, Derived
 from .derived import word_for as _word_for
 from .overrides import OVERRIDES
 from .param_spec import Kind, ParamSpec, Split
@@ -100,7 +100,9 @@ def _places(model: Any, own: Any, refusals: dict[Axis, str]) -> tuple[str | None
         return _list_of_blocks(model), None
     behind = names[names.index(blocks) + 1 :]
     if len(behind) != 1:
-        refusals.setdefault("pipeline", f"behind its blocks its base_model_pp_plan has {', '.join(behind) or 'nothing'}")
+        refusals.setdefault(
+            "pipeline", f"behind its blocks its base_model_pp_plan has {', '.join(behind) or 'nothing'}"
+        )
         return f"{prefix}.{blocks}", None
     return f"{prefix}.{blocks}", f"{prefix}.{behind[0]}"
 
@@ -122,9 +124,9 @@ def _words(model: Any, own: Any, refusals: dict[Axis, str]) -> dict[str, str]:
     present = {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_modules()}
     present |= {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_parameters()}
     used = {name: word for name, word in words.items() if name in present}
-    if unknown := sorted({word for word in used.values()} - WORDS):
+    if unknown := sorted(set(used.values()) - WORDS):
         refusals.setdefault("tensor", f"its base_model_tp_plan says {', '.join(unknown)}, which is not done here")
-    if not any(word in COLUMNS for word in used.values()):
+    if not any(word in COLUMN_WORDS for word in used.values()):
         refusals.setdefault("tensor", "its base_model_tp_plan splits nothing that this model has")
     return used
 
@@ -198,9 +200,9 @@ def _split(
     last = len(spec.shape) - 1
     if word == SUMMED:
         return "summed", None
-    if word in ROWS and not bias:
+    if word in ROW_WORDS and not bias:
         return "row", Split(0 if conv else last)
-    if word in COLUMNS:
+    if word in COLUMN_WORDS:
         dim = last if bias or conv or last == 0 else last - 1
         if word == PACKED:
             return "column", Split(dim, (spec.shape[dim] // 2,) * 2)
@@ -213,12 +215,11 @@ def _grain(width: int, path: str, sizes: Mapping[str, Any], own: Any) -> int:
     heads = sizes["num_attention_heads"]
     if not re.search(r"attn|attention", path) or not isinstance(heads, int):
         return 1
-    key_heads = sizes["num_key_value_heads"]
-    head = sizes["head_dim"]
-    if isinstance(key_heads, int) and re.search(r"(^|[._])[kv]_?(proj|b_proj)?$|key|value", path.rpartition(".")[2]):
-        if width % key_heads == 0 and not path.endswith("query_key_value"):
-            return width // key_heads
-    return width // heads if width % heads == 0 else head
+    key_heads, leaf = sizes["num_key_value_heads"], path.rpartition(".")[2]
+    of_keys = isinstance(key_heads, int) and bool(re.fullmatch(r"[kv]_?(proj)?|key|value|[kv]_linear", leaf))
+    if of_keys and width % key_heads == 0:
+        return width // key_heads
+    return width // heads if width % heads == 0 else sizes["head_dim"]
 
 
 def _in_order(rows: Iterator[ParamSpec], embedding: str, norm: str | None, head: str) -> list[ParamSpec]:
@@ -235,9 +236,7 @@ def _in_order(rows: Iterator[ParamSpec], embedding: str, norm: str | None, head:
     return sorted({spec.name: spec for spec in rows}.values(), key=place)
 
 
-def _check_blocks(
-    model: Any, blocks: str | None, embedding: str, norm: str | None, refusals: dict[Axis, str]
-) -> None:
+def _check_blocks(model: Any, blocks: str | None, embedding: str, norm: str | None, refusals: dict[Axis, str]) -> None:
     """Whether the blocks can be called one by one; masks over whole sequences come from the same calls."""
     import torch
 
@@ -265,7 +264,10 @@ def _check_sequence(model: Any, blocks: str | None, refusals: dict[Axis, str]) -
         {
             type(module).__name__
             for module in model.modules()
-            if re.search(r"Conv1d|Mamba|GatedDelta|ShortConv|LinearAttention|Mixer|Rwkv|RecurrentBlock|Lightning", type(module).__name__)
+            if re.search(
+                r"Conv1d|Mamba|GatedDelta|ShortConv|LinearAttention|Mixer|Rwkv|RecurrentBlock|Lightning",
+                type(module).__name__,
+            )
         }
     )
     if mixing:
@@ -278,4 +280,3 @@ def _check_sequence(model: Any, blocks: str | None, refusals: dict[Axis, str]) -
 
 def _attends(module: Any) -> bool:
     return hasattr(module, "is_causal") and hasattr(module, "config") and hasattr(module, "layer_idx")
-

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...data_prep.errors import UserError
-from ..anatomy.skeleton import materialise_buffers, skeleton
+from ..anatomy.skeleton import filled, materialise_buffers, skeleton, unset
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
 from ..kernels.swap import use_kernels
@@ -54,13 +55,13 @@ def build_model(
     materialise_buffers(model, ranks.device)
     fill = values or drawn_values(config, seed)
     made: dict[str, nn.Parameter] = {}
-    for prefix, module in _modules_with_tensors(model):
+    for prefix, module in list(_named_modules(model)):
         fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
-        if not fresh:
-            continue
         for name in fresh:
             spec = specs[f"{prefix}{name}"]
             made[spec.name] = module._parameters[name] = make_parameter(spec, fill, dtype, ranks)
+        if not fresh:
+            continue
         if (converted := convert(module)) is not module:
             model.set_submodule(prefix.removesuffix("."), converted)
         if zero3_config is not None:
@@ -97,10 +98,10 @@ def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
     return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else model_and_specs(config, 1)[1]
 
 
-def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in list(model.named_modules()):
-        if module._parameters or module._buffers:
-            yield (f"{name}." if name else ""), module
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module, parents first, with what its parameters' names begin with."""
+    for name, module in model.named_modules():
+        yield (f"{name}." if name else ""), module
 
 
 def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
@@ -117,13 +118,14 @@ def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: R
 
 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
+    """Leaves each rank its share of the parameters that have been made; those of children may be still to come."""
     import deepspeed
     from deepspeed.utils import groups
 
     from ..ranks.mpu import Mpu
 
     deepspeed.zero.Init(
-        module=module,
+        module=nn.ParameterList(p for p in module.parameters() if not p.is_meta),
         data_parallel_group=ranks.replica_group,
         # of zero_hpz_partition_size: the first call makes the group, and the next would assert that there is none
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
@@ -155,32 +157,63 @@ class RandomValues:
         return torch.randn(spec.shape, generator=generator) * spec.std
 
 
-class OwnValues:
-    """For a family without a written record: what transformers' initialiser draws, seeded by the module's name."""
+class _OwnValues:
+    """For a family without a table: what transformers' initialiser draws, seeded by the name of the module.
 
-    def __init__(self, config: Mapping[str, Any], seed: int) -> None:
-        self._model, self._seed = skeleton(config), seed
-        self._drawn: dict[str, Tensor] = {}  # of one module
+    It goes block by block, since some modules leave their values to the one that they are in.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._drawn: dict[str, Tensor] = {}  # of one block
 
     def __call__(self, spec: ParamSpec) -> Tensor:
         if spec.name not in self._drawn:
-            path = spec.name.rpartition(".")[0]
-            module, prefix = self._model.get_submodule(path), f"{path}." if path else ""
-            drawn = {name: torch.empty(p.shape) for name, p in module._parameters.items() if p is not None}
-            for name, tensor in drawn.items():
-                module._parameters[name] = nn.Parameter(tensor)
+            self._drawn = self._draw(*self._block_of(spec.name))
+        return filled(self._drawn.pop(spec.name), spec.name, self._model)
+
+    def _block_of(self, name: str) -> tuple[str, nn.Module]:
+        """The outermost module around a parameter that is one of a list or has parameters of its own."""
+        path, module, listed = "", self._model, False
+        for part in name.split(".")[:-1]:
+            if listed or any(p is not None for p in module._parameters.values()):
+                break
+            listed = isinstance(module, nn.ModuleList | nn.ModuleDict)
+            path, module = f"{path}{part}.", module.get_submodule(part)
+        return path, module
+
+    @torch.no_grad()
+    def _draw(self, path: str, block: nn.Module) -> dict[str, Tensor]:
+        """Values of all parameters of a block that are on the meta device yet; the block stays as it is."""
+        kept = {name: p for name, p in block.named_parameters() if p.is_meta}
+        owners = {name: block.get_submodule(name.rpartition(".")[0]) for name in kept}
+        drawn = {name: nn.Parameter(unset(p), requires_grad=False) for name, p in kept.items()}
+        try:
+            for name, owner in owners.items():
+                owner._parameters[name.rpartition(".")[2]] = drawn[name]
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(parameter_seed(self._seed, prefix))
-                self._model._init_weights(module)
-            self._drawn = {prefix + name: module._parameters[name].detach() for name in drawn}  # type: ignore[union-attr]
-            for name, tensor in drawn.items():
-                module._parameters[name] = nn.Parameter(tensor.to("meta"))
-        return self._drawn.pop(spec.name)
+                self._initialise(path, block, self._model)
+        finally:
+            for name, owner in owners.items():
+                owner._parameters[name.rpartition(".")[2]] = kept[name]
+        return {f"{path}{name}": p.detach() for name, p in drawn.items()}
+
+    def _initialise(self, path: str, module: nn.Module, model: Any) -> None:
+        """Children first, as transformers does; `model` is the innermost of its models around them."""
+        inner = module if isinstance(module, PreTrainedModel) else model
+        for name, child in module.named_children():
+            self._initialise(f"{path}{name}.", child, inner)
+        torch.manual_seed(parameter_seed(self._seed, path))
+        inner._init_weights(module)
 
 
 def drawn_values(config: Mapping[str, Any], seed: int) -> Values:
-    """Initial values that follow from the seed and the names alone: a record's, or else transformers' own."""
-    return RandomValues(seed) if config["model_type"] in FAMILIES else OwnValues(config, seed)
+    """Initial values that follow from the seed and the names alone: a written record's, or else transformers' own."""
+    if config["model_type"] in FAMILIES:
+        return RandomValues(seed)
+    model = skeleton(config)  # its own: of the true vocabulary, and all of it on the meta device
+    materialise_buffers(model, torch.device("cpu"))
+    return _OwnValues(model, seed)
 
 
 class FolderValues:

@@ -114,7 +114,7 @@ def _convert(
     function = None
     if owner.causal.family is None or not owner.causal.family.by_text:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]
     if hasattr(module, "num_key_value_groups"):  # the interface repeats key-value heads by it
         whole = isinstance(owner.causal.family, Derived) and not owner.causal.family.splits_heads
         heads = module.config.num_attention_heads // (1 if whole else ranks.tensor_size)

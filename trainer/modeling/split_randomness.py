@@ -31,7 +31,7 @@ class SplitRandomness:
         self.shared: tuple[Tensor, Tensor | None] | None = None
 
     def between(self, first: nn.Module, last: nn.Module) -> None:
-        """From the output of `first` to the input of `last`, while the module trains; of several firsts, the earliest."""
+        """From the output of `first` to the input of `last`, while the module trains; of several, the earliest."""
         first.register_forward_hook(lambda _module, _inputs, _output: self.enter())
         last.register_forward_pre_hook(lambda _module, _inputs: self.leave())
 

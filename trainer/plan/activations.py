@@ -46,7 +46,9 @@ def activation_bytes(
     width = family.value(model, "hidden_size")
     block = round(_block_bytes(model, family, precision, tensor))
     tile = 0
-    if layers and isinstance(family, Family) and family.mlp_bytes is not None and 0 < mlp_tile < tokens:  # of one MLP at a time
+    if (
+        layers and isinstance(family, Family) and family.mlp_bytes is not None and 0 < mlp_tile < tokens
+    ):  # of one MLP at a time
         mlp = round(family.mlp_bytes(family.complete(model), precision, tensor))
         block, tile = block - mlp, mlp_tile * mlp
     if checkpointing:  # a block's input stays; one block at a time is computed again

@@ -9,12 +9,11 @@ from ...data_prep.errors import UserError
 from ..adapters.base import rows_of
 from ..adapters.qlora import Qlora
 from ..adapters.registry import adapter_of
-from ..families.derived import Axis, Derived
-from ..families.family import Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
 from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
+from .family_layouts import divisors, family_pipeline, family_sequence, family_tensor
 from .layout import Layout
 from .model_config import longest_sequence
 from .settings import Settings, section_of
@@ -60,7 +59,11 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
     refusals = [*_precision(settings, layout), *_offload(layout), *_hpz(settings, layout)]
     refusals += [*_pipeline(settings, layout, model)]
     refusals += [*_optimizer(recipe, settings, layout)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
+    refusals += [
+        *family_tensor(layout, model),
+        *family_sequence(recipe, layout, model),
+        *_adapter(recipe, settings, layout, model),
+    ]
     if not refusals:
         refusals += [*_groups(recipe, settings, layout, model)]
     if recipe.mlp_tile and getattr(FAMILIES.get(model["model_type"]), "mlp", None) is None:
@@ -118,7 +121,7 @@ def _hpz(settings: Settings, layout: Layout) -> Iterator[str]:
     if layout.zero_stage != 3:
         yield f"{key} {size} with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
     if layout.world % size:
-        yield f"{key} {size} does not divide the {layout.world} ranks; sizes that do: {_divisors(layout.world)}"
+        yield f"{key} {size} does not divide the {layout.world} ranks; sizes that do: {divisors(layout.world)}"
     if layout.tensor > 1:
         yield f"{key} {size} with tensor parallel {layout.tensor}: its groups would mix pieces; leave one of them out"
 
@@ -163,88 +166,7 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
     for key, on in (("wall_clock_breakdown", settings.json.get("wall_clock_breakdown")), ("flops_profiler", profiled)):
         if on:
             yield f"{key} with a pipeline: DeepSpeed starts a timer twice and fails; leave it out"
-    family = family_of(model)
-    if (refusal := _refused("pipeline", model, family)) is not None or family is None:
-        yield f"pipeline {layout.pipeline} of model_type {model['model_type']!r}: {refusal}; set parallel.pipeline to 1"
-        return
-    layers = family.value(model, "num_hidden_layers")
-    if layout.pipeline > layers:
-        yield f"pipeline {layout.pipeline} is more stages than the model has layers ({layers}); use at most {layers}"
-
-
-def _tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
-    if layout.tensor == 1:
-        return
-    family = family_of(model)
-    if (refusal := _refused("tensor", model, family)) is not None or family is None:
-        yield f"tensor parallel {layout.tensor} of model_type {model['model_type']!r}: {refusal}; set it to 1"
-        return
-    if isinstance(family, Derived):
-        yield from _derived_split(layout, model, family)
-        return
-    heads = family.value(model, "num_attention_heads")
-    if heads % layout.tensor:
-        yield f"tensor parallel {layout.tensor} does not divide the {heads} heads; sizes that do: {_divisors(heads)}"
-    kv_heads = family.value(model, "num_key_value_heads") or heads
-    if kv_heads % layout.tensor and layout.tensor % kv_heads:
-        yield f"tensor parallel {layout.tensor} neither divides nor is a multiple of the {kv_heads} key-value heads"
-    table = parameter_table(model)
-    inner_sizes = {spec.parts[0] for spec in table if spec.kind == "column" and spec.tensor and spec.tensor.grain == 1}
-    for inner in sorted(inner_sizes):
-        if inner % layout.tensor:
-            yield f"tensor parallel {layout.tensor} does not divide the {inner} units of the MLP"
-    if unknown := next((spec.name for spec in table if spec.kind == "unknown"), None):
-        yield f"tensor parallel of {model['model_type']}: its record does not say whether {unknown} feeds split linears"
-
-
-def _refused(axis: Axis, model: Mapping[str, Any], family: Family | Derived | None) -> str | None:
-    """Why a family has no layout on an axis; None where it has one."""
-    if family is None:
-        return f"nothing is derived of it without torch and transformers; there are records of {', '.join(FAMILIES)}"
-    return family.refusals.get(axis) if isinstance(family, Derived) else None
-
-
-def _derived_split(layout: Layout, model: Mapping[str, Any], family: Derived) -> Iterator[str]:
-    """Whether every split part of a derived table can be shared out, and its blocks then run."""
-    size, lacking = layout.tensor, {}
-    for spec in parameter_table(model, size):
-        if spec.tensor is None or spec.kind == "vocab":
-            continue
-        for part in spec.parts:
-            units = part // spec.tensor.grain
-            copied = spec.tensor.grain > 1 and units == family.sizes["num_key_value_heads"] and size % units == 0
-            if units % size and not copied:
-                lacking.setdefault(family.relative(spec) or spec.name, units)
-    for name, units in lacking.items():
-        yield f"tensor parallel {size} does not divide the {units} units of {name}; sizes that do: {_divisors(units)}"
-    if lacking:
-        return
-    from ..modeling.derived.shapes import shapes_fit
-
-    if problem := shapes_fit(dict(model), size):
-        yield f"tensor parallel {size} of model_type {model['model_type']!r}: split as transformers says, {problem}"
-
-
-def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
-    size = layout.sequence
-    if size == 1:
-        return
-    if layout.pipeline > 1:
-        yield f"sequence parallel {size} with pipeline {layout.pipeline}: DeepSpeed cannot; set one of them to 1"
-    if recipe.data.seq_len % size:
-        yield f"sequence parallel {size} does not divide data.seq_len {recipe.data.seq_len}"
-    family = family_of(model)
-    if refusal := family is not None and _refused("sequence", model, family):
-        yield f"sequence parallel {size} of model_type {model['model_type']!r}: {refusal}; set it to 1"
-        return
-    heads = (family.value(model, "num_attention_heads") if family else model.get("num_attention_heads")) or size
-    among = f" of each of {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
-    heads //= layout.tensor
-    if heads % size:
-        yield f"sequence parallel {size} does not divide the {heads} heads{among}; sizes that do: {_divisors(heads)}"
-    kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
-    if kv_heads % size and size % kv_heads:
-        yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+    yield from family_pipeline(layout, model)
 
 
 def _qlora(settings: Settings) -> Iterator[str]:
@@ -260,7 +182,8 @@ def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[
     if adapter is None:
         return
     if layout.tensor > 1 and model["model_type"] not in FAMILIES:
-        yield f"an adapter with tensor parallel {layout.tensor} of model_type {model['model_type']!r}: untried; set it to 1"
+        family = model["model_type"]
+        yield f"an adapter with tensor parallel {layout.tensor} of model_type {family!r}: untried; set it to 1"
     if layout.tensor > 1 and not adapter.splits:
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
     if isinstance(adapter, Qlora):
@@ -305,7 +228,3 @@ def _groups(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[s
             "weight decay, by learning rate), and DeepSpeed would wait for ever; use fewer stages or another "
             "parallel.partition, or leave out optimizer.embedding_lr and norms in modules_to_save"
         )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)

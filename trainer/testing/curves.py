@@ -14,12 +14,13 @@ from ..adapters.merged import initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
+from ..families.derived import Derived
 from ..families.registry import family_of
 from ..families.specs import parameter_table
-from ..modeling.build import drawn_values
+from ..modeling.build import build_model, drawn_values
 from ..modeling.slices import merge_slices
 from ..plan.plan import Plan
-from ..ranks.ranks import init_distributed
+from ..ranks.ranks import Ranks, init_distributed
 from ..run.data import RunData
 from ..run.quiet import quiet
 from .plain import Curve, decayed_groups, train_plainly
@@ -56,12 +57,17 @@ def plain_model(plan: Plan) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**plan.model_config)
-    model = AutoModelForCausalLM.from_config(config).train()
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
     values, parameters = initial_values(plan.recipe.model.init), dict(model.named_parameters())
-    values = values or drawn_values(plan.model_config, plan.recipe.seed)
     with torch.no_grad():
-        for spec in parameter_table(plan.model_config):
-            parameters[spec.name].copy_(values(spec))
+        if family_of(plan.model_config) is not None:
+            values = values or drawn_values(plan.model_config, plan.recipe.seed)
+            drawn = {spec.name: values(spec) for spec in parameter_table(plan.model_config)}
+        else:
+            ours = build_model(plan.model_config, values, plan.recipe.seed, torch.float32, Ranks())
+            drawn = dict(ours.named_parameters())
+        for name, value in drawn.items():
+            parameters[name].copy_(value)
     return model
 
 
@@ -81,14 +87,18 @@ def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
     layout = plan.layout
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
     engine = build_engine(plan, ranks)
-    stream, curve = RunData.open(plan).stream(ranks), Curve()
+    stream, curve, torn = RunData.open(plan).stream(ranks), Curve(), []
     for step in range(plan.total_steps):
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
         curve.norms.append(float("nan") if output.grad_norm is None else output.grad_norm)
+        if step == 0:
+            curve.first, torn = whole_weights(engine)
     stream.close()
-    weights, curve.torn = whole_weights(engine)
+    weights, torn_last = whole_weights(engine)
+    curve.torn = torn or torn_last  # those of the first step, before others follow
     curve.weights = weights if ranks.is_main else {}
+    curve.first = curve.first if ranks.is_main else {}
     return curve
 
 
@@ -122,7 +132,6 @@ def whole_weights(engine: Engine) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) -> bool:
     """Whether tensor ranks drop different attention probabilities where their heads are alike. Collective."""
-    from ..modeling.build import build_model
     from ..modeling.derived.words import split_over_ranks
     from ..modeling.tensor_parallel import RowParallelLinear
 
@@ -132,6 +141,8 @@ def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) ->
     ranks = init_distributed(tensor)
     family = family_of(config)
     assert family is not None
+    if "attention" not in family.dropout or (isinstance(family, Derived) and not family.splits_heads):
+        return True  # nothing is dropped by heads of one rank
     model = build_model({**config, family.dropout["attention"]: 0.5}, None, 0, torch.float32, ranks).train()
     split_over_ranks(model, family, ranks)
     for parameter in model.parameters():

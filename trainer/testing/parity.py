@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data_prep.errors import UserError
+from ..families.declared import declared_keys
 from ..families.registry import family_of
 from ..families.specs import gradient_noise
 from ..objectives.registry import objective_of
@@ -58,8 +59,7 @@ def parity(
     ranks of this machine.
 
     Raises:
-        UserError: the recipe cannot be planned on one rank, has an adapter or an objective that weights tokens, or its
-            family has no table of parameters.
+        UserError: the recipe cannot be planned on one rank, or has an adapter or an objective that weights tokens.
     """
     from .curves import one_process
 
@@ -88,6 +88,8 @@ def compare(plan: Plan, found: Curve, truth: Curve, bounds: Bounds) -> Verdict:
     losses, norms = _apart(found.losses, truth.losses), _apart(found.norms, truth.norms)
     weights = _weights_apart(found.weights, truth.weights, gradient_noise(plan.model_config))
     difference = _first_difference(losses, norms, weights, found, truth, bounds)
+    if difference is not None and (name := _first_apart(found, truth)):
+        difference += f"; {plan.model_config['model_type']}'s {name} is the first apart"
     return Verdict(plan.layout, max(losses), max(norms), weights, difference)
 
 
@@ -107,6 +109,19 @@ def _first_difference(
     if found.masks_differ is False:
         return "step 1: tensor ranks drop the same attention probabilities"
     return None
+
+
+def _first_apart(found: Curve, truth: Curve) -> str | None:
+    """The parameter that is furthest from the truth after the first step; None where none is beyond rounding."""
+    if found.torn:
+        return found.torn[0]
+    apart = {
+        name: float(np.linalg.norm(found.first[name] - weight) / (np.linalg.norm(weight) or 1.0))
+        for name, weight in truth.first.items()
+        if name in found.first
+    }
+    name = max(apart, key=lambda name: apart[name], default=None)
+    return name if name is not None and apart[name] > 1e-5 else None
 
 
 def _apart(found: Sequence[float], truth: Sequence[float]) -> list[float]:
@@ -135,9 +150,6 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
         UserError: as `parity`.
     """
     first = plan_of(recipe, ds, Layout(world=1, data=1, zero_stage=0), steps)
-    if family_of(first.model_config) is None:
-        family = first.model_config["model_type"]
-        raise UserError(f"model_type {family!r}: transformers builds no causal LM of it")
     if not objective_of(recipe.objective).uniform:
         raise UserError(f"parity compares losses of tokens that count alike, not the objective {recipe.objective!r}")
     if recipe.adapter != "none":
@@ -171,7 +183,12 @@ def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -
     where it can.
     """
     config, family = recipe.model.config, family_of(recipe.model.config)
-    quiet_model = {**config, **dict.fromkeys(family.dropout.values() if family else (), 0.0)}
+    if family is not None:
+        dropout = list(family.dropout.values())
+    else:
+        keys = declared_keys(config.get("model_type", "")) or ()
+        dropout = [key for key in keys if key.endswith(("dropout", "pdrop"))]
+    quiet_model = {**config, **dict.fromkeys(dropout, 0.0)}
     objective = recipe.objective
     if not isinstance(objective, str):
         added = ("neftune", "label_smoothing", "z_loss")  # which the plain loop does not know

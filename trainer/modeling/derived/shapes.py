@@ -1,4 +1,4 @@
-"""A derived family's model run for its shapes alone, on the meta device: whether a split fits, and what a block keeps."""
+"""A derived model run for its shapes alone, on the meta device: whether a split fits, and what a block keeps."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...families.derived import COLUMN, COLUMNS, EXPERTS, GATHERED, LATENT, ROW, ROWS, SPLIT_ROW, Derived
+from ...families.derived import COLUMN, COLUMN_WORDS, EXPERTS, GATHERED, LATENT, ROW, ROW_WORDS, SPLIT_ROW, Derived
 from ...families.family import Family
 from ...kernels.compiled import uncompiled
 from ...kernels.exact_sums import ExactEmbedding
@@ -55,14 +55,14 @@ def _by_words(module: nn.Module, record: Derived, ranks: Ranks, name: str) -> No
             fork_output(child, ranks) if full == record.norm else _fork_input(child, _Memo(ranks), ranks)
         word = record.word(full)
         parent = path.rpartition(".")[0]
-        if word in COLUMNS:
+        if word in COLUMN_WORDS:
             if parent not in memos:
                 memos[parent] = _Memo(ranks)
                 module.get_submodule(parent).register_forward_hook(memos[parent].clear)
             _fork_input(child, memos[parent], ranks)
             if word == GATHERED:
                 child.register_forward_hook(lambda _m, _i, output: _gather(output, ranks))
-        elif word in ROWS:
+        elif word in ROW_WORDS:
             row = RowParallelLinear(child, ranks.tensor_group)  # type: ignore[arg-type]
             if word == SPLIT_ROW:
                 row.register_forward_pre_hook(lambda _m, inputs: (_take(inputs[0], ranks), *inputs[1:]))
@@ -136,7 +136,7 @@ def _split_experts(experts: nn.Module, ranks: Ranks) -> None:
         return fork(value, ranks.tensor_group) if floats else value
 
     experts.register_forward_pre_hook(forked, with_kwargs=True)
-    experts.register_forward_hook(lambda _m, _i, output: reduce(output, ranks.tensor_group))
+    experts.register_forward_hook(lambda _m, _i, output: reduce(output, ranks.tensor_group))  # type: ignore[arg-type]
 
 
 def _fork_rotary(child: nn.Module, module: nn.Module, parent: str, ranks: Ranks) -> None:
@@ -226,4 +226,3 @@ def _summed(gradient: Tensor, ranks: Ranks) -> Tensor:
     if not total.is_meta:
         dist.all_reduce(total, group=ranks.tensor_group)
     return total
-
