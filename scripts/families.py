@@ -119,7 +119,7 @@ def cells(name: str, store: Path, steps: int) -> dict[str, Any]:
         plan = plan_of(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps)
         [truth] = run_ranks(1, truth_of, plan, timeout=300)
     except Exception as error:
-        return dict.fromkeys(LAYOUTS, {"fails": said(error)})
+        return {layout: {"fails": said(error)} for layout in LAYOUTS}
     found: dict[str, Any] = {}
     for layout, sizes in LAYOUTS.items():
         try:

@@ -83,7 +83,9 @@ def _cell(cell: Mapping[str, Any]) -> str:
 
 def _in_words(cell: Mapping[str, Any]) -> str:
     [(outcome, more)] = cell.items()
-    return f"works: loss within {more['loss']}, norm within {more['norm']}" if outcome == "works" else f"{outcome}: {more}"
+    return (
+        f"works: loss within {more['loss']}, norm within {more['norm']}" if outcome == "works" else f"{outcome}: {more}"
+    )
 
 
 def _counts(tried: Mapping[str, Any]) -> str:

@@ -87,16 +87,15 @@ def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
     layout = plan.layout
     ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
     engine = build_engine(plan, ranks)
-    stream, curve, torn = RunData.open(plan).stream(ranks), Curve(), []
+    stream, curve = RunData.open(plan).stream(ranks), Curve()
     for step in range(plan.total_steps):
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
         curve.norms.append(float("nan") if output.grad_norm is None else output.grad_norm)
         if step == 0:
-            curve.first, torn = whole_weights(engine)
+            curve.first, curve.torn_at_once = whole_weights(engine)
     stream.close()
-    weights, torn_last = whole_weights(engine)
-    curve.torn = torn or torn_last  # those of the first step, before others follow
+    weights, curve.torn = whole_weights(engine)
     curve.weights = weights if ranks.is_main else {}
     curve.first = curve.first if ranks.is_main else {}
     return curve

@@ -102,6 +102,8 @@ def _first_difference(
             return f"step {step + 1}: loss {found.losses[step]:.8g}, one process {truth.losses[step]:.8g}"
         if not norms[step] <= bounds.norm:
             return f"step {step + 1}: gradient norm {found.norms[step]:.8g}, one process {truth.norms[step]:.8g}"
+        if step == 0 and found.torn_at_once:
+            return f"step 1: ranks hold unlike copies of {', '.join(found.torn_at_once)}"
     if not weights <= bounds.weights:
         return f"step {len(losses)}: weights are {weights:.1e} of their norm away"
     if found.torn:
@@ -113,8 +115,8 @@ def _first_difference(
 
 def _first_apart(found: Curve, truth: Curve) -> str | None:
     """The parameter that is furthest from the truth after the first step; None where none is beyond rounding."""
-    if found.torn:
-        return found.torn[0]
+    if found.torn_at_once:
+        return found.torn_at_once[0]
     apart = {
         name: float(np.linalg.norm(found.first[name] - weight) / (np.linalg.norm(weight) or 1.0))
         for name, weight in truth.first.items()

@@ -23,6 +23,7 @@ class Curve:
     first: dict[str, np.ndarray] = field(default_factory=dict)  # weights after the first step
     noise: dict[str, slice] = field(default_factory=dict)  # elements of weights that are not to be compared
     torn: list[str] = field(default_factory=list)  # weights of which ranks hold copies that are not the same
+    torn_at_once: list[str] = field(default_factory=list)  # and those of the first step
     masks_differ: bool | None = None  # whether tensor ranks drop different things; None: there are no such ranks
 
 

@@ -35,9 +35,13 @@ def shapes_fit(config: Mapping[str, Any], tensor: int) -> str | None:
 def _problem(stated: str, tensor: int) -> str | None:
     model = _local(json.loads(stated), tensor)
     inside: list[str] = []
+
+    def left(*_: Any) -> None:
+        inside.pop()
+
     for path, module in model.base_model.named_modules():
         module.register_forward_pre_hook(lambda _m, _i, path=path: inside.append(path))
-        module.register_forward_hook(lambda _m, _i, _o: inside.pop())
+        module.register_forward_hook(left)
     try:
         model.base_model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
     except Exception as error:  # whatever operators raise where shapes do not fit
@@ -62,6 +66,7 @@ def _local(config: Mapping[str, Any], tensor: int, dtype: torch.dtype = torch.fl
             owner, _, key = target.rpartition(".")
             model.get_submodule(owner)._parameters[key] = made[source]
     split_over_ranks(model, family_of(config), Ranks(world=tensor, tensor_size=tensor))
+    model.config.get_text_config()._attn_implementation = _NAME  # for which transformers makes no masks
     return model
 
 
@@ -83,14 +88,13 @@ def block_bytes(config: Mapping[str, Any], precision: Precision, tensor: int) ->
 def _kept(stated: str, weights: str, tensor: int) -> float | None:
     config = json.loads(stated)
     model = _local(config, tensor, getattr(torch, weights))
-    model.config.get_text_config()._attn_implementation = _NAME
-    own = {parameter.data_ptr() if not parameter.is_meta else id(parameter) for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # so that no storage is freed and its place taken by another
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if id(tensor) not in own and not isinstance(tensor, nn.Parameter):
+        if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
             held.append(tensor)
         return tensor
