@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from tests import tiny  # noqa: E402
 from tests.harness import run_ranks  # noqa: E402
 from zeropipe.data_prep.errors import UserError  # noqa: E402
-from zeropipe.trainer.commands.families import COLUMNS_OF_TABLE, page  # noqa: E402
+from zeropipe.launcher.families_command import COLUMNS_OF_TABLE, page  # noqa: E402
 from zeropipe.trainer.plan.layout import Layout  # noqa: E402
 from zeropipe.trainer.recipe.recipe import Recipe  # noqa: E402
 from zeropipe.trainer.run.quiet import quiet  # noqa: E402
@@ -57,6 +57,7 @@ SMALL: dict[str, Any] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layouts", type=lambda text: text.split(","), default=list(LAYOUTS))
     parser.add_argument("--families", type=lambda text: text.split(","))
     parser.add_argument("--share", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1))
     parser.add_argument("--output", type=Path, default=TRIED)
@@ -65,7 +66,7 @@ def main() -> int:
     if not args.page:
         quiet()
         own, all_shares = args.share
-        try_all((args.families or decoder_only())[own::all_shares], args.steps, args.output)
+        try_all((args.families or decoder_only())[own::all_shares], args.steps, args.layouts, args.output)
     if args.output == TRIED:
         (ROOT / "docs" / "families.md").write_text(page(json.loads(TRIED.read_text())), encoding="utf-8")
     return 0
@@ -83,13 +84,17 @@ def decoder_only() -> list[str]:
     return sorted((name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING), key=plain_first)
 
 
-def try_all(names: list[str], steps: int, output: Path) -> None:
+def try_all(names: list[str], steps: int, layouts: list[str], output: Path) -> None:
     tried = json.loads(output.read_text()) if output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         store = tiny.tiny_store(Path(folder) / "store")
         for name in names:
             started, before = time.monotonic(), tried.get(name)
-            tried[name] = {"steps": steps, "transformers": version("transformers"), "cells": cells(name, store, steps)}
+            tried[name] = {
+                "steps": steps,
+                "transformers": version("transformers"),
+                "cells": cells(name, store, steps, layouts),
+            }
             if before is not None and before["cells"] != tried[name]["cells"]:
                 print(f"   before: {summary(before['cells'])}")
             print(f"{name}: {summary(tried[name]['cells'])} ({time.monotonic() - started:.0f} s)", flush=True)
@@ -110,7 +115,7 @@ def small(name: str) -> dict[str, Any]:
     return {"model_type": name, **names}
 
 
-def cells(name: str, store: Path, steps: int) -> dict[str, Any]:
+def cells(name: str, store: Path, steps: int, layouts: list[str]) -> dict[str, Any]:
     """What came of every layout: the differences of one that works, or why it was refused, differs or fails."""
     try:
         model = {"config": small(name)}
@@ -119,9 +124,10 @@ def cells(name: str, store: Path, steps: int) -> dict[str, Any]:
         plan = plan_of(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps)
         [truth] = run_ranks(1, truth_of, plan, timeout=300)
     except Exception as error:
-        return {layout: {"fails": said(error)} for layout in LAYOUTS}
+        return {layout: {"fails": said(error)} for layout in layouts}
     found: dict[str, Any] = {}
-    for layout, sizes in LAYOUTS.items():
+    for layout in layouts:
+        sizes = LAYOUTS[layout]
         try:
             plan = plan_of(recipe, tiny.tiny_json(), sizes, steps)
         except UserError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data_prep.durable import publish_folder, write_durably
+from ...data_prep.durable import publish_folder, retried, write_durably
 from ...data_prep.errors import UserError
 from .files import (
     MANIFEST,
@@ -168,6 +168,25 @@ def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
     return digest_problems(path, {name: manifest.files[name] for name in names}, manifest.hash)
 
 
+def steps_in_sight(path: Path) -> list[Path]:
+    """`step_folders`, looked for again where `latest` names one that is not among them."""
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+
+    def lost(found: list[Path]) -> bool:
+        try:
+            return (folder / LATEST).read_text(encoding="utf-8").strip() not in {step.name for step in found}
+        except OSError:  # nothing is named
+            return False
+
+    return retried(lambda: step_folders(path), lost)
+
+
+def lasting_problems(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
+    """`problems_of`, once what is missing has been looked for again: passing over a checkpoint rolls a run back."""
+    retried(lambda: inspect(path).problem, failed=lambda problem: problem is not None)
+    return problems_of(path, reader, readers)
+
+
 def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
     """The newest whole checkpoint of a run directory, of `checkpoints/`, or the one given, as far as names and sizes
     tell; with `read`, as far as every byte tells, and what is damaged and passed over is told on stderr.
@@ -175,12 +194,12 @@ def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
     Raises:
         UserError: there is none, or none is whole.
     """
-    steps = step_folders(path)
+    steps = steps_in_sight(Path(path)) if read else step_folders(path)
     if not steps:
         raise UserError(f"{path}: no checkpoint here (expected a run directory, its checkpoints/, or a step-… folder)")
     damaged: list[str] = []
     for step in steps:
-        problems = problems_of(step) if read else list(filter(None, [inspect(step).problem]))
+        problems = lasting_problems(step) if read else list(filter(None, [inspect(step).problem]))
         if not problems:
             for line in damaged if read else []:
                 print(f"warning: damaged checkpoint: {line}; taking {step.name}", file=sys.stderr, flush=True)

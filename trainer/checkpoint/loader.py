@@ -16,7 +16,7 @@ from ..ranks.ranks import Ranks
 from .boxes import Box, Piece, Shape, pieces
 from .deepspeed_scalars import write_scalars
 from .deepspeed_state import Holding, Live, create_state, holdings, kinds_of, refresh_model, whole_states
-from .folder import CHECKPOINTS, clear_leftovers, problems_of, step_folders
+from .folder import CHECKPOINTS, clear_leftovers, lasting_problems, steps_in_sight
 from .reader import Checkpoint
 
 _DOING = "cannot read the checkpoint"
@@ -113,7 +113,7 @@ def _refuse_untrained(checkpoint: Checkpoint, trained: Mapping[str, Sequence[str
 
 def _shared_problems(path: Path, ranks: Ranks) -> list[str]:
     """What is wrong with a checkpoint; the ranks share the reading and all get the same answer. Collective."""
-    problems = ranks.together(lambda: problems_of(path, ranks.rank, ranks.world), _DOING, path)
+    problems = ranks.together(lambda: lasting_problems(path, ranks.rank, ranks.world), _DOING, path)
     return list(dict.fromkeys(text for of_rank in ranks.gather_objects(problems) for text in of_rank))
 
 
@@ -135,7 +135,7 @@ def resolve_resume(output: Path, resume: str, ranks: Ranks) -> Checkpoint | None
     def look() -> list[Path]:
         if resume == "auto":  # this run's own folder; another's may be alive
             clear_leftovers(root / CHECKPOINTS)
-        return step_folders(root)
+        return steps_in_sight(root)
 
     found = ranks.together(lambda: look() if ranks.is_main else [], _DOING, root)
     candidates: list[Path] = ranks.gather_objects(found)[0]

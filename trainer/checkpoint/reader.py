@@ -116,6 +116,9 @@ class Checkpoint:
         if name not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[name] = safetensors.safe_open(self.path / name, framework="pt")
+            try:
+                self._open[name] = safetensors.safe_open(self.path / name, framework="pt")
+            except safetensors.SafetensorError as error:
+                raise UserError(f"{self.path / name}: damaged: {error}") from None
         self._open.move_to_end(name)
         return self._open[name]

@@ -33,7 +33,7 @@ class ZeroEngine(Engine):
         zero3 = config if plan.layout.zero_stage == 3 else None
         model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3, self._convert)
         split_over_ranks(model, family_of(plan.model_config), ranks)
-        self._adapt(model)
+        self._furnish(model)
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

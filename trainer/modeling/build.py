@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +23,7 @@ from ...data_prep.errors import UserError
 from ..anatomy.skeleton import filled, materialise_buffers, skeleton, unset
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
+from ..families.weight_files import WeightFiles
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
@@ -220,25 +221,16 @@ class FolderValues:
     """Values from the safetensors files of a Hugging Face folder, one parameter at a time.
 
     Raises:
-        UserError: no safetensors there (pickles are never opened), or a parameter is missing.
+        UserError: no safetensors there, or a parameter is missing or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            found = f"only pickles ({', '.join(pickles)}), which can run code when opened" if pickles else "none"
-            raise UserError(f"model.init: {folder} must hold *.safetensors; found {found}")
-        self._where: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, "pt") as handle:
-                self._where.update(dict.fromkeys(handle.keys(), file))
+        self._files = WeightFiles(folder)
 
     def __call__(self, spec: ParamSpec) -> Tensor:
-        # the base model's files (GPT-2's own release) lack the head's prefix
-        for name in (spec.name, spec.name.partition(".")[2]):
-            if name in self._where:
-                with safe_open(self._where[name], "pt") as handle:
-                    return handle.get_tensor(name)
-        raise UserError(f"model.init: {self._folder} holds no parameter {spec.name}; is it the same model family?")
+        file, key = self._files.find(spec.name)
+        try:
+            with safe_open(file, "pt") as handle:
+                return handle.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.init: {file}: {key} cannot be read: {error}") from None

@@ -1,4 +1,4 @@
-"""The verb `families`: which model families train on which layouts, as `scripts/families.py` found it. Without torch."""
+"""The verb `families`: which model families train on which layouts, as `scripts/families.py` found it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...data_prep.errors import UserError, did_you_mean
-from .. import families
-from .arguments import add_verb
+from ..data_prep.errors import UserError, did_you_mean
+from ..trainer import families
+from ..trainer.commands.arguments import add_verb
 
 COLUMNS_OF_TABLE = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "TP 2", "PP 2", "SP 2", "TP 2 x PP 2")
 
@@ -21,7 +21,7 @@ within 1e-6, every gradient norm within 1e-5, tiny models in fp32. With a family
 
 A family that is not listed, or newer than the list, may work all the same: `zeropipe parity` tells.
 """
-_MARKS = {"works": "yes", "refused": "no", "differs": "DIFFERS", "fails": "fails"}
+_MARKS = {"works": "yes", "refused": "no", "differs": "DIFFERS", "fails": "fails", "untried": "-"}
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -51,9 +51,9 @@ def page(tried: Mapping[str, Any]) -> str:
     lines = [
         "# Model families",
         "",
-        "Written by `scripts/families.py`, nothing by hand: every family that `AutoModelForCausalLM` knows, tiny and in fp32,",
-        "on every kind of layout against one process of plain transformers. A number is the largest relative difference of",
-        "a loss from that of the one process; below the table stands why a layout is refused, differs or fails.",
+        "Written by `scripts/families.py`, nothing by hand: families that `AutoModelForCausalLM` knows, tiny and in fp32,",
+        "on every kind of layout against one process of plain transformers. A number is the largest relative difference",
+        "of a loss from that of the one process; below the table stands why a layout is refused, differs or fails.",
         "",
         f"{_counts(tried)}",
         "",
@@ -61,20 +61,20 @@ def page(tried: Mapping[str, Any]) -> str:
         "|---" * (len(COLUMNS_OF_TABLE) + 2) + "|",
     ]
     for name, found in tried.items():
-        shown = " | ".join(_cell(found["cells"][layout]) for layout in COLUMNS_OF_TABLE)
+        shown = " | ".join(_cell(found["cells"].get(layout, {"untried": None})) for layout in COLUMNS_OF_TABLE)
         lines.append(f"| {name} | {found['steps']} | {shown} |")
     lines += ["", "## Why not", ""]
     for name, found in tried.items():
         reasons: dict[str, list[str]] = {}
         for layout in COLUMNS_OF_TABLE:
-            if _outcome(found, layout) != "works":
+            if _outcome(found, layout) not in ("works", "untried"):
                 reasons.setdefault(_in_words(found["cells"][layout]), []).append(layout)
         lines += [f"- {name}, {', '.join(layouts)}: {reason}" for reason, layouts in reasons.items()]
     return "\n".join(lines) + "\n"
 
 
 def _outcome(found: Mapping[str, Any], layout: str) -> str:
-    return next(iter(found["cells"][layout]))
+    return next(iter(found["cells"].get(layout, {"untried": None})))
 
 
 def _cell(cell: Mapping[str, Any]) -> str:
