@@ -51,9 +51,9 @@ def page(tried: Mapping[str, Any]) -> str:
     lines = [
         "# Model families",
         "",
-        "Written by `scripts/families.py`, nothing by hand: families that `AutoModelForCausalLM` knows, tiny and in fp32,",
-        "on every kind of layout against one process of plain transformers. A number is the largest relative difference",
-        "of a loss from that of the one process; below the table stands why a layout is refused, differs or fails.",
+        "Written by `scripts/families.py`, nothing by hand: families that `AutoModelForCausalLM` knows, tiny, in fp32,",
+        "on every kind of layout against one process of plain transformers. A number is the largest relative",
+        "difference of a loss from that of the one process; why a layout is refused, differs or fails stands below.",
         "",
         f"{_counts(tried)}",
         "",

@@ -90,11 +90,8 @@ def try_all(names: list[str], steps: int, layouts: list[str], output: Path) -> N
         store = tiny.tiny_store(Path(folder) / "store")
         for name in names:
             started, before = time.monotonic(), tried.get(name)
-            tried[name] = {
-                "steps": steps,
-                "transformers": version("transformers"),
-                "cells": cells(name, store, steps, layouts),
-            }
+            found = cells(name, store, steps, layouts)
+            tried[name] = {"steps": steps, "transformers": version("transformers"), "cells": found}
             if before is not None and before["cells"] != tried[name]["cells"]:
                 print(f"   before: {summary(before['cells'])}")
             print(f"{name}: {summary(tried[name]['cells'])} ({time.monotonic() - started:.0f} s)", flush=True)

@@ -104,7 +104,7 @@ def test_a_padding_token_of_another_vocabulary_is_none(name, store):
     resolved = tiny.plan_of(recipe, tiny.tiny_json(), 1).model_config
     model = build_model(resolved, None, 1, torch.float32, Ranks())
     assert model.get_input_embeddings().padding_idx is None
-    assert model.get_input_embeddings().weight.abs().sum(1).min() > 0  # no row was blanked
+    assert model.get_input_embeddings().weight[: tiny.VOCAB].abs().sum(1).min() > 0  # no row was blanked
     config["pad_token_id"] = tiny.VOCAB
     with pytest.raises(UserError, match=r"pad_token_id: must be a token below vocab_size 500, or null; got 500"):
         tiny.plan_of(recipe, tiny.tiny_json(), 1)

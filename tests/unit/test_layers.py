@@ -19,8 +19,8 @@ ORDER = {
     ],
     "launcher": [
         "__main__", "cli", "doctor_command", "families_command", "import_command", "init_command", "launch_command",
-        "plan_command", "rehearse_command", "rehearsal", "supervision", "session", "processes", "doctor", "ways", "command", "hosts",
-        "axolotl",
+        "plan_command", "rehearse_command", "rehearsal", "supervision", "session", "processes", "doctor", "ways",
+        "command", "hosts", "axolotl",
     ],
 }  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
