@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,14 +83,21 @@ class Builder:
 
     def begin(self, hidden: Tensor, positions: Tensor, training: bool) -> Tensor:
         """What goes into the first block, from what came out of the embedding."""
-        return self._run(hidden, positions, training)[0].hidden
+        calls = self._run(hidden, positions, training)
+        self._keep(positions, calls)
+        return calls[0].hidden
 
     def inputs_of(self, layer: int, hidden: Tensor, positions: Tensor) -> Call:
         """Masks, rotary tables and what else a block reads; made anew only when the positions are others."""
         if self._memo is None or self._memo[0] is not positions or self._memo[1] != positions._version:
             with torch.no_grad():
-                self._memo = positions, positions._version, self._run(hidden, positions, False)
+                self._keep(positions, self._run(hidden, positions, False))
+        assert self._memo is not None
         return self._memo[2][layer]
+
+    def _keep(self, positions: Tensor, calls: list[Call]) -> None:
+        """Without the hidden states, which would keep the graph that made them."""
+        self._memo = positions, positions._version, [replace(call, hidden=positions) for call in calls]
 
     def _run(self, hidden: Tensor, positions: Tensor, training: bool) -> list[Call]:
         mask = text_lengths(positions) if self.family.by_text else None
