@@ -6,4 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-OVERRIDES: Mapping[str, Mapping[str, str]] = {}
+OVERRIDES: Mapping[str, Mapping[str, str]] = {
+    "doge": {"tensor": "its mask is made for all heads on every rank, which its plan does not split"},
+}

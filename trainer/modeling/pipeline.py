@@ -49,11 +49,10 @@ class Builder:
         """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass, `adapt`
         gets every part when it is made.
         """
-        self.adapt, self.convert = adapt, convert
-        family = family_of(config)
+        self.adapt, self.convert, family = adapt, convert, family_of(config)
         assert family is not None and family.blocks is not None and family.norm is not None, "plans refuse it"
-        self.family, self.shape = family, family.shape or (1.0, 0.0)
-        self.blocks, self.last_norm = family.blocks, family.norm
+        self.family, self.blocks, self.last_norm = family, family.blocks, family.norm
+        self.shape = family.shape or (1.0, 0.0)
         self._model, self.specs = model_and_specs(config, ranks.tensor_size)
         materialise_buffers(self._model, ranks.device)
         self.values, self.dtype, self.ranks = values or drawn_values(config, seed), dtype, ranks
@@ -268,13 +267,11 @@ class Stages(PipelineModule):
         sizes = builder.layer_sizes() if costs is None else costs
         self.bounds = stage_bounds(method, builder.layer_kinds(), sizes, ranks.pipeline_size)
         self.before_forward: Callable[[int], None] = lambda micro: None  # seeds dropout
-        self.micro = 0
-        self.device = ranks.device
+        self.micro, self.device = 0, ranks.device
         shape = {"num_pp": ranks.pipeline_size, "num_dp": ranks.data_size}
+        topology: Any = PipeDataParallelTopology(**shape)
         if ranks.tensor_size > 1:
-            topology: Any = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
-        else:
-            topology = PipeDataParallelTopology(**shape)
+            topology = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
         super().__init__(builder.layers(), topology=topology, loss_fn=loss)
         assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
         if self.is_last:
