@@ -118,7 +118,7 @@ def cells(name: str, store: Path, steps: int, layouts: list[str]) -> dict[str, A
         model = {"config": small(name)}
         section = tiny.tiny_recipe(store, store.parent / "run")
         recipe = Recipe.model_validate({**section, "model": model, "duration": {"steps": steps}})
-        plan = plan_of(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps)
+        plan = plan_in(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps)
         [truth] = run_ranks(1, truth_of, plan, timeout=300)
     except Exception as error:
         return {layout: {"fails": said(error)} for layout in layouts}
@@ -126,7 +126,7 @@ def cells(name: str, store: Path, steps: int, layouts: list[str]) -> dict[str, A
     for layout in layouts:
         sizes = LAYOUTS[layout]
         try:
-            plan = plan_of(recipe, tiny.tiny_json(), sizes, steps)
+            plan = plan_in(recipe, tiny.tiny_json(), sizes, steps)
         except UserError as error:
             found[layout] = {"refused": said(error)}
             continue

@@ -31,7 +31,7 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
         RunLog(plan, ranks, stop) as log,
         stop,
     ):
-        data = ranks.together(lambda: RunData.open(plan))
+        data = RunData.open(plan, ranks)
         engine = build_engine(plan, ranks)
         data = with_reference(data, engine)
         with data.stream(ranks) as stream, Checkpoints(engine, data, stream, log) as checkpoints:

@@ -16,7 +16,7 @@ from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.ranks.ranks import Ranks
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.testing.curves import of_layout, one_process
-from zeropipe.trainer.testing.parity import Bounds, compare, plan_of
+from zeropipe.trainer.testing.parity import Bounds, compare, plan_in
 
 ATTENTION = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 HEADS = {**ATTENTION, "head_dim": 8}
@@ -56,7 +56,7 @@ def store(tmp_path_factory):
 def plan(name: str, store, layout: Layout, steps: int):
     model = {"config": {"model_type": name, **FAMILIES[name]}}
     recipe = Recipe.model_validate(tiny.tiny_recipe(store, store.parent / "run", model=model))
-    return plan_of(recipe, tiny.tiny_json(), layout, steps)
+    return plan_in(recipe, tiny.tiny_json(), layout, steps)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

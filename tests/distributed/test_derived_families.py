@@ -20,7 +20,7 @@ from zeropipe.trainer.families.derived import Derived
 from zeropipe.trainer.families.registry import family_of
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.recipe.recipe import Recipe
-from zeropipe.trainer.testing.parity import Bounds, compare, plan_of, verdict
+from zeropipe.trainer.testing.parity import Bounds, compare, plan_in, verdict
 from zeropipe.trainer.testing.plain import Curve
 
 pytestmark = pytest.mark.distributed
@@ -94,9 +94,9 @@ def _curve(plan) -> Curve:
 
 
 def assert_follows(recipe: Recipe, layouts: list[Layout], steps: int) -> None:
-    [truth] = run_ranks(1, _truth, plan_of(recipe, tiny.tiny_json(), ONE, steps), timeout=600)
+    [truth] = run_ranks(1, _truth, plan_in(recipe, tiny.tiny_json(), ONE, steps), timeout=600)
     for layout in layouts:
-        plan = plan_of(recipe, tiny.tiny_json(), layout, steps)
+        plan = plan_in(recipe, tiny.tiny_json(), layout, steps)
         found = compare(plan, run_ranks(layout.world, _curve, plan, timeout=600)[0], truth, Bounds())
         assert found.difference is None, f"{layout}: {found}"
 
@@ -134,8 +134,8 @@ def _norms_called_replicated() -> None:
 
 def test_a_norm_of_heads_called_replicated_is_found_by_name(store):
     recipe = recipe_for("qwen3", store, FAMILIES["qwen3"])
-    [truth] = run_ranks(1, _truth, plan_of(recipe, tiny.tiny_json(), ONE, 2), timeout=600)
-    plan = plan_of(recipe, tiny.tiny_json(), LAYOUTS["tp2"], 2)
+    [truth] = run_ranks(1, _truth, plan_in(recipe, tiny.tiny_json(), ONE, 2), timeout=600)
+    plan = plan_in(recipe, tiny.tiny_json(), LAYOUTS["tp2"], 2)
     found = verdict(plan, truth, Bounds(), _norms_called_replicated)
     assert str(found.difference).startswith(
         "step 1: ranks hold unlike copies of model.layers.0.self_attn.q_norm.weight"
@@ -147,7 +147,7 @@ def _plan_refused(store: Path) -> str:
     _spoil(q_proj="rowwise")
     recipe = recipe_for("qwen3", store, FAMILIES["qwen3"])
     with pytest.raises(UserError) as refused:
-        plan_of(recipe, tiny.tiny_json(), LAYOUTS["tp2"], 2)
+        plan_in(recipe, tiny.tiny_json(), LAYOUTS["tp2"], 2)
     return str(refused.value)
 
 
@@ -160,9 +160,9 @@ def test_what_transformers_declares_nothing_of_is_refused_with_the_reason(store)
     config = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 128}
     recipe = recipe_for("opt", store, {**config, "max_position_embeddings": 64, "word_embed_proj_dim": 64})
     with pytest.raises(UserError, match=r"'opt': transformers declares no split of it \(base_model_tp_plan\)"):
-        plan_of(recipe, tiny.tiny_json(), LAYOUTS["tp2"], 2)
+        plan_in(recipe, tiny.tiny_json(), LAYOUTS["tp2"], 2)
     with pytest.raises(UserError, match=r"'opt': transformers declares no pipeline of it \(base_model_pp_plan\)"):
-        plan_of(recipe, tiny.tiny_json(), LAYOUTS["pp2"], 2)
+        plan_in(recipe, tiny.tiny_json(), LAYOUTS["pp2"], 2)
 
 
 def _run(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
@@ -197,7 +197,7 @@ def test_a_run_goes_from_layout_to_layout_and_is_exported_and_read_again(name, s
 def test_the_gate_leaves_out_nothing_of_a_derived_model(store):
     """Every parameter of plain transformers is in the derived table, once, with its shape."""
     for name in ("gemma2", "phi3", "mixtral"):
-        plan = plan_of(recipe_for(name, store, FAMILIES[name]), tiny.tiny_json(), ONE, 2)
+        plan = plan_in(recipe_for(name, store, FAMILIES[name]), tiny.tiny_json(), ONE, 2)
         from zeropipe.trainer.testing.curves import plain_model
 
         family = family_of(plan.model_config)

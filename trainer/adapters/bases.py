@@ -11,7 +11,7 @@ from typing import Any
 
 from ...data_prep.errors import UserError
 from ..checkpoint.files import MANIFEST
-from ..checkpoint.folder import newest_checkpoint
+from ..checkpoint.folder import newest_checkpoint, step_folders
 from ..ranks.ranks import Ranks
 
 RANDOM = "random"
@@ -43,7 +43,14 @@ def base_of(init: str, seed: int, ranks: Ranks | None = None) -> Base:
         return Base(RANDOM, _digest({"seed": seed}))
     folder = Path(init).absolute()
     if not (folder / "config.json").is_file():
-        checkpoint = newest_checkpoint(folder)
+        # the one that its weights will be read from: with others before it, one that is damaged is passed over
+        several = len(step_folders(folder)) > 1
+
+        def newest(reads: bool) -> Path | None:
+            return newest_checkpoint(folder, read=several) if reads else None
+
+        checkpoint = newest(True) if ranks is None else ranks.of_main(ranks.together(lambda: newest(ranks.is_main)))
+        assert checkpoint is not None
         return Base(str(checkpoint), json.loads((checkpoint / MANIFEST).read_bytes())["self"])
     files = sorted(folder.glob("*.safetensors"))
     if ranks is None:

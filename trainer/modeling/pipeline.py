@@ -46,7 +46,7 @@ class Builder:
         adapt: Callable[[nn.Module], None] = lambda module: None,
         convert: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        """Arguments as `build_model`; `checkpointing` computes blocks again in backward, `adapt` gets every part made."""
+        """Arguments as `build_model`; `checkpointing`: blocks compute again in backward; `adapt` gets every part."""
         self.adapt, self.convert, family = adapt, convert, family_of(config)
         assert family is not None and family.blocks is not None and family.norm is not None, "plans refuse it"
         self.family, self.blocks, self.last_norm = family, family.blocks, family.norm

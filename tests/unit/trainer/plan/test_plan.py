@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.tiny import GPT2, LLAMA, VOCAB, folder_of_zeros, plan_of, tiny_json, tiny_recipe, tiny_store, write_pair
+from tests.unit.data_prep.test_adopt import write_uncounted
 from zeropipe.data_prep.errors import UserError
 from zeropipe.data_prep.manifest import Manifest, file_record
 from zeropipe.launcher.cli import main
@@ -352,6 +353,13 @@ def test_stores_that_do_not_fit(store: Path, tmp_path: Path):
     tiny = tiny_store(tmp_path / "tiny", documents=1)
     message = refusal(lambda: plan_of(tiny_recipe(tiny, tmp_path, data={"seq_len": 64}), {}, 1))
     assert "its train split is shorter than one sample of 64 + 1 tokens" in message
+
+
+def test_a_prefix_whose_index_leaves_the_ends_out_is_refused_with_the_cure(tmp_path: Path):
+    prefix = write_uncounted(tmp_path / "drifted_text_document", [[[1, 2, 3]]] * 9, eod=0)
+    message = refusal(lambda: plan_of(tiny_recipe(prefix, tmp_path), {}, 1))
+    assert f"{prefix}.bin: 72 bytes, but drifted_text_document.idx describes 54" in message
+    assert f"`zeropipe prepare --import {prefix} --tokenizer FOLDER --output STORE`" in message
 
 
 def hugging_face_folder(path: Path, **config: Any) -> Path:
