@@ -14,5 +14,6 @@ setup(
         "zeropipe.ds_configs": ["*.json"],
         "zeropipe.recipes": ["*.yaml", "*.json"],
         "zeropipe.trainer.families": ["tried.json"],
+        "zeropipe.trainer.page": ["*.html", "*.css", "*.js", "vendor/*"],
     },
 )

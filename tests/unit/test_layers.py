@@ -13,8 +13,9 @@ LAYERS = {"data_prep": (), "trainer": ("data_prep",), "launcher": ("trainer", "d
 # rooms and single files of a package; each imports itself and what stands to its right
 ORDER = {
     "trainer": [
-        "__main__", "commands", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run", "plan",
-        "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "anatomy", "data",
+        "__main__", "commands", "page", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run",
+        "plan", "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "anatomy",
+        "data",
         "ranks", "recipe",
     ],
     "launcher": [

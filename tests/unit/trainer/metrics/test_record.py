@@ -22,6 +22,7 @@ from zeropipe.trainer.metrics.reading import read_lines, read_metrics
 from zeropipe.trainer.metrics.record import RunLog
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.ranks.ranks import Ranks
+from zeropipe.trainer.recipe.precision import PRECISIONS
 from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER
 from zeropipe.trainer.run.guard import StopRequest
@@ -45,7 +46,8 @@ def open_log(
 ) -> RunLog:
     sections = {"log": {"every": every}, "duration": {"steps": steps}, **sections}
     recipe = Recipe.model_validate(tiny_recipe(Path("none"), directory, **sections))
-    shape = {"global_batch": 4, "seq_len": 16, "precision": "bf16", "parameters": 1_500_000, "deepspeed": {}}
+    shape = {"global_batch": 4, "seq_len": 16, "precision": PRECISIONS["bf16"], "parameters": 1_500_000}
+    shape |= {"deepspeed": {}, "positions": steps * 64, "memory": None, "model_config": {}}
     plan = SimpleNamespace(total_steps=steps, layout=Layout(world=world, data=world), **shape)
     plan.recipe = recipe
     ranks = Ranks() if main else Ranks(rank=1)
