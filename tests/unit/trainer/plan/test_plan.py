@@ -495,3 +495,18 @@ def test_validation_stores_are_checked_too(store: Path, tmp_path: Path):
     assert "different tokenizers" in refusal(lambda: plan_of(recipe, {}, 1))
     recipe["data"]["valid"] = [{"store": str(tmp_path / "gone")}]
     assert "gone: no token store here" in refusal(lambda: plan_of(recipe, {}, 1))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"bf16": {"enabled": True}}, "2 micro batches are summed in bf16, which loses terms; exactly: data_types"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "2 micro batches summed in fp32"),
+        ({}, None),
+    ],
+)
+def test_it_says_what_gradients_are_summed_in(extra, said, store, tmp_path, capsys):
+    paths = write_pair(tmp_path, tiny_recipe(store, tmp_path / "run"), tiny_json("zero2", **extra))
+    assert main(["plan", str(paths[0]), "--deepspeed_config", str(paths[1]), "--devices", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed if said else "summed" not in printed
