@@ -27,7 +27,7 @@ from zeropipe.launcher.families_command import COLUMNS_OF_TABLE, page  # noqa: E
 from zeropipe.trainer.plan.layout import Layout  # noqa: E402
 from zeropipe.trainer.recipe.recipe import Recipe  # noqa: E402
 from zeropipe.trainer.run.quiet import quiet  # noqa: E402
-from zeropipe.trainer.testing.parity import Bounds, compare  # noqa: E402
+from zeropipe.trainer.testing.parity import Bounds, compare, plan_in  # noqa: E402
 
 TRIED = ROOT / "trainer" / "families" / "tried.json"
 LAYOUTS = {
