@@ -13,6 +13,7 @@ setup(
     package_data={
         "zeropipe.ds_configs": ["*.json"],
         "zeropipe.recipes": ["*.yaml", "*.json"],
+        "zeropipe.trainer.families": ["tried.json"],
         "zeropipe.trainer.page": ["*.html", "*.css", "*.js", "vendor/*"],
     },
 )

@@ -14,13 +14,12 @@ LAYERS = {"data_prep": (), "trainer": ("data_prep",), "launcher": ("trainer", "d
 ORDER = {
     "trainer": [
         "__main__", "commands", "page", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run",
-        "plan", "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "data",
-        "ranks", "recipe", "keeper",
+        "plan", "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "anatomy",
+        "data", "ranks", "recipe", "keeper",
     ],
     "launcher": [
-        "__main__", "cli", "rehearse_command", "rehearsal", "doctor_command", "import_command", "init_command",
-        "launch_command", "plan_command",
-        "supervision", "doctor", "ways", "command", "hosts", "axolotl",
+        "__main__", "cli", "rehearse_command", "rehearsal", "doctor_command", "families_command", "import_command",
+        "init_command", "launch_command", "plan_command", "supervision", "doctor", "ways", "command", "hosts", "axolotl",
     ],
 }  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
