@@ -334,10 +334,10 @@ def _fail_at(recipe: dict, ds: dict, fails: int) -> str:
 
     step = ZeroEngine.train_step
 
-    def failing(self, stream, number, stop=False):
+    def failing(self, stream, number, *asked):
         if number == fails:
             raise UserError("the loss is no number")
-        return step(self, stream, number, stop)
+        return step(self, stream, number, *asked)
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.3)

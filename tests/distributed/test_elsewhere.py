@@ -49,7 +49,7 @@ PATHS: dict[str, tuple[dict, dict, dict, str, str]] = {
     "tiles": (LLAMA, {"mlp_tile": 16}, {}, "text", "modeling.tiles:_in_tiles"),
     "chunks": (LLAMA, {}, {}, "text", "modeling.cross_entropy:Scoring.losses_and_slope"),
     "chunks, recomputed": (LLAMA, DPO, {}, "dpo", "modeling.cross_entropy:checkpoint"),
-    "tensor": (GPT2, {}, {"tensor_parallel": {"autotp_size": 2}}, "text", "modeling.tensor_parallel:_reduce"),
+    "tensor": (GPT2, {}, {"tensor_parallel": {"autotp_size": 2}}, "text", "modeling.tensor_parallel:reduce"),
     "tensor, one kv head": (
         {**LLAMA, "num_key_value_heads": 1},
         {},
@@ -60,7 +60,7 @@ PATHS: dict[str, tuple[dict, dict, dict, str, str]] = {
     "sequence": (LLAMA, {}, {"sequence_parallel_size": 2}, "text", "modeling.sequence_parallel:_local_attention"),
     "pipeline": (tiny.LLAMA, {**DOCUMENTS, "parallel": {"pipeline": 2}}, {}, "text", "modeling.pipeline:Block.forward"),
     "pipeline, tied": (tiny.GPT2, {"parallel": {"pipeline": 2}}, {}, "text", "modeling.pipeline:Positions.forward"),
-    "any family": ({**LLAMA, "model_type": "mistral"}, {}, {}, "text", "modeling.causal:token_losses"),
+    "derived": ({**LLAMA, "model_type": "mistral"}, {}, {}, "text", "modeling.causal:head_token_losses"),
 }
 
 
