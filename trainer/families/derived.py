@@ -42,6 +42,7 @@ class Derived:
     shape: tuple[float, float] | None  # of the logits, as `logit_shape` says; None: only the model makes them
     pads: bool  # whether the vocabulary can be padded
     tied: bool
+    stateful: bool  # whether a state, not attention alone, carries what came before: no mask keeps texts apart in it
     dropout: Mapping[str, str]  # attention, or a key of its own → key
     refusals: Mapping[Axis, str] = field(default_factory=dict)  # axes that it has no layout on, and why
     aliases: Mapping[str, str] = field(default_factory=dict)  # standard names → the family's own

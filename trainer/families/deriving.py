@@ -79,6 +79,7 @@ def _record(config: Mapping[str, Any], model: Any) -> Derived:
         shape=shape,
         pads=pads,
         tied=tied,
+        stateful=bool(getattr(model, "_is_stateful", False)),
         dropout={"attention" if key in _ATTENTION_DROPOUT else key: key for key in dropouts},
         refusals=refusals,
         aliases=dict(type(own).attribute_map or {}),

@@ -9,6 +9,7 @@ from ..families.derived import Axis, Derived
 from ..families.family import Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
+from ..objectives.registry import objective_of
 from ..recipe.recipe import Recipe
 from .layout import Layout
 
@@ -99,6 +100,25 @@ def family_sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) ->
     kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
     if kv_heads % size and size % kv_heads:
         yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+
+
+def family_texts(recipe: Recipe, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of several texts in a sample that must not see each other."""
+    reads = objective_of(recipe.objective).reads
+    if not recipe.data.document_mask and (reads == "text" or (reads == "sft" and recipe.data.packing == "none")):
+        return
+    family = family_of(model)
+    if not (isinstance(family, Derived) and family.stateful):
+        return
+    what, cure = {
+        "text": ("data.document_mask", "leave it out"),
+        "sft": ("records packed into samples", "set data.packing to none"),
+        "dpo": ("objective dpo, whose pairs share a sample,", "use another family"),
+    }[reads]
+    yield (
+        f"{what} with model_type {model['model_type']!r}: its state goes on from text to text, which no mask keeps "
+        f"apart; {cure}"
+    )
 
 
 def divisors(number: int) -> str:

@@ -510,3 +510,18 @@ def test_it_says_what_gradients_are_summed_in(extra, said, store, tmp_path, caps
     assert main(["plan", str(paths[0]), "--deepspeed_config", str(paths[1]), "--devices", "2"]) == 0
     printed = capsys.readouterr().out
     assert said in printed if said else "summed" not in printed
+
+
+def test_texts_that_a_state_would_carry_on_are_refused(plan):
+    """Of Mamba no mask keeps two texts apart; of Mistral one does."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+    mamba = {"model_type": "mamba", "state_size": 8, **sizes}
+    mistral = {"model_type": "mistral", "num_attention_heads": 4, "intermediate_size": 64, **sizes}
+    for config, refused in ((mamba, True), (mistral, False)):
+        sections = {"model": {"init": "random", "config": config}, "data": {"document_mask": True}}
+        if refused:
+            said = refusal(plan, 1, **sections)
+            assert said.startswith("data.document_mask with model_type 'mamba': its state goes on from text to text")
+        else:
+            plan(1, **sections)
+    plan(1, model={"init": "random", "config": mamba})
