@@ -32,7 +32,7 @@ from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.data.ledger import digest, sample_ids
 from zeropipe.trainer.data.order import SampleOrder, Source
 from zeropipe.trainer.families.specs import parameter_table
-from zeropipe.trainer.modeling.build import RandomValues
+from zeropipe.trainer.modeling.values import RandomValues
 
 pytestmark = pytest.mark.distributed
 STEPS, SEED, BATCH, SEQ, CLIP = 20, 1234, 8, 32, 0.3

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...data_prep.errors import UserError
 from ..checkpoint.reader import Checkpoint
-from ..modeling.build import FolderValues, RandomValues, Values, model_specs
+from ..modeling.build import model_specs
+from ..modeling.values import FolderValues, RandomValues, Values, all_of
 from .base import Adapter
 from .bases import Base, locate
 from .qlora import Onto, Qlora
@@ -57,13 +58,13 @@ class MergedWeights:
             return None
         gone = whole = 0.0
         for spec in filter(self._adapter.packs, self._specs.values()):
-            weight = self._base(spec).float()
+            weight = all_of(self._base, spec).float()
             gone += float((self._adapter.quantised(spec, weight) - weight).square().sum())
             whole += float(weight.square().sum())
         return (gone / whole) ** 0.5
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name) if name in self._stored else self._base(self._specs[name]).float()
+        return self._checkpoint.read(name) if name in self._stored else all_of(self._base, self._specs[name]).float()
 
 
 def base_values(checkpoint: Checkpoint, moved: str | Path | None = None) -> Values:

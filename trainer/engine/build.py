@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...data_prep.errors import UserError
 from ..adapters.merged import initial_values
 from ..kernels.compiled import check_compiler
-from ..modeling.build import Values
+from ..modeling.values import Values
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, accelerator
 from .base import Engine

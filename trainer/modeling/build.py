@@ -3,18 +3,22 @@
 The model is laid out on the meta device and materialised module by module; under ZeRO-3 each module is partitioned
 before the next is made, so that no rank ever holds more than its share and one module. Initial values are seeded by
 (seed, parameter name): they do not depend on the layout.
+
+Values are read and drawn where they are kept (`docs/scale.md`): of replicas that hold a parameter whole, the first
+fills it and DeepSpeed sends it to the others; of a parameter that ZeRO-3 cuts, every rank reads its part. What is
+drawn, which can only be done whole, one rank draws, by turns, and sends the others their parts.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,9 +28,7 @@ from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
-from .slices import local_slice
-
-Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type
+from .values import Cut, RandomValues, Values, kept, put_off
 
 
 def build_model(
@@ -37,6 +39,7 @@ def build_model(
     ranks: Ranks,
     zero3_config: dict | None = None,
     convert: Callable[[nn.Module], nn.Module] = lambda module: module,
+    packs: Callable[[ParamSpec], bool] = lambda spec: False,
 ) -> nn.Module:
     """A causal LM whose parameters carry `.spec` and hold `values` (None: random, by name).
 
@@ -45,24 +48,24 @@ def build_model(
         dtype: of the parameters.
         zero3_config: the DeepSpeed JSON when parameters are to be partitioned (stage 3), else None.
         convert: what takes the place of a module when its values are there.
+        packs: of which parameters that needs all values on every rank.
 
     Raises:
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
     model, specs = _skeleton(config, ranks.tensor_size)
-    fill = values or RandomValues(seed)
-    made: dict[str, nn.Parameter] = {}
-    for prefix, module in _modules_with_tensors(model):
+    maker = _Maker(values is None, dtype, ranks, None if zero3_config is None else Cut.of(ranks, zero3_config), packs)
+    source, made = values or put_off(RandomValues(seed)), dict[str, nn.Parameter]()
+    for number, (prefix, module) in enumerate(_modules_with_tensors(model)):
         _materialise_buffers(model, module, ranks.device)
-        fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
+        fresh = [specs[f"{prefix}{name}"] for name in module._parameters if f"{prefix}{name}" in specs]
         if not fresh:
             continue
-        module_values = fill
+        own = source
         if values is None and family_of(config) is None:
-            module_values = _own_initialiser(model, module, prefix, seed)
-        for name in fresh:
-            spec = specs[f"{prefix}{name}"]
-            made[spec.name] = module._parameters[name] = make_parameter(spec, module_values, dtype, ranks)
+            own = put_off(_own_initialiser(model, module, prefix, seed))
+        for spec in fresh:
+            made[spec.name] = module._parameters[spec.name.removeprefix(prefix)] = maker.make(spec, own, number)
         if (converted := convert(module)) is not module:
             model.set_submodule(prefix.removesuffix("."), converted)
         if zero3_config is not None:
@@ -129,35 +132,101 @@ def _materialise_buffers(model: nn.Module, module: nn.Module, device: torch.devi
 
 def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int) -> Values:
     """For a family without a table: transformers' initialiser of this module, seeded by the module's name."""
-    drawn = {name: torch.empty(p.shape) for name, p in module._parameters.items() if p is not None}
-    for name, tensor in drawn.items():
-        module._parameters[name] = nn.Parameter(tensor)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(parameter_seed(seed, prefix))
-        model._init_weights(module)  # type: ignore[operator]
-    return lambda spec: module._parameters[spec.name.removeprefix(prefix)].detach()  # type: ignore[union-attr]
+
+    @functools.cache
+    def drawn() -> dict[str, Tensor]:
+        found, before = {}, dict(module._parameters)
+        for name, parameter in before.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(found.setdefault(name, torch.empty(parameter.shape)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(parameter_seed(seed, prefix))
+            model._init_weights(module)  # type: ignore[operator]
+        module._parameters.update(before)
+        return found
+
+    return lambda spec: drawn()[spec.name.removeprefix(prefix)]
 
 
-def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
-    """This rank's piece of one parameter, on the device that trains."""
-    full = values(spec)
-    if tuple(full.shape) != spec.shape:
-        raise UserError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}")
-    piece = local_slice(full, spec, ranks.tensor, ranks.tensor_size)
-    # a copy: never a view of what the values' source holds
-    piece = piece.to(device=ranks.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-    parameter = nn.Parameter(piece)
+def make_parameter(
+    spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks, everywhere: bool = False
+) -> nn.Parameter:
+    """This rank's piece of one parameter, on the device that trains.
+
+    Args:
+        everywhere: whether every rank fills its piece; else the first of those that hold the same does, from which
+            DeepSpeed sends it to the others when its engine is made.
+    """
+    filled = everywhere or ranks.replica == 0
+    return _parameter(spec, kept(values(spec), spec, dtype, ranks, None if filled else []))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes what this rank keeps of parameters.
+
+    Attributes:
+        drawn: whether their values are, and not read.
+        cut: how ZeRO-3 will cut them, if it does.
+        packs: as `build_model`.
+    """
+
+    drawn: bool
+    dtype: torch.dtype
+    ranks: Ranks
+    cut: Cut | None
+    packs: Callable[[ParamSpec], bool]
+
+    def make(self, spec: ParamSpec, values: Values, number: int) -> nn.Parameter:
+        """A parameter of module `number`. Collective."""
+        if self.cut is None or self.packs(spec):
+            return make_parameter(spec, values, self.dtype, self.ranks, everywhere=self.packs(spec))
+        if self.drawn:
+            return _drawn_share(spec, values, self.dtype, self.cut, by=number % self.ranks.replicas)
+        return _parameter(spec, kept(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec)))
+
+
+def _parameter(spec: ParamSpec, data: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(data)
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 
 
+def _drawn_share(spec: ParamSpec, draw: Values, dtype: torch.dtype, cut: Cut, by: int) -> nn.Parameter:
+    """What this rank keeps of a parameter under ZeRO-3, in its place; replica `by` draws it whole. Collective."""
+    ranks, draws = cut.ranks, cut.ranks.replica == by
+    if ranks.replicas == 1 or cut.secondary > 1:  # with a second copy a rank keeps more than its share
+        data = kept(draw(spec), spec, dtype, ranks, None if draws else [])
+        if ranks.replicas > 1:
+            dist.broadcast(data.view(-1).view(torch.uint8), group_src=by, group=ranks.replica_group)
+        return _parameter(spec, data)
+    data, parts = kept(draw(spec), spec, dtype, ranks, []), None
+    own = data.new_empty(cut.share(data.numel()))
+    if draws:
+        whole = kept(draw(spec), spec, dtype, ranks).flatten()
+        padded = F.pad(whole, (0, len(own) * ranks.replicas - len(whole)))
+        parts = [part.view(torch.uint8) for part in padded.split(len(own))]
+    dist.scatter(own.view(torch.uint8), parts, group_src=by, group=ranks.replica_group)
+    ((start, stop),) = cut.ranges(spec)
+    data.view(-1)[start:stop] = own[: stop - start]
+    return _parameter(spec, data)
+
+
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
+    """Has ZeRO-3 cut a module's parameters, of which every rank holds what it keeps."""
     import deepspeed
     from deepspeed.utils import groups
 
     from ..ranks.mpu import Mpu
 
-    deepspeed.zero.Init(
+    class Init(deepspeed.zero.Init):
+        """DeepSpeed's would send all of rank 0's to all ranks first. The names are not public."""
+
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    Init(
         module=module,
         data_parallel_group=ranks.replica_group,
         # of zero_hpz_partition_size: the first call makes the group, and the next would assert that there is none
@@ -173,46 +242,3 @@ def _tie(model: nn.Module, made: Mapping[str, nn.Parameter]) -> None:
         if source in made:
             owner, _, name = target.rpartition(".")
             model.get_submodule(owner)._parameters[name] = made[source]
-
-
-class RandomValues:
-    """Initial values of each parameter from (seed, name) alone, as its table row says. Always drawn on the CPU."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, spec: ParamSpec) -> Tensor:
-        if spec.init in ("ones", "zeros"):
-            return torch.ones(spec.shape) if spec.init == "ones" else torch.zeros(spec.shape)
-        generator = torch.Generator().manual_seed(parameter_seed(self._seed, spec.name))
-        if spec.init == "uniform":
-            return (torch.rand(spec.shape, generator=generator) * 2 - 1) * (math.sqrt(3) * spec.std)
-        return torch.randn(spec.shape, generator=generator) * spec.std
-
-
-class FolderValues:
-    """Values from the safetensors files of a Hugging Face folder, one parameter at a time.
-
-    Raises:
-        UserError: no safetensors there (pickles are never opened), or a parameter is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            found = f"only pickles ({', '.join(pickles)}), which can run code when opened" if pickles else "none"
-            raise UserError(f"model.init: {folder} must hold *.safetensors; found {found}")
-        self._where: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, "pt") as handle:
-                self._where.update(dict.fromkeys(handle.keys(), file))
-
-    def __call__(self, spec: ParamSpec) -> Tensor:
-        # the base model's files (GPT-2's own release) lack the head's prefix
-        for name in (spec.name, spec.name.partition(".")[2]):
-            if name in self._where:
-                with safe_open(self._where[name], "pt") as handle:
-                    return handle.get_tensor(name)
-        raise UserError(f"model.init: {self._folder} holds no parameter {spec.name}; is it the same model family?")

@@ -20,16 +20,17 @@ from transformers import AutoConfig
 
 from ..data.noise import with_noise
 from ..families.registry import FAMILIES
-from ..families.specs import padded_vocab, parameter_table
+from ..families.specs import ParamSpec, padded_vocab, parameter_table
 from ..kernels.dropout import Dropout
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT, text_lengths
-from .build import RandomValues, Values, make_parameter
+from .build import make_parameter
 from .cross_entropy import Scoring, head_token_losses
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
 from .tensor_parallel import parallelise
+from .values import RandomValues, Values, put_off
 
 Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
 
@@ -47,14 +48,15 @@ class Builder:
         checkpointing: bool = False,
         adapt: Callable[[nn.Module], None] = lambda module: None,
         convert: Callable[[nn.Module], nn.Module] = lambda module: module,
+        packs: Callable[[ParamSpec], bool] = lambda spec: False,
     ) -> None:
         """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass, `adapt`
         gets every part when it is made.
         """
-        self.adapt, self.convert = adapt, convert
+        self.adapt, self.convert, self.packs = adapt, convert, packs
         self.family = FAMILIES[config["model_type"]]
         self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
-        self.values, self.dtype, self.ranks = values or RandomValues(seed), dtype, ranks
+        self.values, self.dtype, self.ranks = values or put_off(RandomValues(seed)), dtype, ranks
         self.vocab_size, self.checkpointing = config["vocab_size"], checkpointing
         trained = {**config, "vocab_size": padded_vocab(config["vocab_size"], ranks.tensor_size)}
         self.config: Any = AutoConfig.for_model(**trained)
@@ -73,7 +75,8 @@ class Builder:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
-                    module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
+                    everywhere = self.packs(spec)
+                    module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks, everywhere)
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
         parallelise(holder, self.family, self.ranks)

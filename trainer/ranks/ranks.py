@@ -57,6 +57,11 @@ class Ranks:
         return self.data_size * self.sequence_size
 
     @property
+    def replica(self) -> int:
+        """Which of them this is: its place in the replica group."""
+        return self.data * self.sequence_size + self.sequence
+
+    @property
     def reads_samples(self) -> bool:
         """Whether this rank speaks for its samples: all ranks of a tensor, sequence or pipeline group read the same."""
         return self.tensor == self.sequence == self.pipeline == 0

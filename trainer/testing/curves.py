@@ -16,8 +16,7 @@ from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
 from ..families.registry import FAMILIES
 from ..families.specs import parameter_table
-from ..modeling.build import RandomValues
-from ..modeling.slices import merge_slices
+from ..modeling.values import RandomValues, all_of, merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import init_distributed
 from ..run.data import RunData
@@ -61,7 +60,7 @@ def plain_model(plan: Plan) -> Any:
     values = values or RandomValues(plan.recipe.seed)
     with torch.no_grad():
         for spec in parameter_table(plan.model_config):
-            parameters[spec.name].copy_(values(spec))
+            parameters[spec.name].copy_(all_of(values, spec))
     return model
 
 
