@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .checkpoint.loader import resolve_resume
 from .engine.build import build_engine
 from .engine.checkpoints import Checkpoints
 from .engine.reference import with_reference
@@ -25,11 +26,12 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
     stop = StopRequest(ranks)
     with exclusive(plan.recipe.output, ranks), RunLog(plan, ranks, stop) as log, stop:
         data = ranks.together(lambda: RunData.open(plan))
-        engine = build_engine(plan, ranks)
+        checkpoint = resolve_resume(plan.recipe.output, plan.recipe.resume, ranks)
+        engine = build_engine(plan, ranks, resumes=checkpoint is not None)
         data = with_reference(data, engine)
         with data.stream(ranks) as stream, Checkpoints(engine, data, stream, log) as checkpoints:
             evaluator = Evaluator(engine, data, log)
-            state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
+            state, profile = checkpoints.resume_or_start(checkpoint), Profile(plan, engine.deepspeed, log)
             while not state.done:
                 output = engine.train_step(stream, state.step, stop.asked)
                 state.advance(output)

@@ -42,14 +42,18 @@ def base_of(init: str, seed: int, ranks: Ranks | None = None) -> Base:
     if init == RANDOM:
         return Base(RANDOM, _digest({"seed": seed}))
     folder = Path(init).absolute()
+    ranks = ranks or Ranks()
     if not (folder / "config.json").is_file():
-        checkpoint = newest_checkpoint(folder)
-        return Base(str(checkpoint), json.loads((checkpoint / MANIFEST).read_bytes())["self"])
+        return ranks.of_main(ranks.together(lambda: _of_checkpoint(folder) if ranks.is_main else None))
     files = sorted(folder.glob("*.safetensors"))
-    if ranks is None:
-        return Base(str(folder), _digest(_hashes(files)))
     mine = ranks.together(lambda: _hashes(files[ranks.rank :: ranks.world]), "cannot read the base", folder)
-    return Base(str(folder), _digest({name: sha for part in ranks.gather_objects(mine) for name, sha in part.items()}))
+    found = {name: sha for part in ranks.gather_on_main(mine) for name, sha in part.items()}
+    return ranks.of_main(Base(str(folder), _digest(found)))
+
+
+def _of_checkpoint(folder: Path) -> Base:
+    checkpoint = newest_checkpoint(folder)
+    return Base(str(checkpoint), json.loads((checkpoint / MANIFEST).read_bytes())["self"])
 
 
 def locate(recorded: Base, moved: str | Path | None, what: str) -> str:

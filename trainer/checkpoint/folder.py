@@ -18,6 +18,7 @@ from typing import Any
 from ...data_prep.durable import publish_folder, write_durably
 from ...data_prep.errors import UserError
 from .files import (
+    HASH,
     MANIFEST,
     STATE,
     CheckpointManifest,
@@ -95,7 +96,7 @@ def publish(folder: Path, step: int, files: Mapping[str, Digest], milestone: boo
             f"{folder}: rank 0 does not see what other ranks wrote ({missing[0]}): "
             "the output folder must be shared by all hosts"
         )
-    sequence = 1 + max((item.sequence or 0 for item in ls(folder)), default=0)
+    sequence = 1 + max((_sequence(step) or 0 for step in step_folders(folder)), default=0)
     CheckpointManifest(step, sequence, files, milestone).write(partial)
     publish_folder(partial, path, _replaced_path(folder, path.name))  # what is there: of a run resumed from before
     write_durably(folder / LATEST, f"{path.name}\n")
@@ -116,11 +117,19 @@ def step_folders(path: str | Path) -> list[Path]:
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
 
     def age(step: Path) -> tuple[float, str]:
-        item = inspect(step)
+        sequence = _sequence(step)
         # one without a readable manifest counts as newest, so that it is reported and not skipped in silence
-        return (item.sequence if item.sequence is not None else float("inf"), step.name)
+        return (sequence if sequence is not None else float("inf"), step.name)
 
     return sorted(found, key=age, reverse=True)
+
+
+def _sequence(step: Path) -> int | None:
+    """As its manifest says; None where that cannot be read."""
+    try:
+        return CheckpointManifest.read(step).sequence
+    except UserError:
+        return None
 
 
 def _is_renamed(path: Path) -> bool:
@@ -150,8 +159,32 @@ def verify_checkpoints(path: str | Path) -> dict[Path, list[str]]:
     return {p: problems_of(p) for p in reversed(step_folders(path))}
 
 
-def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
-    """What is wrong with one checkpoint; of the digests, the share of one of several readers.
+def problems_of(path: Path) -> list[str]:
+    """What is wrong with one checkpoint, all of it read.
+
+    Raises:
+        UserError: a newer version of zeropipe wrote it.
+    """
+    (own,) = reading_shares(path, 1)
+    return own.problems()
+
+
+@dataclass(frozen=True)
+class ReadingShare:
+    """What one of several readers compares of a checkpoint with its manifest, or what was seen without reading."""
+
+    path: Path
+    files: Mapping[str, Digest]
+    hash: str = HASH
+    seen: tuple[str, ...] = ()
+
+    def problems(self) -> list[str]:
+        """What is wrong; reads the files."""
+        return list(self.seen) or digest_problems(self.path, self.files, self.hash)
+
+
+def reading_shares(path: Path, readers: int) -> list[ReadingShare]:
+    """A checkpoint dealt out to readers, after a look at all of its files.
 
     Raises:
         UserError: a newer version of zeropipe wrote it.
@@ -159,13 +192,13 @@ def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
     try:
         manifest = CheckpointManifest.read(path)
     except DamagedError as error:
-        return [str(error)]
-    problems = size_problems(path, manifest.files)
-    if problems:
-        return problems
+        return [ReadingShare(path, {}, seen=(str(error),))] * readers
+    if seen := tuple(size_problems(path, manifest.files)):
+        return [ReadingShare(path, {}, seen=seen)] * readers
     # the largest are dealt out first
-    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[reader::readers]
-    return digest_problems(path, {name: manifest.files[name] for name in names}, manifest.hash)
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    dealt = [{name: manifest.files[name] for name in names[reader::readers]} for reader in range(readers)]
+    return [ReadingShare(path, files, manifest.hash) for files in dealt]
 
 
 def newest_checkpoint(path: str | Path, read: bool = False) -> Path:

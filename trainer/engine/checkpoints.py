@@ -11,7 +11,8 @@ import torch
 from ...data_prep.errors import UserError
 from ..adapters.bases import Base, base_of, check_base
 from ..checkpoint.folder import check_same_run, step_name
-from ..checkpoint.loader import load, resolve_resume
+from ..checkpoint.loader import load
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
 from ..data.batches import BatchStream
 from ..metrics.reading import skipped_samples
@@ -41,14 +42,13 @@ class Checkpoints:
         )
         self._begun: dict[str, tuple[int, dict[str, int]]] = {}  # by a checkpoint's name: its step, what was drawn
 
-    def resume_or_start(self) -> TrainState:
-        """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective.
+    def resume_or_start(self, checkpoint: Checkpoint | None) -> TrainState:
+        """Loads the checkpoint to resume from, or starts at step 0. Collective.
 
         Raises:
-            UserError: on every rank: no whole checkpoint where there should be one, or one of another run.
+            UserError: on every rank: it is one of another run.
         """
         state = TrainState(self.plan.total_steps)
-        checkpoint = resolve_resume(self.recipe.output, self.recipe.resume, self.ranks)
         if checkpoint is None:
             self.log.start("start", 0)
             return state
@@ -66,11 +66,10 @@ class Checkpoints:
 
     def _skipped_before(self, state: TrainState) -> list[tuple[int, int]]:
         """What the checkpoint holds, and what the run's record tells of steps beyond it. Collective."""
-        found: list[tuple[int, int]] | None = None
+        found: list[tuple[int, int]] = []
         if self.ranks.is_main and self.engine.bad_steps.skips:
             found = skipped_samples(self.recipe.output)
-        (beyond, *_) = self.ranks.gather_objects(found)
-        return [*state.skipped, *(beyond or [])]
+        return [*state.skipped, *self.ranks.of_main(found)]
 
     def save_if_due(self, state: TrainState) -> None:
         """Saves where a checkpoint is due, and records those that were published meanwhile. Collective.

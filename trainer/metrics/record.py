@@ -42,7 +42,7 @@ class RunLog:
         """Opens nothing yet. Collective."""
         self.plan, self.ranks, self.stop = plan, ranks, stop
         self.directory, self.run = plan.recipe.output, secrets.token_hex(4)
-        self.hosts = ranks.gather_objects(describe_host())
+        self.hosts = ranks.gather_on_main(describe_host())
         self._sinks: list[Sink] = []
         self._last_step, self._clock = 0, time.monotonic()
         self._warmth: list[float] = []  # seconds of the first steps, where something is compiled

@@ -50,17 +50,14 @@ class Builder:
         convert: Callable[[nn.Module], nn.Module] = lambda module: module,
         packs: Callable[[ParamSpec], bool] = lambda spec: False,
     ) -> None:
-        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations in the backward pass, `adapt`
-        gets every part when it is made.
-        """
+        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations; `adapt` gets every part."""
         self.adapt, self.convert, self.packs = adapt, convert, packs
         self.family = FAMILIES[config["model_type"]]
         self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
         self.values, self.dtype, self.ranks = values or put_off(RandomValues(seed)), dtype, ranks
         self.vocab_size, self.checkpointing = config["vocab_size"], checkpointing
         trained = {**config, "vocab_size": padded_vocab(config["vocab_size"], ranks.tensor_size)}
-        self.config: Any = AutoConfig.for_model(**trained)
-        self.config.use_cache = False
+        self.config: Any = AutoConfig.for_model(**trained, use_cache=False)
         self.config._attn_implementation = BY_TEXT  # None or "eager" would not be causal in a bare block
         self.tied = bool(self.config.tie_word_embeddings)
         self._rotary: Any = None
@@ -75,8 +72,8 @@ class Builder:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
-                    everywhere = self.packs(spec)
-                    module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks, everywhere)
+                    made = make_parameter(spec, self.values, self.dtype, self.ranks, self.packs(spec))
+                    module._parameters[key] = made
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
         parallelise(holder, self.family, self.ranks)

@@ -108,7 +108,7 @@ class RandomValues:
         return torch.randn(spec.shape, generator=generator) * spec.std
 
 
-class Part:
+class FilePart:
     """A tensor in a safetensors file, of which is read what is asked for."""
 
     def __init__(self, file: Path, name: str) -> None:
@@ -138,11 +138,11 @@ class FolderValues:
             with safe_open(file, "pt") as handle:
                 self._where.update(dict.fromkeys(handle.keys(), file))
 
-    def __call__(self, spec: ParamSpec) -> Part:
+    def __call__(self, spec: ParamSpec) -> FilePart:
         # the base model's files (GPT-2's own release) lack the head's prefix
         for name in (spec.name, spec.name.partition(".")[2]):
             if name in self._where:
-                return Part(self._where[name], name)
+                return FilePart(self._where[name], name)
         raise UserError(f"model.init: {self._folder} holds no parameter {spec.name}; is it the same model family?")
 
 
