@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zeropipe.data_prep.encoding import resident_memory
+from zeropipe.data_prep.making.encoding import resident_memory
 from zeropipe.data_prep.store import TokenStore
 from zeropipe.trainer.data.order import SampleOrder, Source
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import orjson
 
-from zeropipe.data_prep.sources import builtin_files
+from zeropipe.data_prep.corpus.sources import builtin_files
 from zeropipe.data_prep.tokenizer import train_tokenizer
 
 CHATML = (

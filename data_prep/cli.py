@@ -13,7 +13,7 @@ from .command_line import Parser
 from .errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
-    from .options import Options
+    from .making.options import Options
     from .records.settings import RecordOptions
     from .store import TokenStore
 
@@ -180,10 +180,10 @@ def _records(args: argparse.Namespace) -> RecordOptions | None:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    from .assemble import Assembly
-    from .options import Options, default_workers
-    from .sources import SourceOptions
-    from .tasks import Filters
+    from .corpus.sources import SourceOptions
+    from .making.assemble import Assembly
+    from .making.options import Options, default_workers
+    from .making.tasks import Filters
 
     records = _records(args)
     unit = {"file": "text", "paragraph": "paragraphs", "line": "lines"}[args.text_unit]
@@ -214,14 +214,14 @@ def run_prepare(args: argparse.Namespace) -> int:
         if args.input or args.builtin or args.train_tokenizer:
             raise UserError("--import takes token files that exist: it goes with neither --input nor --train-tokenizer")
         _records(args)
-        from .adopt import import_prefixes
+        from .making.adopt import import_prefixes
 
         return _summarise(import_prefixes(args.imports, args.output, args.tokenizer, args.eod_token, args.overwrite))
-    from .prepare import prepare
+    from .making.prepare import prepare
 
     if not args.mpi:
         return _summarise(prepare(_options(args)))
-    from .mpi import ranks
+    from .making.mpi import ranks
 
     with ranks() as executor:
         return EXIT_DONE if executor is None else _summarise(prepare(_options(args), executor))
@@ -253,7 +253,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    from .adopt import merge
+    from .making.adopt import merge
 
     return _summarise(merge(args.stores, args.output, args.overwrite))
 

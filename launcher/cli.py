@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from importlib.metadata import version
 
 from ..data_prep import cli as data_prep_verbs
 from ..data_prep.command_line import Parser
-from ..data_prep.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from ..data_prep.errors import EXIT_USER_ERROR, UserError, did_you_mean, os_problem
 from ..trainer.commands import cli as trainer_verbs
 from . import import_command, init_command, launch_command, plan_command
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 _DESCRIPTION = "Text in, model out, on any hostfile: one recipe, one DeepSpeed JSON, the same loss on every layout."
 _EPILOG = """\
@@ -85,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        problem, advice = os_problem(error, where="writing")
+        if not advice:
             raise
-        return _fail(f"{error.filename or 'writing'}: {error.strerror}; free some space or choose another place")
+        return _fail(f"{problem}; {advice}, or choose another place")
 
 
 def _run(argv: Sequence[str]) -> int:

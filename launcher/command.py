@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data_prep.errors import UserError
-from .hostfile import Host
+from .hosts.hostfile import Host
 
 DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # taken by DeepSpeed, unasked, wherever it exists
 # DeepSpeed itself sends only PYTHON*, MLFLOW*, MV2*, UCX* and NCCL* to other hosts
-FORWARDED = re.compile(r"(OMP|GLOO|NCCL|DS|HF|TORCH|TRANSFORMERS|TOKENIZERS|ZEROPIPE|CUDA_LAUNCH)_\w+|LD_LIBRARY_PATH")
+FORWARDED = re.compile(
+    r"(OMP|GLOO|NCCL|UCX|FI|DS|HF|TORCH|PYTORCH|CUDA|TRITON|TRANSFORMERS|TOKENIZERS|ZEROPIPE)_\w+|LD_LIBRARY_PATH"
+)
 SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")  # a command line is visible to everyone on a host
-NOT_FORWARDED = {"DS_ENV_FILE", "DS_ACCELERATOR", "HF_HOME"}  # true of this host only
+NOT_FORWARDED = {"DS_ENV_FILE", "DS_ACCELERATOR", "HF_HOME", "CUDA_VISIBLE_DEVICES"}  # true of this host only
 QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -112,11 +114,11 @@ def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: i
 def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> list[str]:
     """Lines of the `.deepspeed_env` that carries the ranks' environment to other hosts.
 
-    The user's own files come last and as they are (the remote shell expands `$…` in them); comments and blank lines,
-    which DeepSpeed chokes on, are dropped.
+    The user's own files come last. Values reach the ranks as they are written: DeepSpeed would have every host's shell
+    run what stands in `$(…)`. Comments and blank lines, which DeepSpeed chokes on, are dropped.
 
     Raises:
-        UserError: a line of a file is not NAME=VALUE.
+        UserError: a line of a file is not NAME=VALUE, or a PATH that would have to be expanded.
     """
     lines = [f"PATH={Path(sys.executable).parent}:$PATH"]  # programs beside this Python: ninja, for DeepSpeed's builds
     for name in sorted(environ):
@@ -127,9 +129,12 @@ def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> l
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
-            if not re.match(r"[A-Za-z_]\w*=", line):
+            name, found, value = line.partition("=")
+            if not (found and re.fullmatch(r"[A-Za-z_]\w*", name)):
                 raise UserError(f"{path}, line {number}: expected NAME=VALUE, found '{line}'")
-            lines.append(line)
+            if name == "PATH" and "$" in value:  # a rank would find no program
+                raise UserError(f"{path}, line {number}: nothing is expanded in it; write PATH out, without `$`")
+            lines.append(f"{name}={_escaped(value)}")
     return lines
 
 

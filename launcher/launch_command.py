@@ -23,8 +23,8 @@ from .command import (
     shell_line,
     user_environment_files,
 )
-from .devices import count_accelerators, cpu_cores, visible_devices
-from .hostfile import is_this_machine, read_hostfile
+from .hosts.devices import count_accelerators, cpu_cores, visible_devices
+from .hosts.hostfile import is_this_machine, read_hostfile
 from .processes import MARK
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ examples:
 
 With a hostfile, every host needs: ssh without a password from here, this folder and this Python at the same path, and
 the data and the run directory on shared storage; relative paths count from the folder you launch in. OMP_*, GLOO_*,
-NCCL_*, HF_*, TORCH_*, … of your environment and the lines of `.deepspeed_env` go to every rank.
+NCCL_*, HF_*, TORCH_*, CUDA_*, … of your environment and the lines of `.deepspeed_env`, as they are, go to every rank.
 
 Ctrl-C or SIGTERM: the ranks finish the step, save and stop (exit code 4); the same command resumes.
 """
@@ -152,7 +152,7 @@ def print_dry_run(launch: Launch) -> None:
 
 def start(launch: Launch, output: Path) -> int:
     """Runs the launch and returns its exit code."""
-    from .preflight import check_hosts
+    from .hosts.preflight import check_hosts
     from .session import Session
 
     with launch_folder(output.absolute() if launch.remote else None) as folder:

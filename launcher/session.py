@@ -16,8 +16,8 @@ from pathlib import Path
 from ..data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from ..trainer.run.exit_notes import read_notes
 from . import processes
-from .hostfile import Host
-from .preflight import CONNECT_SECONDS, ssh_command
+from .hosts.hostfile import Host
+from .hosts.ssh import CONNECT_SECONDS, ssh_command
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.2

@@ -1,31 +1,42 @@
 """Counts what set-up, saving and resuming cost each rank of a large world, and writes docs/scale.md.
 
-usage: scale.py FILE. Two kinds of counts: the functions' own work for a rank's share of a 70-billion-parameter table
-(boxes, bytes, files; no weights), and the messages that simulated ranks, a thread each, exchange while they run the
-product's own functions. Nothing is timed.
+usage: python -m scripts.scale FILE. Two kinds of counts: the functions' own work for a rank's share of a table of 70
+billion parameters (boxes, bytes, files; no weights), and the messages that simulated ranks, a thread each, exchange
+while they run the product's own functions. Nothing is timed.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from scripts.scale_page import (
+    index_section,
+    messages_section,
+    page,
+    save_section,
+    size_text,
+    values_section,
+    verify_section,
+)
 from scripts.simulated_ranks import Sent, SimulatedRanks, on_simulated_ranks
 from tests.distributed.torch_engine import GPT2, PlainEngine
 from zeropipe.trainer.checkpoint.boxes import pieces
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
-from zeropipe.trainer.checkpoint.files import box_tensor
+from zeropipe.trainer.checkpoint.files import CheckpointManifest, Digest, box_tensor
+from zeropipe.trainer.checkpoint.folder import reading_shares
 from zeropipe.trainer.checkpoint.index import INDEX, Index, rows_of_rank
 from zeropipe.trainer.checkpoint.loader import load, newest_shared
 from zeropipe.trainer.checkpoint.safetensors_writer import FileTensor
 from zeropipe.trainer.checkpoint.writer import SnapshotWriter
 from zeropipe.trainer.families.specs import ParamSpec, parameter_table
-from zeropipe.trainer.modeling.values import Cut
+from zeropipe.trainer.modeling.values import Cut, RandomValues, dealt
 from zeropipe.trainer.ranks.ranks import Ranks
 
 LLAMA_70B: dict[str, Any] = {
@@ -163,9 +174,9 @@ def initial_values(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]
     table = parameter_table(config)
     if layout.cuts_parameters:
         read = [sum(b - a for spec in table for a, b in Cut(_rank(n, layout), 1).ranges(spec)) for n in (0, 1)]
-        drawn = [0] * layout.world
-        for number, (_, specs) in enumerate(groupby(table, lambda spec: spec.name.rpartition(".")[0])):
-            drawn[number % layout.world] += sum(math.prod(spec.shape) for spec in specs)
+        turns, drawn = dealt(table, RandomValues(0).unit, layout.world), [0] * layout.world
+        for spec in table:
+            drawn[turns[spec.name]] += math.prod(spec.shape)
         return max(read), max(drawn)
     firsts = [stage * layout.tensor * layout.data for stage in range(layout.pipeline)]  # the others fill nothing
     tables = [layout.stage_table(config, rank) for rank in firsts]
@@ -199,3 +210,53 @@ def messages(world: int, folder: Path) -> dict[str, list[Sent]]:
 
     found = [sent for sent, _ in on_simulated_ranks(world, work)]
     return {what: [of_rank[what] for of_rank in found] for what in found[0]}
+
+
+def share_to_verify(world: int, config: Mapping[str, Any], folder: Path) -> tuple[int, int, int]:
+    """The most bytes and files that a rank verifies of a ZeRO-3 checkpoint of `world` ranks; all bytes."""
+    layout = Layout(world)
+    sizes = {f"rank-{n:05d}.safetensors": _written_bytes(config, layout, n) for n in range(world)}
+    folder.mkdir()
+    for name, size in sizes.items():
+        with (folder / name).open("wb") as file:
+            file.truncate(size)  # holes
+    CheckpointManifest(1, 1, {name: Digest(size, "") for name, size in sizes.items()}).write(folder)
+    dealt = [own.files.values() for own in reading_shares(folder, world)]
+    return max(sum(file.size for file in own) for own in dealt), max(map(len, dealt)), sum(sizes.values())
+
+
+def _written_bytes(config: Mapping[str, Any], layout: Layout, rank: int) -> int:
+    return sum(4 * len(KINDS) * (own.stop - own.start) for own in layout.held(config, rank))
+
+
+def main(argv: Sequence[str]) -> int:
+    config, worlds = LLAMA_70B, (64, 256, 1024)
+    layouts = Layout(1024), Layout(1024, tensor=8, pipeline=8)
+    parameters = sum(math.prod(spec.shape) for spec in parameter_table(config))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        told = {world: messages(world, folder / f"world-{world}") for world in worlds}
+        shares = [(world, *share_to_verify(world, config, folder / f"files-{world}")) for world in worlds]
+        readings, saves = [], []
+        for saved in layouts:
+            stored = stored_by(config, saved, folder)
+            saves.append((str(saved), size_text(stored.share), size_text(stored.told), size_text(stored.index_bytes)))
+            for other in (*layouts, Layout(512)):
+                places = {0, 1, other.world // 2, other.world - 1}
+                found = [reading(stored.index, config, other, rank) for rank in places]
+                most = max(found, key=lambda of_rank: of_rank.boxes)
+                counts = f"{most.examined:,}", f"{most.boxes:,}", f"{most.files:,}", f"{stored.keys:,}, {saved.world:,}"
+                readings.append((str(saved), str(other), size_text(most.nbytes), *counts))
+    sections = {
+        "Initial values": values_section([(str(own), *initial_values(config, own)) for own in layouts], parameters),
+        "Finding and verifying a checkpoint": verify_section([row[:3] for row in shares], shares[-1][3]),
+        "Loading it": index_section(readings),
+        "Saving it": save_section(saves),
+        "Messages": messages_section(told),
+    }
+    Path(argv[0]).write_text(page(parameters, sections), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..documents import kind_of
+from ..corpus.documents import kind_of
 from .settings import BadRecord
 
 ALIASES = {

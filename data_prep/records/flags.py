@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..index import flagged
+from ..making.tasks import Job
 from ..store import BEGINS, TRAINED
-from ..tasks import Job
 from .drafts import Draft
 from .spans import Encoded, special_tokens, surroundings
 from .vocabulary import require_eos

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..documents import key_paths, kind_of
+from ..corpus.documents import key_paths, kind_of
 from .conversation import conversation, require_order, texts_of
 from .settings import BadRecord
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..documents import read_records
+from ..corpus.documents import read_records
+from ..corpus.slices import BadDocument
+from ..corpus.sources import Task
 from ..errors import UserError
-from ..slices import BadDocument
-from ..sources import Task
+from ..making.tasks import Job
 from ..store import TRAINED
-from ..tasks import Job
 from .drafts import Drafter
 from .flags import Flagger
 from .formats import Sample, recognise

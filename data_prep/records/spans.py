@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..encoding import NASTY, EncodersDiffer, Fast
+from ..making.encoding import NASTY, EncodersDiffer, Fast
 from ..tokenizer import read_tokenizer
 
 if TYPE_CHECKING:

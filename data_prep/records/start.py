@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..corpus.sources import Task
 from ..errors import UserError
+from ..making.tasks import Job, TaskRecord
 from ..manifest import RecordsInfo, file_record
-from ..sources import Task
-from ..tasks import Job, TaskRecord
 from ..tokenizer import read_tokenizer
 from .flags import NO_PREFIX
 from .formats import Sample

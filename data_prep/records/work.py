@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..documents import read_records
-from ..slices import Spot
-from ..sources import Task
+from ..corpus.documents import read_records
+from ..corpus.slices import Spot
+from ..corpus.sources import Task
+from ..making.tasks import TaskRecord, Worker, describe
 from ..store import TRAINED
-from ..tasks import TaskRecord, Worker, describe
 from .drafts import Draft, Drafter
 from .flags import Flagger
 from .formats import recognise

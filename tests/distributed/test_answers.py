@@ -9,8 +9,8 @@ import pytest
 
 from tests.harness import RankFailed
 from tests.tiny import LLAMA, tiny_json, tiny_recipe, train_on_ranks
-from zeropipe.data_prep.options import Options
-from zeropipe.data_prep.prepare import prepare
+from zeropipe.data_prep.making.options import Options
+from zeropipe.data_prep.making.prepare import prepare
 from zeropipe.trainer.evaluation.generation import Sampling, generate
 from zeropipe.trainer.export.load import load_model
 from zeropipe.trainer.metrics.reading import read_metrics

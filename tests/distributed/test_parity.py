@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests import tiny
-from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.recipe.recipe import Recipe, dump_recipe
@@ -181,10 +180,3 @@ def test_the_command_prints_a_line_for_each_layout(recipe, tmp_path, capsys):
     assert [line.split("  ")[0] for line in lines[1:-1]] == [f"data 1, ZeRO-{stage}" for stage in range(4)]
     assert lines[-1] == "4 layouts, 2 steps each: all the same"
     assert not recipe.output.exists(), "the gate writes no run directory"
-
-
-def test_a_family_without_a_table_is_refused(recipe, tmp_path):
-    config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    with pytest.raises(UserError, match="no table of parameters"):
-        plans_of(changed, tiny.tiny_json(), 2, 2)

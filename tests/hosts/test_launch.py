@@ -19,7 +19,7 @@ from pathlib import Path
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher import command, launch_command
-from zeropipe.launcher.hostfile import read_hostfile
+from zeropipe.launcher.hosts.hostfile import read_hostfile
 
 output, hostfile, *words = sys.argv[1:]
 hosts = read_hostfile(hostfile)
@@ -44,7 +44,10 @@ def hostfile(tmp_path) -> Path:
 
 def test_ranks_are_told_exactly_what_was_said(hosts, hostfile, tmp_path):
     words = [word for word in NASTY if word]
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / ".deepspeed_env").write_text(f"PLANTED=$(touch {tmp_path}/ran) $HOME `id` 5%h\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_ETAG_TIMEOUT": "7 $s", "HF_TOKEN": "secret"}
+    environment |= {"HOME": str(tmp_path / "env"), "UCX_LOG_FILE": "$(id)", "FI_PROVIDER": "tcp", "PYTORCH_X": "1"}
     done = hosts[0].run(
         [sys.executable, "-c", LAUNCH, str(tmp_path), str(hostfile), *words], cwd=ROOT, env=environment, timeout=90
     )
@@ -56,8 +59,11 @@ def test_ranks_are_told_exactly_what_was_said(hosts, hostfile, tmp_path):
         assert rank["folder"] == str(ROOT)
         assert rank["environment"]["OMP_NUM_THREADS"] == "1"
         assert rank["environment"]["HF_HUB_ETAG_TIMEOUT"] == "7 $s"
+        for name in ("UCX_LOG_FILE", "FI_PROVIDER", "PYTORCH_X"):
+            assert rank["environment"][name] == environment[name]
+        assert rank["environment"]["PLANTED"] == f"$(touch {tmp_path}/ran) $HOME `id` 5%h"
         assert "HF_TOKEN" not in rank["environment"]  # a secret is not put on a command line
-    assert not list(tmp_path.glob(".launch-*"))
+    assert not list(tmp_path.glob(".launch-*")) and not (tmp_path / "ran").exists()
 
 
 def test_every_host_is_looked_at_first(hosts, hostfile, tmp_path):

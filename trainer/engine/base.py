@@ -164,9 +164,9 @@ class Engine(ABC):
         """Whether that needs all of a parameter's values."""
         return self.adapter is not None and self.adapter.packs(spec)
 
-    def _adapt(self, module: nn.Module) -> None:
-        """Installs the recipe's adapter in a model or a block of one; its parameters begin as their specs say. Sees to
-        the MLPs, too."""
+    def _furnish(self, module: nn.Module) -> None:
+        """Puts into a model, or a block of one, what the recipe adds to it: tiles in its MLPs, and its adapter, whose
+        parameters begin as their specs say."""
         if self.plan.recipe.mlp_tile:
             tile_mlps(module, family_of(self.plan.model_config), self.plan.recipe.mlp_tile)
         drawn = RandomValues(self.plan.recipe.seed)

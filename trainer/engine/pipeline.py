@@ -41,7 +41,7 @@ class PipelineEngine(Engine):
             self.dtype,
             ranks,
             recomputes,
-            self._adapt,
+            self._furnish,
             self._convert,
             self._packs,
         )

@@ -35,7 +35,7 @@ class ZeroEngine(Engine):
         how = self.dtype, ranks, zero3, self._convert, self._packs
         model = build_model(plan.model_config, values, plan.recipe.seed, *how)
         parallelise(model, family_of(plan.model_config), ranks)
-        self._adapt(model)
+        self._furnish(model)
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -59,7 +59,6 @@ def load_folder(folder: Path, dtype: str | torch.dtype | None) -> Any:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,  # left out, it may ask
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -89,9 +88,7 @@ def build_plain(config: dict[str, Any], dtype: str | torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, initialization
 
     with initialization.no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            hf_config(config), attn_implementation="sdpa", dtype=torch_dtype(dtype)
-        )
+        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=torch_dtype(dtype), trust_remote_code=False)
     model.tie_weights()
     return model
 

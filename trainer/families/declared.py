@@ -26,14 +26,30 @@ def folders_for(model_type: str) -> list[str]:
 
 def declared_keys(model_type: str) -> frozenset[str] | None:
     """Keys that the configuration class of a family takes by name, its base classes' included; None: cannot be told."""
+    found = _configuration(model_type)
+    return None if found is None else _keys(*found)
+
+
+def declared_default(model_type: str, key: str) -> Any:
+    """What the configuration class of a family sets a key to where nobody does; None also where that cannot be told."""
+    where = _configuration(model_type)
+    while where is not None:
+        file, node = where
+        if (found := _value_of(node, key)) is not None:
+            return found
+        bases = (_definition(file, base.id) for base in node.bases if isinstance(base, ast.Name))
+        where = next((base for base in bases if base is not None), None)
+    return None
+
+
+def _configuration(model_type: str) -> tuple[Path, ast.ClassDef] | None:
+    """File and class of a family's configuration."""
     root = _root()
-    if root is None:
-        return None
-    folders = [root / "models" / folder for folder in folders_for(model_type)]
+    folders = [] if root is None else [root / "models" / folder for folder in folders_for(model_type)]
     for file in (file for folder in folders for file in sorted(folder.glob("configuration_*.py"))):
         for node in _classes(file).values():
             if _value_of(node, "model_type") == model_type:
-                return _keys(file, node)
+                return file, node
     return None
 
 

@@ -65,9 +65,7 @@ def attention_by_text(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if not attention_mask.numel():
-        if dropout > 0:
-            return _causal(query, key, value, dropout, scaling).transpose(1, 2).contiguous(), None
-        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
+        return _causal(query, key, value, dropout, scaling).transpose(1, 2).contiguous(), None
     rows, _, time, _ = query.shape
     lengths = attention_mask.flatten()
     kernel = _has_kernel(query, key, value, dropout)

@@ -11,7 +11,7 @@ drawn, which can only be done whole, one rank draws, by turns, and sends the oth
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...data_prep.errors import UserError
@@ -28,7 +29,7 @@ from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
-from .values import Cut, RandomValues, Values, kept, put_off
+from .values import Cut, RandomValues, Values, dealt, kept, put_off
 
 
 def build_model(
@@ -54,18 +55,18 @@ def build_model(
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
     model, specs = _skeleton(config, ranks.tensor_size)
-    maker = _Maker(values is None, dtype, ranks, None if zero3_config is None else Cut.of(ranks, zero3_config), packs)
-    source, made = values or put_off(RandomValues(seed)), dict[str, nn.Parameter]()
-    for number, (prefix, module) in enumerate(_modules_with_tensors(model)):
-        _materialise_buffers(model, module, ranks.device)
+    _materialise_buffers(model, ranks.device)
+    drawn = RandomValues(seed) if family_of(config) is not None else _OwnValues(model, seed)
+    maker = _Maker(dtype, ranks, packs, None if zero3_config is None else Cut.of(ranks, zero3_config))
+    turns = None if values is not None else dealt(specs.values(), drawn.unit, ranks.replicas)
+    made: dict[str, nn.Parameter] = {}
+    for prefix, module in list(_named_modules(model)):
         fresh = [specs[f"{prefix}{name}"] for name in module._parameters if f"{prefix}{name}" in specs]
+        for spec in fresh:
+            parameter = maker.make(spec, values or put_off(drawn), None if turns is None else turns[spec.name])
+            made[spec.name] = module._parameters[spec.name.removeprefix(prefix)] = parameter
         if not fresh:
             continue
-        own = source
-        if values is None and family_of(config) is None:
-            own = put_off(_own_initialiser(model, module, prefix, seed))
-        for spec in fresh:
-            made[spec.name] = module._parameters[spec.name.removeprefix(prefix)] = maker.make(spec, own, number)
         if (converted := convert(module)) is not module:
             model.set_submodule(prefix.removesuffix("."), converted)
         if zero3_config is not None:
@@ -87,9 +88,9 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
         hf_config = AutoConfig.for_model(**trained)
         hf_config.use_cache = False
         with torch.device("meta"), initialization.no_init_weights():
-            attention = "sdpa" if family is None else BY_TEXT
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention)
-    except (ValueError, TypeError, KeyError) as error:
+            attention = None if family is None else BY_TEXT  # None: the best of those that it can do
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
     use_kernels(model)
     model.tie_weights()
@@ -112,40 +113,35 @@ def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
     return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else _skeleton(config, 1)[1]
 
 
-def _modules_with_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in list(model.named_modules()):
-        if module._parameters or module._buffers:
-            yield (f"{name}." if name else ""), module
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module, parents first, with what its parameters' names begin with."""
+    for name, module in model.named_modules():
+        yield (f"{name}." if name else ""), module
 
 
-def _materialise_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
-    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration."""
-    buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-    if not buffers:
-        return
-    for name, buffer in buffers.items():
-        module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    model._init_weights(module)  # type: ignore[operator]
-    for name in buffers:
-        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
+def _materialise_buffers(model: Any, device: torch.device) -> None:
+    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration.
+
+    Of the whole model at once, while the parameters are on the meta device and cost nothing: some are their parent's.
+    """
+    buffers = {(module, name): b for module in model.modules() for name, b in module._buffers.items() if b is not None}
+    for (module, name), buffer in buffers.items():
+        module._buffers[name] = _unset(buffer)
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()
+    for (module, name), _ in buffers.items():
+        module._buffers[name] = _filled(module._buffers[name], name, model).to(device)
 
 
-def _own_initialiser(model: nn.Module, module: nn.Module, prefix: str, seed: int) -> Values:
-    """For a family without a table: transformers' initialiser of this module, seeded by the module's name."""
+def _unset(like: Tensor) -> Tensor:
+    """On the CPU; where nothing sets it, `_filled` sees it."""
+    return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
 
-    @functools.cache
-    def drawn() -> dict[str, Tensor]:
-        found, before = {}, dict(module._parameters)
-        for name, parameter in before.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(found.setdefault(name, torch.empty(parameter.shape)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(parameter_seed(seed, prefix))
-            model._init_weights(module)  # type: ignore[operator]
-        module._parameters.update(before)
-        return found
 
-    return lambda spec: drawn()[spec.name.removeprefix(prefix)]
+def _filled(tensor: Tensor, name: str, model: nn.Module) -> Tensor:
+    if tensor.is_floating_point() and tensor.isnan().any():
+        raise UserError(f"model.config: transformers' {type(model).__name__} draws no initial value for {name}")
+    return tensor
 
 
 def make_parameter(
@@ -166,23 +162,21 @@ class _Maker:
     """Makes what this rank keeps of parameters.
 
     Attributes:
-        drawn: whether their values are, and not read.
-        cut: how ZeRO-3 will cut them, if it does.
         packs: as `build_model`.
+        cut: how ZeRO-3 will cut them, if it does.
     """
 
-    drawn: bool
     dtype: torch.dtype
     ranks: Ranks
-    cut: Cut | None
     packs: Callable[[ParamSpec], bool]
+    cut: Cut | None
 
-    def make(self, spec: ParamSpec, values: Values, number: int) -> nn.Parameter:
-        """A parameter of module `number`. Collective."""
+    def make(self, spec: ParamSpec, values: Values, by: int | None) -> nn.Parameter:
+        """One parameter; `by`: which replica draws its values, None where they are read. Collective."""
         if self.cut is None or self.packs(spec):
             return make_parameter(spec, values, self.dtype, self.ranks, everywhere=self.packs(spec))
-        if self.drawn:
-            return _drawn_share(spec, values, self.dtype, self.cut, by=number % self.ranks.replicas)
+        if by is not None:
+            return _drawn_share(spec, values, self.dtype, self.cut, by)
         return _parameter(spec, kept(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec)))
 
 
@@ -213,7 +207,7 @@ def _drawn_share(spec: ParamSpec, draw: Values, dtype: torch.dtype, cut: Cut, by
 
 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
-    """Has ZeRO-3 cut a module's parameters, of which every rank holds what it keeps."""
+    """Leaves each rank its share of the parameters that have been made; those of children may be still to come."""
     import deepspeed
     from deepspeed.utils import groups
 
@@ -227,7 +221,7 @@ def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
             param.partition()
 
     Init(
-        module=module,
+        module=nn.ParameterList(p for p in module.parameters() if not p.is_meta),
         data_parallel_group=ranks.replica_group,
         # of zero_hpz_partition_size: the first call makes the group, and the next would assert that there is none
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
@@ -242,3 +236,57 @@ def _tie(model: nn.Module, made: Mapping[str, nn.Parameter]) -> None:
         if source in made:
             owner, _, name = target.rpartition(".")
             model.get_submodule(owner)._parameters[name] = made[source]
+
+
+class _OwnValues:
+    """For a family without a table: what transformers' initialiser draws, seeded by the name of the module.
+
+    It goes block by block, since some modules leave their values to the one that they are in.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._drawn: dict[str, Tensor] = {}  # of one block
+
+    def __call__(self, spec: ParamSpec) -> Tensor:
+        if spec.name not in self._drawn:
+            self._drawn = self._draw(*self._block_of(spec.name))
+        return _filled(self._drawn.pop(spec.name), spec.name, self._model)
+
+    def unit(self, name: str) -> str:
+        """What is drawn together with a parameter: its block."""
+        return self._block_of(name)[0]
+
+    def _block_of(self, name: str) -> tuple[str, nn.Module]:
+        """The outermost module around a parameter that is one of a list or has parameters of its own."""
+        path, module, listed = "", self._model, False
+        for part in name.split(".")[:-1]:
+            if listed or any(p is not None for p in module._parameters.values()):
+                break
+            listed = isinstance(module, nn.ModuleList | nn.ModuleDict)
+            path, module = f"{path}{part}.", module.get_submodule(part)
+        return path, module
+
+    @torch.no_grad()
+    def _draw(self, path: str, block: nn.Module) -> dict[str, Tensor]:
+        """Values of all parameters of a block that are on the meta device yet; the block stays as it is."""
+        kept = {name: p for name, p in block.named_parameters() if p.is_meta}
+        owners = {name: block.get_submodule(name.rpartition(".")[0]) for name in kept}
+        drawn = {name: nn.Parameter(_unset(p), requires_grad=False) for name, p in kept.items()}
+        try:
+            for name, owner in owners.items():
+                owner._parameters[name.rpartition(".")[2]] = drawn[name]
+            with torch.random.fork_rng(devices=[]):
+                self._initialise(path, block, self._model)
+        finally:
+            for name, owner in owners.items():
+                owner._parameters[name.rpartition(".")[2]] = kept[name]
+        return {f"{path}{name}": p.detach() for name, p in drawn.items()}
+
+    def _initialise(self, path: str, module: nn.Module, model: Any) -> None:
+        """Children first, as transformers does; `model` is the innermost of its models around them."""
+        inner = module if isinstance(module, PreTrainedModel) else model
+        for name, child in module.named_children():
+            self._initialise(f"{path}{name}.", child, inner)
+        torch.manual_seed(parameter_seed(self._seed, path))
+        inner._init_weights(module)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,18 @@ def kept(
     return data
 
 
+def dealt(specs: Iterable[ParamSpec], unit: Callable[[str], str], replicas: int) -> dict[str, int]:
+    """Which replica draws each parameter, by name: evenly, and those of one unit together."""
+    loads, found, units = [(0, replica) for replica in range(replicas)], dict[str, int](), dict[str, list[ParamSpec]]()
+    for spec in specs:
+        units.setdefault(unit(spec.name), []).append(spec)
+    for own in units.values():
+        drawn, replica = loads[0]
+        heapq.heapreplace(loads, (drawn + sum(math.prod(spec.shape) for spec in own), replica))
+        found |= {spec.name: replica for spec in own}
+    return found
+
+
 @dataclass(frozen=True)
 class Cut:
     """How ZeRO-3 cuts parameters over replicas: into equal flat ranges, the last of which are padded.
@@ -98,6 +111,10 @@ class RandomValues:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
+
+    def unit(self, name: str) -> str:
+        """What is drawn together with a parameter: nothing else."""
+        return name
 
     def __call__(self, spec: ParamSpec) -> Tensor:
         if spec.init in ("ones", "zeros"):

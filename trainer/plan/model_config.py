@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data_prep.errors import UserError
-from ..families.declared import declared_keys, folders_for, model_folders
+from ..families.declared import declared_default, declared_keys, folders_for, model_folders
 from ..families.family import COMMON, Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
@@ -35,6 +35,7 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
     _vocabulary(config, vocab, pretrained=bool(base))
     if eod is not None and not base:
         config = {"bos_token_id": eod, "eos_token_id": eod, **config}
+    _padding(config, pretrained=bool(base))
     if base:
         _same_shapes(recipe.model.init, base, config)
     if (family := family_of(config)) is not None:
@@ -123,6 +124,18 @@ def _vocabulary(config: dict[str, Any], vocab: int | None, pretrained: bool) -> 
             f"model.config.vocab_size is {ours}, the store's tokenizer has {vocab} tokens; leave it out: the padding "
             "to a multiple of 128 is added when training and taken off at export"
         )
+
+
+def _padding(config: dict[str, Any], pretrained: bool) -> None:
+    """The padding token is one of the vocabulary, and its embedding is never trained. A model that begins at random has
+    none: transformers' default is of another tokenizer.
+    """
+    default = declared_default(config["model_type"], "pad_token_id")
+    if not pretrained and default is not None:
+        config.setdefault("pad_token_id", None)
+    pad, vocab = config.get("pad_token_id"), config["vocab_size"]
+    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or pad >= vocab):
+        raise UserError(f"model.config.pad_token_id: must be a token below vocab_size {vocab}, or null; got {pad!r}")
 
 
 def _same_shapes(folder: str, base: Mapping[str, Any], config: Mapping[str, Any]) -> None:

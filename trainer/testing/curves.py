@@ -14,11 +14,12 @@ from ..adapters.merged import initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
-from ..families.registry import FAMILIES
+from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
+from ..modeling.build import build_model
 from ..modeling.values import RandomValues, all_of, merge_slices
 from ..plan.plan import Plan
-from ..ranks.ranks import init_distributed
+from ..ranks.ranks import Ranks, init_distributed
 from ..run.data import RunData
 from ..run.quiet import quiet
 from .plain import Curve, decayed_groups, train_plainly
@@ -55,12 +56,17 @@ def plain_model(plan: Plan) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**plan.model_config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
     values, parameters = initial_values(plan.recipe.model.init), dict(model.named_parameters())
-    values = values or RandomValues(plan.recipe.seed)
     with torch.no_grad():
-        for spec in parameter_table(plan.model_config):
-            parameters[spec.name].copy_(all_of(values, spec))
+        if family_of(plan.model_config) is not None:
+            values = values or RandomValues(plan.recipe.seed)
+            drawn = {spec.name: all_of(values, spec) for spec in parameter_table(plan.model_config)}
+        else:
+            ours = build_model(plan.model_config, values, plan.recipe.seed, torch.float32, Ranks())
+            drawn = dict(ours.named_parameters())
+        for name, value in drawn.items():
+            parameters[name].copy_(value)
     return model
 
 
@@ -121,7 +127,6 @@ def whole_weights(engine: Engine) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) -> bool:
     """Whether tensor ranks drop different attention probabilities where their heads are alike. Collective."""
-    from ..modeling.build import build_model
     from ..modeling.tensor_parallel import RowParallelLinear, parallelise
 
     quiet()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data_prep.errors import UserError
-from ..families.registry import FAMILIES, family_of
+from ..families.declared import declared_keys
+from ..families.registry import family_of
 from ..families.specs import gradient_noise
 from ..objectives.registry import objective_of
 from ..plan.layout import Layout
@@ -58,8 +59,7 @@ def parity(
     ranks of this machine.
 
     Raises:
-        UserError: the recipe cannot be planned on one rank, has an adapter or an objective that weights tokens, or its
-            family has no table of parameters.
+        UserError: the recipe cannot be planned on one rank, or has an adapter or an objective that weights tokens.
     """
     from .curves import one_process
 
@@ -135,9 +135,6 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
         UserError: as `parity`.
     """
     first = plan_of(recipe, ds, Layout(world=1, data=1, zero_stage=0), steps)
-    if family_of(first.model_config) is None:
-        family = first.model_config["model_type"]
-        raise UserError(f"model_type {family!r} has no table of parameters; there are tables for {', '.join(FAMILIES)}")
     if not objective_of(recipe.objective).uniform:
         raise UserError(f"parity compares losses of tokens that count alike, not the objective {recipe.objective!r}")
     if recipe.adapter != "none":
@@ -171,7 +168,12 @@ def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -
     where it can.
     """
     config, family = recipe.model.config, family_of(recipe.model.config)
-    quiet_model = {**config, **dict.fromkeys(family.dropout.values() if family else (), 0.0)}
+    if family is not None:
+        dropout = list(family.dropout.values())
+    else:
+        keys = declared_keys(config.get("model_type", "")) or ()
+        dropout = [key for key in keys if key.endswith(("dropout", "pdrop"))]
+    quiet_model = {**config, **dict.fromkeys(dropout, 0.0)}
     objective = recipe.objective
     if not isinstance(objective, str):
         added = ("neftune", "label_smoothing", "z_loss")  # which the plain loop does not know

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.data_prep.samples import documents_of, megatron_files, random_documents, write_jsonl, write_prefix
-from zeropipe.data_prep import adopt
-from zeropipe.data_prep.adopt import import_prefixes, merge
 from zeropipe.data_prep.cli import main
 from zeropipe.data_prep.errors import UserError
+from zeropipe.data_prep.making import adopt
+from zeropipe.data_prep.making.adopt import import_prefixes, merge
 from zeropipe.data_prep.store import TokenStore
 from zeropipe.data_prep.verify import verify
 

@@ -162,7 +162,7 @@ def test_a_full_disk(folder: Path, tokenizer: Path) -> None:
         run = subprocess.run([*limited, *arguments], capture_output=True, text=True, timeout=120)
         assert run.returncode == 2, run.stderr
         (line,) = run.stderr.splitlines()
-        assert "cannot write: the file size limit (ulimit -f) is reached. Make room and repeat the command" in line
+        assert "cannot write: File too large; raise the file size limit (ulimit -f), and repeat the command" in line
         assert not Path(f"store{workers}").exists()
         assert not [*Path().rglob("*.tmp"), *Path(f".store{workers}.preparing").rglob("shard*")]
         run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
@@ -182,7 +182,7 @@ def test_a_really_full_disk(folder: Path, tokenizer: Path) -> None:
     run = subprocess.run([*namespace, *command, "--workers", "1"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 2, run.stderr
     (line,) = run.stderr.splitlines()
-    assert "cannot write: the disk is full" in line and run.stdout == ""
+    assert "cannot write: No space left on device; free some space, and repeat" in line and run.stdout == ""
 
 
 def test_stores_that_verify_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_prep.samples import nasty_texts, write_jsonl
-from zeropipe.data_prep.documents import read_documents
+from zeropipe.data_prep.corpus.documents import read_documents
+from zeropipe.data_prep.corpus.slices import BadDocument
+from zeropipe.data_prep.corpus.sources import SourceOptions, cut, plan_tasks, whole_file
 from zeropipe.data_prep.errors import UserError
-from zeropipe.data_prep.slices import BadDocument
-from zeropipe.data_prep.sources import SourceOptions, cut, plan_tasks, whole_file
 
 TEXTS = nasty_texts()
 COMPRESSORS = {

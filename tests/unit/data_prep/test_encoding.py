@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from tests.unit.data_prep.samples import expected_tokens, nasty_texts, stdlib_texts
-from zeropipe.data_prep import encoding
-from zeropipe.data_prep.encoding import EncodersDiffer, Fast, Reference, make_encoder
+from zeropipe.data_prep.making import encoding
+from zeropipe.data_prep.making.encoding import EncodersDiffer, Fast, Reference, make_encoder
 from zeropipe.data_prep.tokenizer import adopt_tokenizer
 
 LLAMA3 = (
@@ -111,7 +111,7 @@ def test_a_difference_is_seen_at_the_first_check_or_a_later_one(
 ENDLESS_WORDS = """
 import sys, numpy as np
 from pathlib import Path
-from zeropipe.data_prep import encoding
+from zeropipe.data_prep.making import encoding
 encoding.CHECK_BYTES = 1 << 20
 encoder = encoding.make_encoder("gigatoken", Path(sys.argv[1]), int(sys.argv[2]))
 encoder.encode([b"warm up"])

@@ -18,14 +18,14 @@ from tests.unit.data_prep.samples import (
     stdlib_texts,
     write_jsonl,
 )
-from zeropipe.data_prep import encoding, tasks
-from zeropipe.data_prep.assemble import Assembly
+from zeropipe.data_prep.corpus.sources import SourceOptions
 from zeropipe.data_prep.errors import UserError
-from zeropipe.data_prep.options import Options
-from zeropipe.data_prep.prepare import prepare
-from zeropipe.data_prep.sources import SourceOptions
+from zeropipe.data_prep.making import encoding, tasks
+from zeropipe.data_prep.making.assemble import Assembly
+from zeropipe.data_prep.making.options import Options
+from zeropipe.data_prep.making.prepare import prepare
+from zeropipe.data_prep.making.tasks import Filters
 from zeropipe.data_prep.store import TokenStore
-from zeropipe.data_prep.tasks import Filters
 from zeropipe.data_prep.verify import verify
 
 TEXTS = [line for text in stdlib_texts(40) for line in text.split("\n\n")]
@@ -99,7 +99,7 @@ def test_duplicates_go_and_the_first_stays(options: Options, tokenizer: Path, sh
 
 
 def test_many_passes_find_the_same_duplicates(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zeropipe.data_prep import assemble
+    from zeropipe.data_prep.making import assemble
 
     one = prepare(replace(options, assembly=Assembly(deduplicate=True)))
     monkeypatch.setattr(assemble, "DIGESTS", 500)
@@ -233,7 +233,7 @@ def test_a_run_killed_while_it_cleans_up_has_made_its_store(
     options: Options, counted_tasks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("zeropipe.data_prep.workspace.Workspace.discard", interrupted)
+        patch.setattr("zeropipe.data_prep.making.workspace.Workspace.discard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(options)
     before = list(counted_tasks)

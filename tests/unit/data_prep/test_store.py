@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.unit.data_prep.samples import documents_of, joined, megatron_files, random_documents, write_prefix
-from zeropipe.data_prep.encoding import resident_memory
 from zeropipe.data_prep.errors import UserError
 from zeropipe.data_prep.index import token_dtype
+from zeropipe.data_prep.making.encoding import resident_memory
 from zeropipe.data_prep.manifest import Manifest
 from zeropipe.data_prep.store import TokenStore
 from zeropipe.data_prep.writer import ShardWriter

@@ -93,8 +93,15 @@ def test_errors_become_exit_codes(verb_that, capsys):
     assert verb_that(UserError("data/x: no such store")) == 2
     assert capsys.readouterr().err == "error: data/x: no such store\n"
     assert verb_that(KeyboardInterrupt()) == 130
-    assert verb_that(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")) == 2
-    assert capsys.readouterr().err.startswith("error: runs/x: No space left on device")
+    for number, said in (
+        (errno.ENOSPC, "No space left on device; free some space, or choose another place"),
+        (
+            errno.EACCES,
+            "Permission denied; check its permissions, its owner and how it is mounted, or choose another place",
+        ),
+    ):
+        assert verb_that(OSError(number, os.strerror(number), "runs/x")) == 2
+        assert capsys.readouterr().err == f"error: runs/x: {said}\n"
 
 
 def test_a_defect_of_ours_is_not_dressed_up(verb_that):

@@ -14,7 +14,7 @@ from zeropipe.launcher.command import (
     rank_environment,
     remote_word,
 )
-from zeropipe.launcher.hostfile import Host
+from zeropipe.launcher.hosts.hostfile import Host
 
 NASTY = [
     "plain=1",
@@ -100,8 +100,15 @@ def test_ranks_on_accelerators_keep_theirs():
 
 def test_the_environment_that_goes_to_other_hosts(tmp_path):
     mine = tmp_path / ".deepspeed_env"
-    mine.write_text("# interfaces\n\nGLOO_SOCKET_IFNAME=eth1\nWHERE=$HOME/x\n")
+    mine.write_text("# interfaces\n\nGLOO_SOCKET_IFNAME=eth1\nWHERE=$HOME/x\nA=$(id) `id`=%h\n")
     environ = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "FI_PROVIDER": "efa",
+        "TRITON_CACHE_DIR": "/tmp/triton",
+        "UCX_TLS": "tcp",
+        "UCX_API_KEY": "secret",
         "OMP_NUM_THREADS": "2",
         "HF_TOKEN": "hf_secret",
         "HOME": "/root",
@@ -110,10 +117,16 @@ def test_the_environment_that_goes_to_other_hosts(tmp_path):
     }
     assert forwarded_lines(environ, [mine]) == [
         f"PATH={Path(sys.executable).parent}:$PATH",
+        "CUDA_DEVICE_MAX_CONNECTIONS=1",
+        "FI_PROVIDER=efa",
         'NCCL_DEBUG=a \\"\\$b\\" 5%%',
         "OMP_NUM_THREADS=2",
+        "PYTORCH_ALLOC_CONF=expandable_segments:True",
+        "TRITON_CACHE_DIR=/tmp/triton",
+        "UCX_TLS=tcp",
         "GLOO_SOCKET_IFNAME=eth1",
-        "WHERE=$HOME/x",
+        "WHERE=\\$HOME/x",
+        "A=\\$(id) \\`id\\`=%%h",
     ]
 
 
@@ -121,6 +134,9 @@ def test_a_bad_line_of_the_users_environment_file_is_named(tmp_path):
     mine = tmp_path / ".deepspeed_env"
     mine.write_text("A=1\nexport B=2\n")
     with pytest.raises(UserError, match=f"{mine}, line 2: expected NAME=VALUE"):
+        forwarded_lines({}, [mine])
+    mine.write_text("PATH=/opt/bin:$PATH\n")
+    with pytest.raises(UserError, match=f"{mine}, line 1: nothing is expanded in it; write PATH out"):
         forwarded_lines({}, [mine])
 
 

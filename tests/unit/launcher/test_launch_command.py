@@ -5,8 +5,8 @@ import pytest
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher import cli, launch_command
-from zeropipe.launcher.devices import count_accelerators, visible_devices
-from zeropipe.launcher.hostfile import Host
+from zeropipe.launcher.hosts.devices import count_accelerators, visible_devices
+from zeropipe.launcher.hosts.hostfile import Host
 from zeropipe.launcher.processes import MARK
 
 

@@ -1,10 +1,13 @@
 """What a rank does to set up, save and resume does not grow with the number of ranks."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from scripts.scale import Layout, initial_values, messages, reading, stored_by
+from scripts.scale_page import meeting_rows
 from zeropipe.trainer.families.specs import parameter_table
 
 SMALL = {
@@ -51,3 +54,17 @@ def test_initial_values_are_shared_out():
     assert drawn == 4096 * 256  # of one module, the largest
     read, drawn = initial_values(SMALL, Layout(16, tensor=4, pipeline=2))
     assert read < 0.6 * PARAMETERS / 4 and drawn < 0.6 * PARAMETERS
+
+
+def test_every_place_where_ranks_meet_is_in_the_table():
+    listed = {where: when for where, when, *_ in meeting_rows()}
+    root = Path(__file__).parents[3] / "trainer"
+    meets = re.compile(
+        r"\bdist(?:ributed)?\.(?:all_\w+|broadcast\w*|gather\w*|scatter\w*|reduce\w*|send|recv|barrier|new_group)\("
+        r"|\.(?:together|all_sum|gather_objects|gather_over_stages|gather_on_main|of_main|deal|union|raise_together)\("
+    )
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if meets.search(path.read_text())}
+    assert found == set(listed)
+    # what every rank tells every other grows with their number: these alone may, and why is in the table
+    to_all = {str(path.relative_to(root)) for path in root.rglob("*.py") if ".gather_objects(" in path.read_text()}
+    assert to_all == {"engine/reference.py", "testing/curves.py", "ranks/ranks.py"}

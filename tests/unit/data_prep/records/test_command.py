@@ -87,7 +87,7 @@ def test_another_template_is_another_job(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("zeropipe.data_prep.prepare._complete_store", stop)
+        patch.setattr("zeropipe.data_prep.making.prepare._complete_store", stop)
         with pytest.raises(KeyboardInterrupt):
             main(command)
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')

@@ -20,7 +20,7 @@ from tests.unit.data_prep.records.samples import (
     write_records,
 )
 from zeropipe.data_prep.cli import main
-from zeropipe.data_prep.encoding import EncodersDiffer
+from zeropipe.data_prep.making.encoding import EncodersDiffer
 from zeropipe.data_prep.records.conversation import conversation
 from zeropipe.data_prep.records.settings import BadRecord
 from zeropipe.data_prep.records.template import ChatTemplate, template_sources

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import cast
 
-from .errors import UserError
+from ..errors import UserError
 
 
 @contextmanager

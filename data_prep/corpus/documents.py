@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import orjson
 
-from .errors import UserError
+from ..errors import UserError
 from .slices import BadDocument, Slice, Spot
 
 _BUFFER = 1 << 20

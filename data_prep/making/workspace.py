@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .durable import publish_folder, write_durably
-from .errors import UserError
-from .lock import LockedError, lock_file
-from .manifest import Manifest
+from ..durable import publish_folder, write_durably
+from ..errors import UserError, os_problem
+from ..lock import LockedError, lock_file
+from ..manifest import Manifest
 
 
 class Workspace:
@@ -127,15 +126,11 @@ class Workspace:
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turns a full or unwritable disk into a UserError that says that nothing is lost."""
+    """Turns a full or unwritable disk into a UserError that says what helps, and that nothing is lost."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what = "the disk is full" if error.errno != errno.EFBIG else "the file size limit (ulimit -f) is reached"
-            raise UserError(
-                f"{error.filename or where}: cannot write: {what}. Make room and repeat the command; it will go on"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{error.filename or where}: cannot write: {error.strerror}") from None
-        raise
+        problem, advice = os_problem(error, "cannot write", where)
+        if not advice:
+            raise
+        raise UserError(f"{problem}; {advice}, and repeat the command: it will go on") from None

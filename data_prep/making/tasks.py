@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import xxhash
 
-from .documents import read_documents
+from ..corpus.documents import read_documents
+from ..corpus.slices import BadDocument
+from ..corpus.sources import Task
+from ..errors import UserError
 from .encoding import make_encoder
-from .errors import UserError
-from .slices import BadDocument
-from .sources import Task
 
 if TYPE_CHECKING:
-    from .records.settings import RecordJob
+    from ..records.settings import RecordJob
 
 META = np.dtype([("tokens", "<i4"), ("bytes", "<i8"), ("digest", "<u8", 2)])
 BATCH_BYTES = 2 << 20

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .index import runs
+from ..index import runs
+from ..writer import ShardWriter
 from .shuffle import shuffled
 from .tasks import META, TaskRecord, part_files
-from .writer import ShardWriter
 
 _BLOCK_TOKENS = 4 << 20
 DIGESTS = 4 << 20  # documents compared at a time when duplicates are sought

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
-from .index import flagged, runs
-from .manifest import FileRecord, Manifest, RecordsInfo, ShardRecord, file_record
-from .store import Shard, TokenStore
-from .tokenizer import adopt_tokenizer
-from .verify import require_whole
+from ..errors import UserError
+from ..index import flagged, runs
+from ..manifest import FileRecord, Manifest, RecordsInfo, ShardRecord, file_record
+from ..store import Shard, TokenStore
+from ..tokenizer import adopt_tokenizer
+from ..verify import require_whole
+from ..writer import ShardWriter
 from .workspace import Workspace, disk_errors
-from .writer import ShardWriter
 
 COPY_TOKENS = 8 << 20
 COPY_DOCUMENTS = 1 << 20

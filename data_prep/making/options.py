@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..corpus.sources import SourceOptions, Task
+from ..errors import UserError
+from ..manifest import file_record
+from ..records.settings import RecordOptions
 from .assemble import Assembly
-from .errors import UserError
-from .manifest import file_record
-from .records.settings import RecordOptions
-from .sources import SourceOptions, Task
 from .tasks import Filters, compile_pattern, task_source
 
 
@@ -84,7 +84,7 @@ def identity(options: Options, tasks: Sequence[Task]) -> dict[str, Any]:
         folder = options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent
         names = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")]
         if options.records is not None:
-            from .records.start import source_files
+            from ..records.start import source_files
 
             same |= source_files(folder, options.records)
         return same | {"tokenizer": [file_record(name).sha256 for name in names if name.is_file()]}

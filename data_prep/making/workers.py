@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from .errors import UserError
-from .sources import Task
+from ..corpus.sources import Task
+from ..errors import UserError
 from .tasks import Job, OnBatch, TaskRecord, Worker
 
 ATTEMPTS = 3  # of one task, before its workers' deaths count as its fault
@@ -25,7 +25,7 @@ def make_worker(job: Job) -> Worker:
     """The worker for a job's kind of input."""
     if job.records is None:
         return Worker(job)
-    from .records.work import RecordWorker
+    from ..records.work import RecordWorker
 
     return RecordWorker(job)
 

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..corpus.documents import read_documents
+from ..corpus.slices import BadDocument
+from ..corpus.sources import Task, plan_tasks
+from ..durable import write_durably
+from ..errors import UserError
+from ..index import flagged, token_dtype
+from ..manifest import Manifest, file_record
+from ..store import TokenStore
+from ..tokenizer import Vocabulary, adopt_tokenizer, train_tokenizer
+from ..writer import ShardWriter
 from .assemble import Assembler
-from .documents import read_documents
-from .durable import write_durably
 from .encoding import EncodersDiffer, Fast, Reference
-from .errors import UserError
-from .index import flagged, token_dtype
-from .manifest import Manifest, file_record
 from .options import Options, identity, refuse_early, settings
 from .progress import ProgressLine
-from .slices import BadDocument
-from .sources import Task, plan_tasks
-from .store import TokenStore
 from .tasks import Job, TaskRecord, finished
-from .tokenizer import Vocabulary, adopt_tokenizer, train_tokenizer
 from .workers import run_executor, run_here, run_processes
 from .workspace import Workspace, disk_errors
-from .writer import ShardWriter
 
 if TYPE_CHECKING:
-    from .records.formats import Sample
+    from ..records.formats import Sample
 
 
 def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
@@ -77,7 +77,7 @@ def _settled(options: Options, tasks: Sequence[Task]) -> tuple[Options, Sample |
     """For records: the options with their kind settled, and the first record, if there is one."""
     if options.records is None:
         return options, None
-    from .records.start import settle_kind
+    from ..records.start import settle_kind
 
     records, first = settle_kind(options.records, tasks, options.on_error)
     return replace(options, records=records), first
@@ -97,7 +97,7 @@ def _job(options: Options, vocabulary: Vocabulary, work: Workspace, first: Sampl
     )
     if options.records is None:
         return job
-    from .records.start import check_template, first_day, record_job
+    from ..records.start import check_template, first_day, record_job
 
     assert options.tokenizer is not None
     source = options.tokenizer if options.tokenizer.is_dir() else options.tokenizer.parent
@@ -129,7 +129,7 @@ def _adopted(options: Options, source: Path, making: Path) -> Vocabulary:
     """The user's tokenizer; for records with the chat template that is used, and refused if it ends no text."""
     if options.records is None:
         return adopt_tokenizer(source, making, options.eod_token)
-    from .records.start import put_template, require_tokenizer
+    from ..records.start import put_template, require_tokenizer
 
     require_tokenizer(source if source.is_dir() else source.parent)
     vocabulary = adopt_tokenizer(source, making, None)
@@ -210,7 +210,7 @@ def _complete_store(
     shutil.copytree(work.tokenizer, work.store / "tokenizer")
     totals, records = assembler.totals, None
     if job.records is not None:
-        from .records.start import records_info
+        from ..records.start import records_info
 
         records = records_info(job, assembler.records, totals.longest)
     Manifest(
@@ -255,7 +255,7 @@ def _tell(job: Job, assembler: Assembler, progress: ProgressLine) -> None:
     """Says what the user should know of the documents that were read."""
     counts = _counted(assembler)
     if job.records is not None:
-        from .records.start import remarks
+        from ..records.start import remarks
 
         for remark in remarks(counts):
             progress.say(remark)

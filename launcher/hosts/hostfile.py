@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data_prep.errors import UserError
+from ...data_prep.errors import UserError
 
 # DeepSpeed searches for `^(\S+)\s+slots=(\d+)` and ignores the rest; of that, only MPI's `max_slots` is let pass here
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)(\s+max[-_]slots=\d+)?\s*(#.*)?")

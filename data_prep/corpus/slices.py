@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .errors import UserError
+from ..errors import UserError
 
 _BUFFER = 1 << 20
 

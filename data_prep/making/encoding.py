@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from .tokenizer import read_tokenizer
+from ..tokenizer import read_tokenizer
 
 PROBE_BYTES = 1024  # of a document, encoded by both encoders
 FIRST_PROBES = 32  # documents, when an encoder is new

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data_prep.errors import UserError
+from ...data_prep.errors import UserError
 
 # device files of the accelerators that DeepSpeed knows, one per device: NVIDIA, Habana Gaudi, Ascend
 DEVICE_FILES = ("nvidia[0-9]*", "accel/accel[0-9]*", "davinci[0-9]*")

@@ -11,18 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..data_prep.errors import UserError
+from ...data_prep.errors import UserError
 from .hostfile import Host
+from .ssh import CONNECT_SECONDS, SSH_FAILED, ssh_command
 
-CONNECT_SECONDS = 10
 NO_FOLDER, NO_PYTHON, NOT_SHARED = 81, 82, 83
-SSH_FAILED = 255
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
-
-
-def ssh_command(host: str, port: int | None, command: str) -> list[str]:
-    """ssh that never asks for a password and never waits long for a host that is not there."""
-    return ["ssh", *SSH_OPTIONS, *(["-p", str(port)] if port is not None else []), host, command]
 
 
 def check_hosts(hosts: Sequence[Host], port: int | None, shared: Path) -> None:

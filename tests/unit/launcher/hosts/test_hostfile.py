@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from zeropipe.data_prep.errors import UserError
-from zeropipe.launcher.hostfile import Host, read_hostfile
+from zeropipe.launcher.hosts.hostfile import Host, read_hostfile
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .index import runs
-from .splitmix import INCREMENT, mix64
+from ..index import runs
+from ..splitmix import INCREMENT, mix64
 
 _BLOCK_TOKENS = 4 << 20  # tokens gathered at a time
 _OPEN_FILES = 200

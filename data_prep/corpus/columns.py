@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import UserError
+from ..errors import UserError
 from .slices import BadDocument, Slice, Spot
 
 ROWS = 256  # read at a time
