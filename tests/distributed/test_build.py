@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.harness import run_ranks
-from tests.tiny import GPT2, NO_DROPOUT, tiny_json, tiny_recipe, tiny_store, train_on_ranks
+from tests.tiny import GPT2, NO_DROPOUT, plan_of, tiny_json, tiny_recipe, tiny_store, train_on_ranks
 from zeropipe.trainer.families.specs import parameter_table
+from zeropipe.trainer.metrics.reading import read_metrics
 from zeropipe.trainer.modeling.build import build_model
 from zeropipe.trainer.modeling.values import RandomValues
 from zeropipe.trainer.ranks.ranks import init_distributed
@@ -140,3 +141,36 @@ def test_golden_losses(tmp_path):
         GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
         pytest.fail(f"wrote {GOLDEN}; look at it and commit it")
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-6)
+
+
+def _draws_of(recipe: dict, ds: dict) -> tuple[int, list[float]]:
+    """How many values this rank draws to train, and the last steps' losses."""
+    from zeropipe.trainer.loop import train
+    from zeropipe.trainer.ranks.ranks import join_world
+
+    ranks = join_world()
+    made: list[int] = []
+    draw = RandomValues.__call__
+
+    def drawing(self, spec):
+        made.append(math.prod(spec.shape))
+        return draw(self, spec)
+
+    RandomValues.__call__ = drawing
+    train(plan_of(recipe, ds, ranks.world), ranks.lay_out(1, 1, 1))
+    return sum(made), [record["loss"] for record in read_metrics(recipe["output"]) if record["kind"] == "train"]
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_a_run_that_resumes_draws_nothing(zero, tmp_path):
+    store = tiny_store(tmp_path / "store")
+    recipes = {
+        steps: tiny_recipe(store, tmp_path / "run", duration={"steps": steps}, save={"every": 2}) for steps in (2, 4)
+    }
+    for recipe in recipes.values():
+        recipe["schedule"] = {"type": "constant", "warmup": 0}
+    assert sum(made for made, _ in run_ranks(2, _draws_of, recipes[2], tiny_json(zero))) > 0
+    resumed = run_ranks(2, _draws_of, recipes[4], tiny_json(zero))
+    assert [made for made, _ in resumed] == [0, 0]
+    whole = tiny_recipe(store, tmp_path / "whole", duration={"steps": 4}, schedule={"type": "constant", "warmup": 0})
+    assert resumed[0][1] == train_on_ranks(2, whole, tiny_json(zero))["loss"]
