@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import UserError, as_user_error
+
+_T = TypeVar("_T")
+PAUSES = (0.5, 2.0, 5.0)  # seconds before each time that something is tried again
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -29,6 +34,18 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def retried(action: Callable[[], _T], failed: Callable[[_T], bool] = lambda _: False) -> _T:
+    """Does it again, after a pause, where it raises an OSError or `failed` says so of what it gives; the last outcome
+    stands. File servers lose sight of a file for a moment (ESTALE, attributes out of a cache).
+    """
+    for seconds in PAUSES:
+        with suppress(OSError):
+            if not failed(found := action()):
+                return found
+        time.sleep(seconds)
+    return action()
 
 
 def publish_folder(made: Path, target: Path, replaced: Path) -> None:

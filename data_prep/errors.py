@@ -20,13 +20,22 @@ class UserError(Exception):
     """
 
 
-def os_problem(error: OSError, doing: str = "", where: Path | str = "") -> tuple[str, str]:
+class RankFault(Exception):
+    """A rank or a host does what it should not, and all ranks know it. The message names it and says what to do.
+
+    It is printed as a `UserError` is; the exit code is `EXIT_RANK_FAILED`.
+    """
+
+
+def os_problem(error: OSError | MemoryError, doing: str = "", where: Path | str = "") -> tuple[str, str]:
     """What failed, for the user, and what helps against it (empty where nothing in particular does).
 
     Args:
         doing: what it prevents, in words ("cannot write the checkpoint").
         where: the path to name if the error names none.
     """
+    if isinstance(error, MemoryError):
+        return ": ".join(filter(None, (str(where), doing, "out of memory"))), "fewer ranks on a host need less"
     words = (str(error.filename or where), doing, error.strerror or str(error))
     return ": ".join(filter(None, words)), _remedy(error.errno)
 
@@ -47,6 +56,6 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def as_user_error(error: OSError, doing: str = "", where: Path | str = "") -> UserError:
+def as_user_error(error: OSError | MemoryError, doing: str = "", where: Path | str = "") -> UserError:
     """`os_problem` as one error."""
     return UserError("; ".join(filter(None, os_problem(error, doing, where))))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..data_prep.errors import UserError
 from .hosts.hostfile import Host
+from .hosts.selection import include_words
 
 DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # taken by DeepSpeed, unasked, wherever it exists
 # DeepSpeed itself sends only PYTHON*, MLFLOW*, MV2*, UCX* and NCCL* to other hosts
@@ -32,6 +33,7 @@ class Launch:
     devices: int  # ranks in all
     hostfile: Path | None = None  # None: this machine
     hosts: tuple[Host, ...] = ()
+    selected: bool = False  # `hosts` are not all of the hostfile
     device_ids: tuple[int, ...] | None = None  # of this machine, where only some may be used
     ssh_port: int | None = None
     master_addr: str | None = None
@@ -72,6 +74,8 @@ def _remote_flags(launch: Launch) -> list[str]:
     # with one host left, DeepSpeed would start the ranks here, whatever the host's name; the ssh check looks at the
     # first host only, and ours has looked at all of them
     flags = ["--hostfile", str(launch.hostfile), "--force_multi", "--no_ssh_check"]
+    if launch.selected:
+        flags += ["--include", include_words(launch.hosts)]
     if not launch.verbose:
         # DeepSpeed does not pass the log level on to other hosts, but this flag's value, which their shells split
         flags += ["--enable_each_rank_log", "None --log_level critical"]

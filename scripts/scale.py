@@ -30,10 +30,10 @@ from tests.distributed.torch_engine import GPT2, PlainEngine
 from zeropipe.trainer.checkpoint.boxes import pieces
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import CheckpointManifest, Digest, box_tensor
-from zeropipe.trainer.checkpoint.folder import reading_shares
 from zeropipe.trainer.checkpoint.index import INDEX, Index, rows_of_rank
 from zeropipe.trainer.checkpoint.loader import load, newest_shared
 from zeropipe.trainer.checkpoint.safetensors_writer import FileTensor
+from zeropipe.trainer.checkpoint.sharing import reading_shares
 from zeropipe.trainer.checkpoint.writer import SnapshotWriter
 from zeropipe.trainer.families.specs import ParamSpec, parameter_table
 from zeropipe.trainer.modeling.values import Cut, RandomValues, dealt

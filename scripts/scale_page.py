@@ -51,6 +51,7 @@ checkpoint/snapshot.py | save, resume | names of parameters, from the other stag
 checkpoint/writer.py | save | digests, once also places of boxes, to rank 0; which are to go | 18 log N + 1 | N
 engine/base.py | step, evaluation | losses, weights, ledger, who was asked to stop: one sum of ten numbers | 2 log N |
 engine/coming.py | step that fails | why a rank cannot read its data | N - 1 |
+engine/replicas.py | each `check_replicas` steps | largest and smallest checksum; once, names from rank 0 | 2 log N |
 engine/zero.py | step | ZeRO-0 with tensor ranks: the gradient's norm | 2 log tensor |
 engine/pipeline.py | save, evaluation | activations from stage to stage, logits back | 2 + log stages |
 modeling/tensor_parallel.py | step | activations, over tensor ranks | 2 log tensor a layer |

@@ -142,6 +142,21 @@ def plan_of(recipe: dict[str, Any], ds: dict[str, Any], world: int) -> Any:
     return make_plan(Recipe.model_validate(recipe), ds, world)
 
 
+def folder_of_zeros(path: Path, config: dict[str, Any]) -> Path:
+    """A Hugging Face folder of a model whose weights are all zero; needs no torch."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    from zeropipe.trainer.families.specs import parameter_table
+
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    weights = {spec.name: np.zeros(spec.shape, np.float16) for spec in parameter_table(config)}
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
 def write_pair(folder: Path, recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[Path, Path]:
     """The recipe and JSON as files, for tests that go through the command line."""
     import json

@@ -17,10 +17,14 @@ EXAMPLE = "`node1 slots=8`"
 
 @dataclass(frozen=True)
 class Host:
-    """One host and how many ranks it takes; `name` is what ssh is given (`user@name` where the user differs)."""
+    """One host and how many ranks it takes; `name` is what ssh is given (`user@name` where the user differs).
+
+    `devices`: the numbers of those it uses, where only some were asked for.
+    """
 
     name: str
     slots: int
+    devices: tuple[int, ...] | None = None
 
 
 def read_hostfile(path: str | Path) -> tuple[Host, ...]:

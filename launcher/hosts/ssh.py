@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 6
 SSH_FAILED = 255
 SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 

@@ -1,6 +1,7 @@
 """Deaths, full disks and damage: there is always a whole checkpoint, and what is not whole is told and never loaded."""
 
 import errno
+import math
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import torch
 from tests.distributed.torch_engine import GPT2, KINDS, PlainEngine, known
 from tests.harness import RankFailed, run_ranks
 from tests.saving import save
+from zeropipe.data_prep import durable
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import HashedFile
@@ -27,6 +29,12 @@ from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 pytestmark = pytest.mark.distributed
 
 TABLE = parameter_table(GPT2)[:4]  # few, so that every operation on files can be tried
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch) -> None:
+    """What is gone here stays gone."""
+    monkeypatch.setattr(durable, "PAUSES", ())
 
 
 def _save(ranks: Ranks, output: Path, step: int, version: int, keep: int | None = 1) -> Path:
@@ -237,6 +245,78 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, 
     with pytest.raises(UserError, match=re.escape(str(newest / file))):
         load(Live(engine, engine.parameters, Ranks()), newest)
     assert all((p == 9).all() for _, p in engine.parameters), "nothing may be loaded before all is verified"
+
+
+def _refuse_to_open(patch: pytest.MonkeyPatch, file: Path, number: int, times: float = math.inf) -> list[Path]:
+    """Opening `file` fails so many times; what is given back fills with the failures."""
+    failed, real = [], Path.open
+
+    def failing(path: Path, *args, **kwargs):
+        if path == file and len(failed) < times:
+            failed.append(path)
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    patch.setattr(Path, "open", failing)
+    return failed
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "manifest.json"])
+def test_what_cannot_be_read_is_damage_and_the_checkpoint_before_it_is_taken(
+    tmp_path, capfd, monkeypatch, file, number
+):
+    _save(Ranks(), tmp_path, 1, 1, keep=None)
+    newest = _save(Ranks(), tmp_path, 2, 2, keep=None)
+    _refuse_to_open(monkeypatch, newest / file, number)
+    assert resumed_from(tmp_path, "auto") == newest.parent / "step-00000001"
+    told = f"warning: damaged checkpoint: {newest / file}: cannot be read: {os.strerror(number)}"
+    assert capfd.readouterr().err.startswith(told)
+    assert Checkpoint.open(tmp_path).path == newest.parent / "step-00000001"  # eval, export, model.init
+
+
+@pytest.mark.parametrize("lost", ["rank-00000.safetensors", "state.json", "manifest.json", ""])
+def test_what_is_out_of_sight_for_a_moment_rolls_no_run_back(tmp_path, capfd, monkeypatch, lost):
+    """A file, or the whole folder that `latest` names: attributes out of an NFS client's cache."""
+    _save(Ranks(), tmp_path, 1, 1, keep=None)
+    newest = _save(Ranks(), tmp_path, 2, 2, keep=None)
+    for resume in (lambda: resumed_from(tmp_path, "auto"), lambda: Checkpoint.open(tmp_path).path):
+        (newest / lost).rename(tmp_path / "hidden")
+        asked: list[float] = []
+
+        def pause(seconds: float, asked: list[float] = asked) -> None:
+            asked.append(seconds)
+            if len(asked) == 2:
+                (tmp_path / "hidden").rename(newest / lost)
+
+        monkeypatch.setattr(durable, "PAUSES", (0.5, 2.0, 5.0))
+        monkeypatch.setattr(durable.time, "sleep", pause)
+        assert resume() == newest and asked == [0.5, 2.0]
+    assert "damaged" not in capfd.readouterr().err
+
+
+def _resume_from_a_stale_server(output: Path, newest: Path) -> tuple[str, int]:
+    """Rank 1's reads fail with ESTALE, twice."""
+    ranks = init_distributed(pipeline=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "PAUSES", (0.01, 0.01, 0.01))
+        times = 2 if ranks.rank == 1 else 0
+        failed = _refuse_to_open(patch, newest / "rank-00001.safetensors", errno.ESTALE, times)
+        checkpoint = resolve_resume(output, "auto", ranks)
+    assert checkpoint is not None
+    return checkpoint.path.name, len(failed)
+
+
+def _save_on_two(output: Path) -> Path:
+    ranks = init_distributed(pipeline=2)
+    _save(ranks, output, 1, 1, keep=None)
+    return _save(ranks, output, 2, 2, keep=None)
+
+
+def test_one_rank_of_several_that_loses_sight_of_a_file_rolls_no_run_back(tmp_path):
+    newest, _ = run_ranks(2, _save_on_two, tmp_path)
+    resumed = run_ranks(2, _resume_from_a_stale_server, tmp_path, newest)
+    assert [name for name, _ in resumed] == [newest.name] * 2 and sum(failed for _, failed in resumed) == 2
 
 
 def test_all_ranks_agree_on_what_to_resume(tmp_path):

@@ -82,7 +82,7 @@ def _train_to(step: int, recipe: dict[str, Any], ds: dict[str, Any]) -> int:
     """Trains, and is asked to stop in step `step`."""
     real = Engine.train_step
 
-    def train_step(self: Any, stream: Any, number: int, stop: bool = False) -> Any:
+    def train_step(self: Any, stream: Any, number: int, stop: bool = False, save: bool = False) -> Any:
         return real(self, stream, number, stop or number + 1 == step)
 
     Engine.train_step = train_step  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import RankGroup, run_ranks
-from tests.tiny import GPT2, LLAMA, tiny_json, tiny_recipe, tiny_store, train_on_ranks, write_pair
+from tests.tiny import GPT2, LLAMA, folder_of_zeros, tiny_json, tiny_recipe, tiny_store, train_on_ranks, write_pair
+from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.ranks.ports import free_port
 
 pytestmark = pytest.mark.distributed
@@ -118,22 +120,33 @@ def test_an_output_that_cannot_be_made(store, tmp_path):
     assert "cannot be written" in refused(tmp_path, recipe, tiny_json("zero1"))
 
 
-def test_what_only_one_rank_finds_wrong_is_told_by_rank_0(store, tmp_path):
-    """One host's copy of the data is another: its rank alone finds out, and nobody hangs."""
-    run = run_ranks(2, _train_on_other_data, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1"), str(tmp_path))
-    assert len(set(run)) == 1 and "holds token 900" in run[0] and "(on rank 1)" in run[0]
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("store: sample 5 holds token 900"), "store: sample 5 holds token 900 (on rank 1)"),
+        (
+            OSError(errno.ESTALE, "Stale file handle", "/data/store"),
+            "/data/store: cannot read the data: Stale file handle (on rank 1)",
+        ),
+        (MemoryError(), "cannot read the data: out of memory; fewer ranks on a host need less (on rank 1)"),
+    ],
+    ids=["other data", "bad disk", "no memory"],
+)
+def test_what_only_one_rank_meets_in_its_data_is_told_by_all(store, tmp_path, error, told):
+    """Its reader's thread alone finds out, and nobody hangs."""
+    said = run_ranks(2, _train_on_other_data, tiny_recipe(store, tmp_path / "run"), tiny_json("zero1"), error)
+    assert said == [told] * 2
 
 
-def _train_on_other_data(recipe: dict, ds: dict, folder: str) -> str:
+def _train_on_other_data(recipe: dict, ds: dict, error: Exception) -> str:
     from tests.tiny import _train
-    from zeropipe.data_prep.errors import UserError
     from zeropipe.trainer.data import batches as data
 
     real = data.make_batch
 
     def spoilt(*arguments):
         if int(os.environ["RANK"]) == 1:
-            raise UserError("sample 5 holds token 900, but the model's vocabulary has 500")
+            raise error
         return real(*arguments)
 
     data.make_batch = spoilt
@@ -153,7 +166,6 @@ def test_a_loss_that_is_no_number_stops_the_run(store, tmp_path):
 
 def _train_without_a_record(recipe: dict, ds: dict) -> str:
     from tests.tiny import _train
-    from zeropipe.data_prep.errors import UserError
     from zeropipe.trainer.metrics.record import RunLog
 
     real = RunLog._write
@@ -186,7 +198,6 @@ def test_a_precision_that_the_accelerator_lacks(store, tmp_path):
 def _train_with_a_bad_gradient(recipe: dict, ds: dict) -> str:
     """The loss of step 2 is fine and its gradient is not: what a bad sample or a bad chip can do."""
     from tests.tiny import _train
-    from zeropipe.data_prep.errors import UserError
     from zeropipe.trainer.engine.zero import ZeroEngine
 
     real = ZeroEngine._update
@@ -218,7 +229,6 @@ def test_validation_data_that_one_rank_cannot_read(store, tmp_path):
 
 def _evaluate_on_other_data(recipe: dict, ds: dict) -> str:
     from tests.tiny import _train
-    from zeropipe.data_prep.errors import UserError
     from zeropipe.trainer.evaluation import evaluator
 
     def unreadable(*_):
@@ -234,28 +244,80 @@ def _evaluate_on_other_data(recipe: dict, ds: dict) -> str:
     return "trained"
 
 
-def test_what_one_stage_alone_finds_wrong_is_told_by_it_and_ends_the_others(store, tmp_path):
-    """The folder lacks a weight that only the second pipeline stage reads, while the first waits for it."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+# a rank whose disk fails at the eighth parameter that it reads, if it is the second
+BAD_DISK = """
+import os, sys
+from zeropipe.trainer.commands.train import main
+from zeropipe.trainer.modeling import build
 
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=500)).save_pretrained(tmp_path / "folder")
-    weights = load_file(tmp_path / "folder" / "model.safetensors")
-    lacking = weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / "folder/model.safetensors")
-    assert lacking.numel()
-    recipe = tiny_recipe(store, tmp_path / "run", parallel={"pipeline": 2})
-    recipe["model"] = {"init": str(tmp_path / "folder")}
-    recipe_file, json_file = write_pair(tmp_path, recipe, tiny_json("zero1"))
-    command = [sys.executable, "-m", "zeropipe.trainer", "--run", recipe_file, "--deepspeed_config", json_file]
+real, reads = build.safe_open, []
+
+def safe_open(file, framework):
+    reads.append(file)
+    if os.environ["RANK"] == "1" and len(reads) == 8:
+        raise OSError(5, "Input/output error", str(file))
+    return real(file, framework)
+
+build.safe_open = safe_open
+code = main(sys.argv[1:])
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def _started_in(folders: list[str], arguments: list[str]) -> tuple[int, str]:
+    os.chdir(folders[int(os.environ["RANK"])])
+    return trainer(arguments)
+
+
+def _two_processes(command: list[str], folders: list[Path]) -> list[tuple[int, str]]:
+    """Exit code and words of each of two ranks, started as the launcher starts them."""
     place = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+            [sys.executable, *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in ("0", "1")
+        for rank, folder in enumerate(folders)
     ]
-    (_, first), (_, second) = (rank.communicate(timeout=120) for rank in ranks)
-    assert ranks[1].returncode == 2 and ranks[0].returncode == 3
-    assert "holds no parameter model.layers.1.mlp.up_proj.weight" in second and "(on rank 1)" in second
-    assert "rank 0 lost another rank" in first
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    return [(rank.returncode, words) for rank, words in zip(ranks, said, strict=True)]
+
+
+@pytest.fixture
+def of_folder(store, tmp_path) -> list[str]:
+    """The arguments of a run on two stages from `folder`, which each rank finds where it was started."""
+    for host in ("first", "second"):
+        folder_of_zeros(tmp_path / host / "folder", {**LLAMA, "vocab_size": 500})
+    recipe = tiny_recipe(store, tmp_path / "run", parallel={"pipeline": 2})
+    recipe["model"] = {"init": "folder"}
+    recipe_file, json_file = write_pair(tmp_path, recipe, tiny_json("zero1"))
+    return ["--run", str(recipe_file), "--deepspeed_config", str(json_file)]
+
+
+def test_a_weight_that_one_stage_lacks_is_told_once_and_all_ranks_end_alike(of_folder, tmp_path):
+    """Only the second stage's host lacks it, and only the second stage would read it."""
+    from safetensors.numpy import load_file, save_file
+
+    file, gone = tmp_path / "second/folder/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    save_file({name: weight for name, weight in load_file(file).items() if name != gone}, file)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    (first, said), (second, nothing) = run_ranks(2, _started_in, list(map(str, folders)), of_folder)
+    assert (first, second) == (2, 2) and not nothing
+    assert said.splitlines() == [
+        f"error: model.init: folder holds no parameter {gone}; is it the same model family? (on rank 1)"
+    ]
+
+
+def test_what_one_stage_alone_meets_while_it_is_built_is_told_by_it_and_ends_the_others(of_folder, tmp_path):
+    """The first stage waits for the second, whose disk fails."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    (first, lost), (second, said) = _two_processes(["-c", BAD_DISK, *of_folder], folders)
+    assert (first, second) == (3, 2)
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    assert line.startswith("error: model.init: folder/model.safetensors: model.layers.")
+    assert "cannot be read" in line and "Input/output error" in line and line.endswith("(on rank 1)")
+    assert "rank 0 lost another rank" in lost

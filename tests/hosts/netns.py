@@ -10,12 +10,16 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zeropipe.trainer.ranks.ports import FIRST, LAST
+
 NETWORK = "10.77.0"  # inside the namespaces only: nothing of it is visible on the machine, so runs do not clash
+DEAD_NETWORK = "10.66.0"  # of an interface that is up, and first in every list, and leads nowhere
 SSHD = "/usr/sbin/sshd"
 NEEDED = ("ip", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "hostname", SSHD)
 
@@ -30,11 +34,13 @@ def what_is_missing() -> str | None:
 
 @dataclass(frozen=True)
 class VirtualHost:
-    """One host: `name` and `address` as the others see it, `namespace` as `ip netns` calls it."""
+    """One host: `name` and `address` as the others see it, `namespace` as `ip netns` calls it, the port of its sshd."""
 
     name: str
     address: str
     namespace: str
+    port: int
+    folder: Path
 
     def command(self, words: Sequence[str]) -> list[str]:
         """`words`, to be run on this host."""
@@ -46,26 +52,93 @@ class VirtualHost:
         return subprocess.run(self.command(words), capture_output=True, text=True, **{"timeout": 120, **options})
 
     @contextlib.contextmanager
-    def own_folder(self, folder: Path) -> Iterator[None]:
+    def own_folder(self, folder: Path, size: str = "64m") -> Iterator[None]:
         """Gives what ssh starts on this host an empty file system of its own at `folder`."""
-        with contextlib.ExitStack() as undo:
-            for process in subprocess.check_output(["ip", "netns", "pids", self.namespace], text=True).split():
-                inside = ["nsenter", "--target", process, "--mount"]
-                subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(folder)], check=True)
-                undo.callback(subprocess.run, [*inside, "umount", str(folder)], check=True)
+        with self._mounted(["-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], folder):
             yield
+
+    @contextlib.contextmanager
+    def own_file(self, path: Path, text: str) -> Iterator[None]:
+        """Gives what ssh starts on this host another text in the file `path`."""
+        with tempfile.TemporaryDirectory() as folder:
+            other = Path(folder) / path.name
+            other.write_text(text)
+            with self._mounted(["--bind", str(other), str(path)], path):
+                yield
+
+    @contextlib.contextmanager
+    def _mounted(self, words: Sequence[str], where: Path) -> Iterator[None]:
+        """A file system for the sshd of this host alone, and for what it starts."""
+        with contextlib.ExitStack() as undo:
+            for process in self.processes():
+                inside = ["nsenter", "--target", str(process), "--mount"]
+                subprocess.run([*inside, "mount", *words], check=True)
+                undo.callback(subprocess.run, [*inside, "umount", "--lazy", str(where)], check=True)
+            yield
+
+    def processes(self) -> list[int]:
+        """Ids of all that runs on this host; at rest, that is its sshd."""
+        return [int(word) for word in subprocess.check_output(["ip", "netns", "pids", self.namespace]).split()]
+
+    @contextlib.contextmanager
+    def without_sshd(self) -> Iterator[None]:
+        """Nobody gets in any more."""
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+        try:
+            yield
+        finally:
+            _start_sshd(self)
+
+    @contextlib.contextmanager
+    def firewall(self) -> Iterator[None]:
+        """Nobody gets an answer from the ports that ranks meet at; ssh goes on."""
+        rule = ["blackhole", "ipproto", "tcp", "sport", f"{FIRST}-{LAST}"]
+        _ip("-n", self.namespace, "rule", "add", *rule)
+        try:
+            yield
+        finally:
+            _ip("-n", self.namespace, "rule", "del", *rule)
 
     def set_link(self, state: str) -> None:
         """Cuts the host off (`down`), without closing a socket, or connects it again (`up`)."""
         _ip("-n", self.namespace, "link", "set", "eth0", state)
 
+    @contextlib.contextmanager
+    def slow_link(self, rate: str) -> Iterator[None]:
+        """What the host sends is held to `rate`, such as 10mbit."""
+        tc = ["tc", "-n", self.namespace, "qdisc"]
+        limit = ["tbf", "rate", rate, "burst", "16kb", "latency", "400ms"]
+        subprocess.run([*tc, "add", "dev", "eth0", "root", *limit], check=True, timeout=30)
+        try:
+            yield
+        finally:
+            subprocess.run([*tc, "del", "dev", "eth0", "root"], check=True, timeout=30)
+
 
 @contextlib.contextmanager
-def virtual_hosts(folder: Path, count: int = 2, port: int = 2222) -> Iterator[list[VirtualHost]]:
-    """Makes node1 … nodeN, which reach each other by ssh without a password; `folder` keeps their keys and settings."""
+def virtual_hosts(
+    folder: Path,
+    count: int = 2,
+    port: int = 2222,
+    loopback_names: bool = False,
+    dead_interfaces: bool = False,
+    ports: Mapping[str, int] | None = None,
+) -> Iterator[list[VirtualHost]]:
+    """Makes node1 … nodeN, which reach each other by ssh without a password; `folder` keeps their keys and settings.
+
+    Args:
+        loopback_names: every host calls itself 127.0.1.1, as Debian's installer sets it up.
+        dead_interfaces: every host has a further interface, first in every list, that is up and reaches nobody.
+        ports: of the sshd of single hosts, by name; ssh is told of them in its configuration.
+    """
     _sweep()
     tag = f"zp{os.getpid()}"
-    hosts = [VirtualHost(f"node{i}", f"{NETWORK}.{i}", f"{tag}n{i}") for i in range(1, count + 1)]
+    names = [f"node{i}" for i in range(1, count + 1)]
+    hosts = [
+        VirtualHost(name, f"{NETWORK}.{i}", f"{tag}n{i}", (ports or {}).get(name, port), folder)
+        for i, name in enumerate(names, 1)
+    ]
     switch = f"{tag}sw"
     with contextlib.ExitStack() as undo:
         _keys(folder)
@@ -74,9 +147,11 @@ def virtual_hosts(folder: Path, count: int = 2, port: int = 2222) -> Iterator[li
         _ip("-n", switch, "link", "set", "bridge", "up")
         for number, host in enumerate(hosts, 1):
             _add_namespace(host.namespace, undo)
-            _connect(host, switch, f"port{number}")
-            _configure(host, hosts, folder, port)
-            _start_sshd(host, folder, port)
+            if dead_interfaces:
+                _connect(host, switch, f"dead{number}", "aaa0", f"{DEAD_NETWORK}.{number}", "up")
+            _connect(host, switch, f"port{number}", "eth0", host.address, "master", "bridge", "up")
+            _configure(host, hosts, folder, "127.0.1.1" if loopback_names else host.address)
+            _start_sshd(host)
         _wait_for_ssh(hosts)
         yield hosts
 
@@ -120,33 +195,36 @@ def _keys(folder: Path) -> None:
     authorized.chmod(0o600)
 
 
-def _connect(host: VirtualHost, switch: str, port: str) -> None:
-    _ip("link", "add", "eth0", "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
-    _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
-    _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
-    for link in ("lo", "eth0"):
+def _connect(host: VirtualHost, switch: str, port: str, interface: str, address: str, *state: str) -> None:
+    """An interface of a host, and the end of its cable at the switch, set as `ip link set` takes it."""
+    _ip("link", "add", interface, "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
+    _ip("-n", switch, "link", "set", port, *state)
+    _ip("-n", host.namespace, "addr", "add", f"{address}/24", "dev", interface)
+    for link in ("lo", interface):
         _ip("-n", host.namespace, "link", "set", link, "up")
 
 
-def _configure(host: VirtualHost, hosts: Sequence[VirtualHost], folder: Path, port: int) -> None:
-    """Files that `ip netns exec` mounts over those in /etc for this host."""
+def _configure(host: VirtualHost, hosts: Sequence[VirtualHost], folder: Path, own: str) -> None:
+    """Files that `ip netns exec` mounts over those in /etc for this host, whose name means `own` to itself."""
     etc = Path("/etc/netns") / host.namespace
     (etc / "ssh").mkdir(parents=True)
-    names = "".join(f"{other.address} {other.name}\n" for other in hosts)
+    names = "".join(f"{own if other == host else other.address} {other.name}\n" for other in hosts)
     (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+    ports = "".join(f"Host {other.name} {other.address}\n  Port {other.port}\n" for other in hosts)
     (etc / "ssh" / "ssh_config").write_text(
-        f"Host node* {NETWORK}.*\n  Port {port}\n  IdentityFile {folder}/id\n  StrictHostKeyChecking no\n"
+        f"{ports}Host *\n  IdentityFile {folder}/id\n  StrictHostKeyChecking no\n"
         "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
     )
     (folder / f"sshd-{host.name}.conf").write_text(
-        f"Port {port}\nListenAddress {host.address}\nHostKey {folder}/host_key\nStrictModes no\nUsePAM no\n"
+        f"Port {host.port}\nListenAddress 0.0.0.0\nHostKey {folder}/host_key\nStrictModes no\nUsePAM no\n"
         f"AuthorizedKeysFile {folder}/authorized_keys\nPermitRootLogin yes\nPidFile none\nMaxStartups 100\n"
     )
 
 
-def _start_sshd(host: VirtualHost, folder: Path, port: int) -> None:
+def _start_sshd(host: VirtualHost) -> None:
     Path("/run/sshd").mkdir(exist_ok=True)
-    words = [SSHD, "-f", str(folder / f"sshd-{host.name}.conf"), "-E", str(folder / f"sshd-{host.name}.log")]
+    settings = str(host.folder / f"sshd-{host.name}")
+    words = [SSHD, "-f", f"{settings}.conf", "-E", f"{settings}.log"]
     host.run(words, check=True)
 
 

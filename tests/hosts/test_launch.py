@@ -23,7 +23,7 @@ from zeropipe.launcher.hosts.hostfile import read_hostfile
 
 output, hostfile, *words = sys.argv[1:]
 hosts = read_hostfile(hostfile)
-launch = command.Launch(tuple(words), sum(host.slots for host in hosts), Path(hostfile), hosts, ssh_port=2222)
+launch = command.Launch(tuple(words), sum(host.slots for host in hosts), Path(hostfile), hosts)
 real = command.deepspeed_command
 launch_command.deepspeed_command = lambda launch: [
     "tests.hosts.show_arguments" if word == "zeropipe.trainer" else word for word in real(launch)

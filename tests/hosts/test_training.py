@@ -15,30 +15,6 @@ from .netns import VirtualHost
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
 STEPS = 6
-RECIPE = """
-model: {config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 32}}
-data: {train: [{store: store}], split: "90,10,0", seq_len: 32}
-batch: {global: 8}
-duration: {steps: 6}
-schedule: {type: constant, warmup: 0}
-optimizer: {lr: 1.0e-3}
-log: {every: 1}
-eval: {every: 0}
-"""
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder to launch in, with a recipe, a small token store, and the environment for the ranks."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
-    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
-    prepare = ["prepare", "--builtin", "stdlib", "--limit-bytes", "200K", "--train-tokenizer", "300", "--workers", "0"]
-    subprocess.run(
-        [str(BIN / "zeropipe"), *prepare, "--output", "store"], cwd=folder, check=True, timeout=120, capture_output=True
-    )
-    return folder
 
 
 def losses(run: Path) -> list[str]:
@@ -57,11 +33,30 @@ def one_host(hosts, work) -> list[str]:
 
 
 def test_deepspeed_over_pdsh(hosts, work, one_host):
-    """The command of the README, without `zeropipe launch`."""
-    words = [str(BIN / "deepspeed"), "--hostfile", "hostfile", "--module", "zeropipe.trainer", "--run", "recipe.yaml"]
+    """The command of the README, without `zeropipe launch`; with two networks it must be told which."""
+    words = [str(BIN / "deepspeed"), "--hostfile", "hostfile", "--master_addr", hosts[0].address]
+    words += ["--module", "zeropipe.trainer", "--run", "recipe.yaml"]
     done = hosts[0].run([*words, "--deepspeed_config", "zero2", "output=plain"], cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(work / "plain") == one_host
+
+
+def test_torchrun_on_every_host(hosts, work, one_host):
+    """Ranks need torchrun's variables alone; MASTER_ADDR may be a name that means the loopback on its own host."""
+    words = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "node1"]
+    rank = ["-m", "zeropipe.trainer", "recipe.yaml", "--deepspeed_config", "zero2", "output=torchrun"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    commands = [host.command([*words, "--node-rank", str(i), *rank]) for i, host in enumerate(hosts[:2])]
+    nodes = [
+        subprocess.Popen(command, cwd=work, env=environment, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    try:
+        said = [node.communicate(timeout=120)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    assert losses(work / "torchrun") == one_host
 
 
 def test_launch_on_a_hostfile_and_stop(hosts, work, one_host):

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from ...data_prep.durable import is_file_name
+from ...data_prep.durable import is_file_name, retried
 from ...data_prep.errors import UserError
 from .boxes import Box
 from .safetensors_writer import FileTensor, in_groups, write_safetensors
@@ -178,8 +179,8 @@ class CheckpointManifest:
         try:
             body = json.loads(path.read_bytes())
             found = body.pop("self", None)
-        except FileNotFoundError:
-            raise DamagedError(f"{path}: missing") from None
+        except OSError as error:
+            raise DamagedError(_unreadable(path, error)) from None
         except (ValueError, AttributeError, TypeError):
             raise DamagedError(f"{path}: not a JSON object") from None
         if found != _digest_of(body):
@@ -205,14 +206,14 @@ def _digest_of(body: object) -> str:
 
 
 def size_problems(folder: Path, files: Mapping[str, Digest]) -> list[str]:
-    """Files that are missing or of another size: what can be seen without reading them."""
+    """Files that are missing, out of reach or of another size: what can be seen without reading them."""
     problems = []
     for name, digest in files.items():
         path = folder / name
         try:
             size = path.stat().st_size
-        except FileNotFoundError:
-            problems.append(f"{path}: missing")
+        except OSError as error:
+            problems.append(_unreadable(path, error))
             continue
         if size != digest.size:
             problems.append(f"{path}: {size} bytes, the manifest says {digest.size}")
@@ -229,11 +230,23 @@ def digest_problems(folder: Path, files: Mapping[str, Digest], kind: str = HASH)
     if problems:
         return problems
     for name, digest in files.items():
-        with (folder / name).open("rb") as file:
-            found = hashlib.file_digest(file, _HASHES[kind]).hexdigest()
+        try:
+            found = retried(partial(_digest_of_file, folder / name, kind))
+        except OSError as error:
+            return [*problems, _unreadable(folder / name, error)]  # a bad disk: the rest would take its time, too
         if found != digest.value:
             problems.append(f"{folder / name}: {kind} is {found}, the manifest says {digest.value}")
     return problems
+
+
+def _digest_of_file(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _HASHES[kind]).hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """A block that cannot be read is damage like any other: there may be an older checkpoint."""
+    return f"{path}: " + ("missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}")
 
 
 def read_back(folder: Path, files: Mapping[str, Digest]) -> str | None:

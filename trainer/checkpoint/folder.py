@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data_prep.durable import publish_folder, write_durably
+from ...data_prep.durable import publish_folder, retried, write_durably
 from ...data_prep.errors import UserError
 from .files import (
-    HASH,
     MANIFEST,
     STATE,
     CheckpointManifest,
-    DamagedError,
     Digest,
-    digest_problems,
     size_problems,
 )
+from .sharing import problems_of
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -159,46 +157,17 @@ def verify_checkpoints(path: str | Path) -> dict[Path, list[str]]:
     return {p: problems_of(p) for p in reversed(step_folders(path))}
 
 
-def problems_of(path: Path) -> list[str]:
-    """What is wrong with one checkpoint, all of it read.
+def steps_in_sight(path: Path) -> list[Path]:
+    """`step_folders`, looked for again where `latest` names one that is not among them."""
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
 
-    Raises:
-        UserError: a newer version of zeropipe wrote it.
-    """
-    (own,) = reading_shares(path, 1)
-    return own.problems()
+    def lost(found: list[Path]) -> bool:
+        try:
+            return (folder / LATEST).read_text(encoding="utf-8").strip() not in {step.name for step in found}
+        except OSError:  # nothing is named
+            return False
 
-
-@dataclass(frozen=True)
-class ReadingShare:
-    """What one of several readers compares of a checkpoint with its manifest, or what was seen without reading."""
-
-    path: Path
-    files: Mapping[str, Digest]
-    hash: str = HASH
-    seen: tuple[str, ...] = ()
-
-    def problems(self) -> list[str]:
-        """What is wrong; reads the files."""
-        return list(self.seen) or digest_problems(self.path, self.files, self.hash)
-
-
-def reading_shares(path: Path, readers: int) -> list[ReadingShare]:
-    """A checkpoint dealt out to readers, after a look at all of its files.
-
-    Raises:
-        UserError: a newer version of zeropipe wrote it.
-    """
-    try:
-        manifest = CheckpointManifest.read(path)
-    except DamagedError as error:
-        return [ReadingShare(path, {}, seen=(str(error),))] * readers
-    if seen := tuple(size_problems(path, manifest.files)):
-        return [ReadingShare(path, {}, seen=seen)] * readers
-    # the largest are dealt out first
-    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    dealt = [{name: manifest.files[name] for name in names[reader::readers]} for reader in range(readers)]
-    return [ReadingShare(path, files, manifest.hash) for files in dealt]
+    return retried(lambda: step_folders(path), lost)
 
 
 def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
@@ -208,7 +177,7 @@ def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
     Raises:
         UserError: there is none, or none is whole.
     """
-    steps = step_folders(path)
+    steps = steps_in_sight(Path(path)) if read else step_folders(path)
     if not steps:
         raise UserError(f"{path}: no checkpoint here (expected a run directory, its checkpoints/, or a step-… folder)")
     damaged: list[str] = []

@@ -16,8 +16,9 @@ from ..ranks.ranks import Ranks
 from .boxes import Box, Piece, Shape, pieces
 from .deepspeed_scalars import write_scalars
 from .deepspeed_state import Holding, Live, create_state, holdings, kinds_of, refresh_model, whole_states
-from .folder import CHECKPOINTS, clear_leftovers, reading_shares, step_folders
+from .folder import CHECKPOINTS, clear_leftovers, steps_in_sight
 from .reader import Checkpoint
+from .sharing import reading_shares
 
 _DOING = "cannot read the checkpoint"
 
@@ -156,7 +157,7 @@ def newest_shared(root: Path, ranks: Ranks, what: str, or_none: bool = False) ->
     Raises:
         UserError: on every rank: there are checkpoints but none is whole, or none.
     """
-    candidates = ranks.of_main(ranks.together(lambda: step_folders(root) if ranks.is_main else None, _DOING, root))
+    candidates = ranks.of_main(ranks.together(lambda: steps_in_sight(root) if ranks.is_main else None, _DOING, root))
     if not candidates and not or_none:
         raise UserError(f"{what}{root} holds no checkpoint (expected a run directory or a step-… folder)")
     damaged: list[str] = []

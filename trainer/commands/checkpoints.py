@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ...data_prep.errors import UserError
 from ...data_prep.sizes import format_bytes
@@ -11,7 +12,9 @@ from .arguments import add_verb
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
-    parser = add_verb(verbs, "ckpt", None, "list, verify, prune, import, convert checkpoints; audit the samples")
+    parser = add_verb(
+        verbs, "ckpt", None, "list, verify, prune, import, convert, ask for checkpoints; audit the samples"
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=type(parser))
     listing = add_verb(actions, "ls", _list, "list checkpoints, their step and size")
     verify = add_verb(actions, "verify", _verify, "compare every byte with the manifest")
@@ -21,6 +24,10 @@ def register(verbs: argparse._SubParsersAction) -> None:
         action.add_argument("path", metavar="RUN", help="a run directory, its checkpoints/, or one of them")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many to keep")
     audit.add_argument("path", metavar="RUN", help="a run directory")
+    request = add_verb(actions, "request", _request, "ask a run under way for a checkpoint, at the end of its step")
+    request.add_argument("path", metavar="RUN", help="a run directory")
+    request.add_argument("--stop", action="store_true", help="and to stop after it")
+    request.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="for it to notice; default: 60")
     exchange.register(actions)
 
 
@@ -53,6 +60,14 @@ def _prune(args: argparse.Namespace) -> int:
     removed = surplus(args.path, args.keep)
     prune(removed)
     print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+    return 0
+
+
+def _request(args: argparse.Namespace) -> int:
+    from ..run.requests import SAVE, STOP, ask
+
+    ask(Path(args.path), STOP if args.stop else SAVE, args.wait)
+    print(f"{args.path}: the run saves at the end of its step" + (", and stops" if args.stop else ""))
     return 0
 
 

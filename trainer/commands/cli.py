@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from . import chat, checkpoints, evaluate, export, generate, parity, report, train, tune
+from . import chat, checkpoints, evaluate, export, generate, parity, replay, report, train, tune
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
     """Adds this room's verbs to the command line."""
-    for verb in (train, evaluate, generate, chat, export, checkpoints, report, parity, tune):
+    for verb in (train, evaluate, generate, chat, export, checkpoints, report, replay, parity, tune):
         verb.register(verbs)

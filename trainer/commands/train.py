@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from ...data_prep.command_line import Parser
-from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RankFault, UserError
+from ..ranks.variables import adopt_variables
 from ..run.exit_notes import note_exit
 from ..run.quiet import quiet
 from .arguments import DEFAULT_DEEPSPEED_CONFIG, add_run_arguments, add_verb
@@ -21,7 +22,7 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote pr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains in this process group; returns the exit code."""
-    return _exit_code_of(lambda: _train(rank_parser().parse_args(argv)))
+    return _exit_code_of(lambda: _train(parse_rank(argv)))
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -36,11 +37,28 @@ def run(args: argparse.Namespace) -> int:
 def rank_parser() -> Parser:
     """The command line of one rank, as `deepspeed` makes it."""
     parser = Parser(prog="zeropipe.trainer", description=__doc__)
-    parser.add_argument("--run", dest="recipe", required=True, metavar="RECIPE", help="a recipe, as for `train`")
+    # torchrun takes `--run` for an abbreviation of its own `--run-path`, wherever it stands
+    parser.add_argument(
+        "--run", dest="recipe", metavar="RECIPE", help="the recipe; or as the first word, as for `train`"
+    )
     parser.add_argument("--deepspeed_config", default=DEFAULT_DEEPSPEED_CONFIG, metavar="JSON", help="as for `train`")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `train`")
     return parser
+
+
+def parse_rank(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of one rank, with `--run RECIPE` or the recipe as its first word.
+
+    Raises:
+        UserError: no recipe is named.
+    """
+    args = rank_parser().parse_intermixed_args(argv)  # words may stand on both sides of an option
+    if args.recipe is None:
+        if not args.overrides or "=" in args.overrides[0]:
+            raise UserError("no recipe; expected --run RECIPE, or RECIPE as the first word")
+        args.recipe, *args.overrides = args.overrides
+    return args
 
 
 def _exit_code_of(rank: Callable[[], int]) -> int:
@@ -48,9 +66,9 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     quiet()  # before the libraries are imported
     try:
         code = rank()
-    except UserError as error:
-        code = EXIT_USER_ERROR
-        _tell(error)
+    except (UserError, RankFault) as error:
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_RANK_FAILED
+        _tell(error, code)
     except Exception as error:
         number = os.environ.get("RANK", "0")
         if any(words in str(error) for words in LOST_PEER):
@@ -64,18 +82,19 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     return code
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: Exception, code: int) -> None:
     """Says it once where all ranks found the same wrong; a rank that is alone with it says so and ends, so that those
     that wait for it hear of it.
     """
     number = os.environ.get("RANK", "0")
     if "torch" in sys.modules:  # else this process has joined no others
-        from ..ranks.ranks import same_on_all_ranks, shut_down
+        from ..ranks.last_words import same_on_all_ranks
+        from ..ranks.ranks import shut_down
 
         if not same_on_all_ranks(str(error)):
             print(f"error: {error} (on rank {number})", file=sys.stderr, flush=True)
-            note_exit(EXIT_USER_ERROR)
-            os._exit(EXIT_USER_ERROR)
+            note_exit(code)
+            os._exit(code)
         shut_down()
     if number == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -87,6 +106,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from ..plan.plan import make_plan
     from ..ranks.ranks import TIMEOUT, join_world, shut_down
 
+    adopt_variables(os.environ)
     os.environ.setdefault("LOCAL_RANK", str(getattr(arguments, "local_rank", 0)))
     pair, problem = None, None
     try:

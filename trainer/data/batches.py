@@ -154,6 +154,23 @@ class BatchStream:
         self._ahead = step.stop, self._reader.submit(self._read, step.stop)
         return step
 
+    def named(self, first: int, stop: int) -> list[tuple[Samples, int]]:
+        """The samples at these places of the run, whichever ranks consume them."""
+        sources, samples = self._order.sample(np.arange(first, stop))
+        return [(self._samples[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
+
+    def of_all_ranks(self, first: int, stop: int) -> list[Batch]:
+        """The micro batches of these places of the run, one after the other; micro batch m of data-parallel rank d is
+        number m x ranks + d.
+
+        Raises:
+            UserError: a sample cannot be read.
+        """
+        size, rows = self._shape.micro_batch, self.named(first, stop)
+        drawn = [(self._order.seed, place) for place in range(first, stop)]
+        cuts = [slice(at, at + size) for at in range(0, stop - first, size)]
+        return [make_batch(rows[cut], self._shape, drawn[cut]) for cut in cuts]
+
     def drawn(self) -> dict[str, int]:
         """Samples consumed so far from each source, by the path of its store."""
         counts = self._order.counts(self.samples_consumed)

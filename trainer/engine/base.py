@@ -6,7 +6,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -32,7 +32,8 @@ from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
 from ..run.state import StepOutput
 from .bad_steps import BadSteps
-from .coming import Agreed, Coming
+from .coming import NUMBERS, Agreed, Coming
+from .pace import Pace
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Engine(ABC):
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
         self._agreed: Agreed | None = None  # the next step's batch
-        self.bad_steps = BadSteps(plan)
+        self.bad_steps, self.pace = BadSteps(plan), Pace(plan, ranks)
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -80,18 +81,19 @@ class Engine(ABC):
     def logits(self, input_ids: Tensor) -> Tensor:
         """[batch, time] → [batch, time, vocab] in fp32, the same on every rank."""
 
-    def train_step(self, stream: BatchStream, step: int, stop: bool = False) -> StepOutput:
+    def train_step(self, stream: BatchStream, step: int, stop: bool = False, save: bool = False) -> StepOutput:
         """One global batch forward and backward, and one update.
 
         Args:
             step: the step's number, from 0: learning rate and dropout follow from it.
-            stop: whether this rank was asked to stop; the output says whether any was.
+            stop, save: whether this rank was asked to stop, or to save; the output says whether any was.
 
         Raises:
             UserError: on every rank: data that one of them cannot read, no sample that carries loss, or a loss or
                 gradient that is no number, before such weights can be saved over good ones.
         """
         started, agreed = time.perf_counter(), self._agreed
+        self.pace.begin()
         if agreed is None or agreed.coming.first != stream.samples_consumed:  # the first step of this process
             coming = Coming.of(stream, self.ranks, self.objective)
             agreed = Agreed(coming, self.ranks.all_sum(coming.numbers))
@@ -105,9 +107,10 @@ class Engine(ABC):
             before = time.perf_counter()
             coming = Coming.of(stream, self.ranks, self.objective)
             more = time.perf_counter() - before
-        found = self.ranks.all_sum(sums, [float(stop), *(() if coming is None else coming.numbers)])
-        (loss, *metrics), (stopped, *numbers) = found[: len(sums)], found[len(sums) :]
-        self._agreed = None if coming is None else Agreed(coming, numbers)
+        numbers = () if coming is None else coming.numbers
+        found = self.ranks.all_sum(sums, [stop, save, *numbers], self.pace.row(step, waited + more))
+        (loss, *metrics), (stopped, saving, *rest) = found[: len(sums)], found[len(sums) :]
+        self._agreed = None if coming is None else Agreed(coming, rest[:NUMBERS])
         loss, norm = loss / totals.weight, None if norm is None else float(norm)
         output = StepOutput(
             loss=loss,
@@ -120,13 +123,14 @@ class Engine(ABC):
             samples=(batch.first, batch.stop),
             ledger=totals.ledger,
             stop=stopped > 0,
+            save=saving > 0,
             applied=applied,
             bad=known or self.bad_steps.left_out(loss, norm, applied),
             loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.plan.precision.name == "fp16" else None,
             metrics={name: m / totals.weight for name, m in zip(self.objective.metrics, metrics, strict=True)},
+            fared=self.pace.read(rest[len(numbers) :]),
         )
-        self.bad_steps.judge(output, step)
-        return output
+        return replace(output, rewind=True) if self.bad_steps.judge(output, step) else output
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
         """The objective's sums over all ranks' batches, without gradients."""
@@ -147,6 +151,7 @@ class Engine(ABC):
     def _initialize(self, config: dict[str, Any], mpu: Mpu | None = None) -> Any:
         """DeepSpeed's engine for `module`, with the optimizer that the JSON names; `config` from `runtime_config`."""
         optimizer = self.plan.settings.optimizer
+        self.pace.watch(self.module)
         groups = parameter_groups(self.module, optimizer, self.plan.recipe.optimizer.embedding_rate)
         if optimizer.build is None:
             arguments: dict[str, Any] = {"model_parameters": groups}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,18 +12,20 @@ import torch
 
 from ...data_prep.errors import UserError
 from ..adapters.bases import Base, base_of, check_base
-from ..checkpoint.folder import check_same_run, step_name
-from ..checkpoint.loader import load
+from ..checkpoint.folder import CHECKPOINTS, check_same_run, step_name
+from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
 from ..data.batches import BatchStream
-from ..metrics.reading import skipped_samples
+from ..metrics.reading import REWIND, skipped_samples
 from ..metrics.record import RunLog
-from ..ranks.ranks import same_on_all_ranks
+from ..ranks.last_words import same_on_all_ranks
 from ..run.data import RunData
 from ..run.guard import check_claim
-from ..run.state import TrainState
+from ..run.state import StepOutput, TrainState
+from .bad_steps import BadStep
 from .base import Engine
+from .capsule import CAPSULES, write_capsule
 
 PROBE_TOKENS = 16
 _CANNOT_SAVE = "cannot write the checkpoint (older ones are untouched)"
@@ -41,6 +45,8 @@ class Checkpoints:
             self.recipe.output, save.every, save.keep, self.plan.total_steps, save.milestone, save.background
         )
         self._begun: dict[str, tuple[int, dict[str, int]]] = {}  # by a checkpoint's name: its step, what was drawn
+        self._newest: Path | None = None  # of this run: what it was resumed from, or has published since
+        engine.bad_steps.witness = self._keep_capsule
 
     def resume_or_start(self, checkpoint: Checkpoint | None) -> TrainState:
         """Loads the checkpoint to resume from, or starts at step 0. Collective.
@@ -55,19 +61,63 @@ class Checkpoints:
         check_same_run(checkpoint.state, **self.identity)
         if self.base is not None:
             check_base(Base(**checkpoint.state["base"]), self.base, "resume: ")
-        saved, source = load(self.engine.live, checkpoint), checkpoint.path
+        self._load(checkpoint, state)
+        self.engine.bad_steps.remember(self._skipped_before(state))
+        source = checkpoint.path
+        self.log.start("resume", state.step, f"resumed from {source} at step {state.step}", path=str(source))
+        return state
+
+    def rewind(self, bad: StepOutput) -> TrainState:
+        """Goes back to the newest checkpoint; the samples of a bad step are left out from then on. Collective.
+
+        Raises:
+            UserError: on every rank: there is no whole one, or the run went back to this one too often.
+        """
+        with contextlib.suppress(UserError):  # one that cannot be written is none to go back to
+            self._record(self.writer.wait())
+        if self._newest is None:
+            raise UserError(
+                f"samples {bad.samples[0]} to {bad.samples[1] - 1}: a bad step (loss {bad.loss}) before the first "
+                "checkpoint: there is none to rewind to; lower optimizer.lr, warm up longer or save sooner"
+            )
+        checkpoint = resolve_resume(self.recipe.output, str(self._newest), self.ranks)
+        assert checkpoint is not None
+        self._check_claim()
+        state = TrainState(self.plan.total_steps, save_asked=bad.save)
+        self._load(checkpoint, state)
+        left_out = self.engine.bad_steps.goes_back(bad, state.step)
+        said = (
+            f"back to step {state.step}: loss {bad.loss}; samples {left_out[0]} to {left_out[1] - 1} will be left out"
+        )
+        facts = {"samples": list(left_out), "loss": bad.loss, "grad_norm": bad.grad_norm}
+        self.log.start(REWIND, state.step, said, path=str(checkpoint.path), **facts)
+        return state
+
+    def _load(self, checkpoint: Checkpoint, state: TrainState) -> None:
+        """Puts a checkpoint into the engine, and where it is into `state` and the stream. Collective."""
+        saved = load(self.engine.live, checkpoint)
         state.step, state.samples_consumed = saved["step"], saved["samples_consumed"]
         state.tokens_consumed = saved["tokens_consumed"]
         state.skipped = [(first, stop) for first, stop in saved.get("skipped", [])]
-        self.engine.bad_steps.remember(self._skipped_before(state))
+        self.engine.bad_steps.restore(saved)
         self.stream.samples_consumed = state.samples_consumed
-        self.log.start("resume", state.step, f"resumed from {source} at step {state.step}", path=str(source))
-        return state
+        self._newest = checkpoint.path
+
+    def _keep_capsule(self, bad: BadStep) -> str:
+        """Keeps what `zeropipe replay` needs of a bad step; says where."""
+        folder = self.recipe.output / CAPSULES / step_name(bad.step)
+        if self.ranks.is_main:
+            try:
+                begun = [self.recipe.output / CHECKPOINTS / name for name in self._begun]  # whole by the run's end
+                write_capsule(folder, bad, self.plan, self.stream, begun[-1] if begun else self._newest)
+            except (OSError, UserError) as error:  # the bad step is what the run ends or goes on by, not this
+                print(f"warning: {folder} cannot be written: {error}", file=sys.stderr, flush=True)
+        return f"; zeropipe replay {shlex.quote(str(folder))} looks for what came first"
 
     def _skipped_before(self, state: TrainState) -> list[tuple[int, int]]:
         """What the checkpoint holds, and what the run's record tells of steps beyond it. Collective."""
         found: list[tuple[int, int]] = []
-        if self.ranks.is_main and self.engine.bad_steps.skips:
+        if self.ranks.is_main and self.engine.bad_steps.leaves_out:
             found = skipped_samples(self.recipe.output)
         return [*state.skipped, *self.ranks.of_main(found)]
 
@@ -77,15 +127,14 @@ class Checkpoints:
         Raises:
             UserError: on every rank, if one of them cannot write; older checkpoints are as they were.
         """
-        if state.stopped or self.writer.due(state.step):
+        if state.stopped or state.save_asked or self.writer.due(state.step):
             self.save(state)
+            state.save_asked = False
         self._record(self.writer.wait() if state.done else self.writer.poll())
 
     def save(self, state: TrainState) -> None:
         """Begins to save this state, if the run directory is still this run's. Collective; raises as `save_if_due`."""
-        self.ranks.together(
-            lambda: check_claim(self.recipe.output, self.log.run) if self.ranks.is_main else None, _CANNOT_SAVE
-        )
+        self._check_claim()
         self._begun[step_name(state.step)] = state.step, self.stream.drawn()
         record = {
             "step": state.step,
@@ -94,10 +143,16 @@ class Checkpoints:
             "precision": self.plan.precision.name,
             "stop_ids": self.stop_ids,
             "skipped": [list(samples) for samples in state.skipped],
+            **self.engine.bad_steps.record(),
             **self.identity,
             **({} if self.base is None else {"base": self.base.record()}),
         }
         self.writer.save(self.engine.live, record, self._probe())
+
+    def _check_claim(self) -> None:
+        self.ranks.together(
+            lambda: check_claim(self.recipe.output, self.log.run) if self.ranks.is_main else None, _CANNOT_SAVE
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -110,7 +165,7 @@ class Checkpoints:
 
     def _record(self, published: Sequence[Path]) -> None:
         for path in published:
-            step, drawn = self._begun.pop(path.name)
+            self._newest, (step, drawn) = path, self._begun.pop(path.name)
             self.log.event("save", step, path=str(path), drawn=drawn)
 
     def _probe(self) -> dict[str, torch.Tensor]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...data_prep.errors import UserError
+from ...data_prep.errors import UserError, as_user_error
 from ..data.batches import BatchStream, StepBatch
 from ..data.ledger import join, split
 from ..objectives.base import Objective
 from ..ranks.ranks import Ranks
+
+NUMBERS = 5  # of a coming batch that are summed over all ranks
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Coming:
         first = stream.samples_consumed
         try:
             batch = stream.ahead()
-        except UserError as error:
-            return cls(first, None, str(error), (1.0, 0.0, 0.0, 0.0, 0.0))
+        except (UserError, OSError, MemoryError) as error:
+            told = str(error) if isinstance(error, UserError) else str(as_user_error(error, "cannot read the data"))
+            return cls(first, None, told, (1.0, 0.0, 0.0, 0.0, 0.0))
         mine = [0.0] * 4
         if ranks.reads_samples:
             weight = sum(objective.weight(micro) for micro in batch.micro_batches)

@@ -10,6 +10,8 @@ from typing import Any
 from ...data_prep.errors import UserError
 from ..sinks.jsonl import METRICS
 
+REWIND = "rewind"  # the event of a run that goes back; what follows has an id of its own, as after a resume
+
 
 def read_lines(run_directory: str | Path) -> Iterator[dict[str, Any]]:
     """Every record of metrics.jsonl as it was written, those of dead runs too; a line cut short at the end is skipped.
@@ -56,7 +58,8 @@ def resumed_from(first: Mapping[str, Any]) -> int:
 
 
 def skipped_samples(run_directory: str | Path) -> list[tuple[int, int]]:
-    """Ranges of samples that any process group of this run left out since it was started afresh; none without a record.
+    """Ranges of samples that any process group of this run left out, or went back to leave out, since it was started
+    afresh; none without a record.
 
     Raises:
         UserError: the record is damaged.
@@ -67,6 +70,6 @@ def skipped_samples(run_directory: str | Path) -> list[tuple[int, int]]:
     for record in read_lines(run_directory):
         if record.get("event") == "start":
             found = []
-        elif record.get("event") == "skip":
+        elif record.get("event") in ("skip", REWIND):
             found.append((record["samples"][0], record["samples"][1]))
     return found

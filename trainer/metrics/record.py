@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -24,6 +25,7 @@ from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
 from ..sinks.registry import ALWAYS, SINKS
+from .fared import by_host
 from .reading import resumed_from
 
 _DOING = "the run's record cannot be written"
@@ -35,7 +37,7 @@ class RunLog:
     A resumed run appends; each record carries the id of its process group (`run`), by which `read_metrics` leaves out
     what a dead run did beyond the step that was resumed from. So `start` comes first; nothing is written before it, for
     a run that is refused must leave the record of an earlier one as it was. A record that cannot be written later asks
-    all ranks to save and stop.
+    all ranks to save and stop; a sink that the recipe has added is left out from there on, which is told.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest) -> None:
@@ -43,7 +45,7 @@ class RunLog:
         self.plan, self.ranks, self.stop = plan, ranks, stop
         self.directory, self.run = plan.recipe.output, secrets.token_hex(4)
         self.hosts = ranks.gather_on_main(describe_host())
-        self._sinks: list[Sink] = []
+        self._sinks: dict[str, Sink] = {}
         self._last_step, self._clock = 0, time.monotonic()
         self._warmth: list[float] = []  # seconds of the first steps, where something is compiled
 
@@ -51,11 +53,14 @@ class RunLog:
         return self
 
     def start(self, event: str, step: int, message: str | None = None, **fields: Any) -> None:
-        """Records the event "start" or "resume", and with it the configuration and the environment. Collective.
+        """Records "start", "resume" or "rewind", and with it the configuration and the environment. Collective.
 
         Raises:
             UserError: on every rank, if the run directory cannot be written.
         """
+        if self._sinks:  # a run that went back: what comes now takes the place of what it did beyond `step`
+            self._close_all()
+            self.run, self._last_step = secrets.token_hex(4), step
         self.ranks.together(
             lambda: self._start(event, step, message, fields) if self.ranks.is_main else None, _DOING, self.directory
         )
@@ -71,6 +76,7 @@ class RunLog:
             "samples": list(output.samples),
             "ledger": f"{output.ledger:016x}",
             "data_seconds": output.data_seconds,
+            **by_host(output.fared, [host["host"] for host in self.hosts]),
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
@@ -96,10 +102,7 @@ class RunLog:
             return
         if error is not None:
             self._attempt({"kind": "event", "event": "failed", "step": self._last_step, "error": f"{error!r}"})
-        for sink in self._sinks:
-            with contextlib.suppress(OSError):  # what matters was flushed with its record
-                sink.close()
-        self._sinks = []
+        self._close_all()
         if error is None:
             hosts = len({host["host"] for host in self.hosts})
             print(closing(self.plan, self._last_step, hosts, self._clock), flush=True)
@@ -121,7 +124,7 @@ class RunLog:
         record_configuration(plan)
         text = json.dumps(environment(self.run, self.hosts), indent=2)
         write_durably(self.directory / "environment.json", text + "\n")
-        self._sinks = [SINKS[name](settings) for name in dict.fromkeys([*ALWAYS, *plan.recipe.log.sinks])]
+        self._sinks = {name: SINKS[name](settings) for name in [*ALWAYS, *plan.recipe.log.sinks]}
         said = [heading(plan)] if LAUNCH_FOLDER not in os.environ else []  # `zeropipe launch` has said so already
         self._write(record, "\n".join([*said, *([message] if message else [])]) or None)
 
@@ -136,12 +139,36 @@ class RunLog:
     def _write(self, record: dict[str, Any], message: str | None) -> None:
         self._last_step = max(self._last_step, record["step"])  # a checkpoint is recorded when it has been published
         stamped = {**record, "run": self.run, "time": time.time()}
-        for sink in self._sinks:
+        for name, sink in list(self._sinks.items()):
             try:
                 sink.write(stamped, message)
-            except OSError as error:
-                where = error.filename or f"{self.directory} ({type(sink).__name__})"
-                raise UserError(f"{where}: {_DOING}: {error.strerror}") from error
+            except Exception as error:
+                if name in ALWAYS and isinstance(error, OSError):
+                    where = error.filename or f"{self.directory} ({type(sink).__name__})"
+                    raise UserError(f"{where}: {_DOING}: {error.strerror}") from error
+                if name in ALWAYS:
+                    raise
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        """A curve for people is not worth a run."""
+        with contextlib.suppress(Exception):
+            self._sinks[name].close()
+        del self._sinks[name]
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        print(f"warning: log.sinks: {name} fails and is left out from here on: {why}", file=sys.stderr, flush=True)
+
+    def _close_all(self) -> None:
+        for name in list(self._sinks):
+            self._close(name)
+        self._sinks = {}
+
+    def _close(self, name: str) -> None:
+        try:
+            self._sinks[name].close()
+        except Exception as error:  # what matters of metrics.jsonl was flushed with its record
+            if name not in ALWAYS:
+                self._leave_out(name, error)
 
 
 def heading(plan: Plan) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...data_prep.errors import UserError
 from ..checkpoint.boxes import pieces
 from ..families.specs import ParamSpec, parameter_seed
+from ..families.weight_files import WeightFiles
 from ..ranks.ranks import Ranks
 
 # the full Hugging Face parameter, unpadded, of any float type: a tensor, or what reads a part of one when it is indexed
@@ -126,41 +127,39 @@ class RandomValues:
 
 
 class FilePart:
-    """A tensor in a safetensors file, of which is read what is asked for."""
+    """A tensor in a safetensors file, of which is read what is asked for.
+
+    Raises:
+        UserError: it cannot be read.
+    """
 
     def __init__(self, file: Path, name: str) -> None:
-        self._stored = safe_open(file, "pt").get_slice(name)
+        self._file, self._name = file, name
+        self._stored = self._attempt(lambda: safe_open(file, "pt").get_slice(name))
         self.shape = tuple(self._stored.get_shape())
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        return self._stored[index]
+        return self._attempt(lambda: self._stored[index])
+
+    def _attempt(self, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.init: {self._file}: {self._name} cannot be read: {error}") from None
 
 
 class FolderValues:
-    """Values from the safetensors files of a Hugging Face folder, one parameter at a time.
+    """Values from the safetensors files of a Hugging Face folder, read part by part.
 
     Raises:
-        UserError: no safetensors there (pickles are never opened), or a parameter is missing.
+        UserError: no safetensors there, or a parameter is missing or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            found = f"only pickles ({', '.join(pickles)}), which can run code when opened" if pickles else "none"
-            raise UserError(f"model.init: {folder} must hold *.safetensors; found {found}")
-        self._where: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, "pt") as handle:
-                self._where.update(dict.fromkeys(handle.keys(), file))
+        self._files = WeightFiles(folder)
 
     def __call__(self, spec: ParamSpec) -> FilePart:
-        # the base model's files (GPT-2's own release) lack the head's prefix
-        for name in (spec.name, spec.name.partition(".")[2]):
-            if name in self._where:
-                return FilePart(self._where[name], name)
-        raise UserError(f"model.init: {self._folder} holds no parameter {spec.name}; is it the same model family?")
+        return FilePart(*self._files.find(spec.name))
 
 
 def merge_slices(pieces: list[Tensor], spec: ParamSpec) -> Tensor:

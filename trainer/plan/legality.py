@@ -66,6 +66,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
             f"mlp_tile of model_type {model['model_type']!r}: its record names no MLP, or there is none; leave it out, "
             "and add an activation_checkpointing section to the DeepSpeed JSON"
         )
+    refusals += [*_replicas(recipe, layout)]
     longest = longest_sequence(model)
     if longest is not None and recipe.data.seq_len > longest:
         refusals.append(
@@ -267,6 +268,15 @@ def _groups(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[s
             "weight decay, by learning rate), and DeepSpeed would wait for ever; use fewer stages or another "
             "parallel.partition, or leave out optimizer.embedding_lr and norms in modules_to_save"
         )
+
+
+def _replicas(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    if not recipe.check_replicas:
+        return
+    if layout.zero_stage == 3:
+        yield "check_replicas with ZeRO-3: each weight is on one rank, without copies; check_replicas=0"
+    elif layout.world == layout.pipeline:
+        yield f"check_replicas on {layout}: no rank holds a copy of another's weights; check_replicas=0"
 
 
 def _divisors(number: int) -> str:

@@ -12,6 +12,7 @@ from ..families.declared import declared_default, declared_keys, folders_for, mo
 from ..families.family import COMMON, Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
+from ..families.weight_files import WeightFiles
 from ..recipe.recipe import Recipe
 from ..recipe.text_files import did_you_mean, parse_json, read_text
 
@@ -25,8 +26,8 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
         vocab, eod: what the stores say of their vocabulary; None where they say nothing.
 
     Raises:
-        UserError: unknown keys, a pretrained folder that cannot be read or has another shape, or a vocabulary that does
-            not match the stores.
+        UserError: unknown keys, a pretrained folder that cannot be read, lacks a weight or has another shape, or a
+            vocabulary that does not match the stores.
     """
     base = pretrained_config(Path(recipe.model.init)) if recipe.model.init != "random" else {}
     own = recipe.model.config
@@ -38,6 +39,7 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
     _padding(config, pretrained=bool(base))
     if base:
         _same_shapes(recipe.model.init, base, config)
+        _check_weights(Path(recipe.model.init), config)
     if (family := family_of(config)) is not None:
         _shape_is_possible(config, family)
     return config
@@ -54,13 +56,11 @@ def pretrained_config(folder: Path) -> dict[str, Any]:
     """The configuration of a Hugging Face folder, or of the newest checkpoint of a run directory.
 
     Raises:
-        UserError: neither is there, or the folder has no safetensors.
+        UserError: neither is there.
     """
     if not folder.is_dir():
         raise UserError(f"model.init: {folder}: no such folder; state random, a Hugging Face folder or a run")
     if (path := folder / "config.json").is_file():
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"model.init: {folder}: holds no *.safetensors; other formats of weights are not read")
         config = parse_json(read_text(path), str(path))
         if not isinstance(config, dict) or "model_type" not in config:
             raise UserError(f"{path}: not a transformers configuration: model_type is missing")
@@ -149,6 +149,14 @@ def _same_shapes(folder: str, base: Mapping[str, Any], config: Mapping[str, Any]
     if before != after:
         keys = ", ".join(sorted(key for key in config if config[key] != base.get(key)))
         raise UserError(f"model.config changes the shape of the weights in {folder}; take it out of: {keys}")
+
+
+def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """What a folder's weights lack is found by the plan, and by every rank alike."""
+    if (folder / "config.json").is_file():
+        files = WeightFiles(folder)
+        if family_of(config) is not None:
+            files.check(parameter_table(config))
 
 
 def _shape_is_possible(config: Mapping[str, Any], family: Family) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...data_prep.errors import UserError, os_problem
+from .interface import set_interface
 from .late_compiling import compile_when_called
 from .ports import free_port
 
@@ -139,19 +140,19 @@ class Ranks:
         """Runs `action` on every rank; where it fails on one, all raise, so that none waits for it. Collective.
 
         Args:
-            doing: what an OSError then prevents, in words ("cannot write the checkpoint").
+            doing: what an OSError or MemoryError then prevents, in words ("cannot write the checkpoint").
             where: the path to name if the OSError names none.
 
         Raises:
-            UserError: on every rank alike, so that rank 0 can speak for all: what a rank's UserError or OSError said,
-                and on which rank.
+            UserError: on every rank alike, so that rank 0 can speak for all: what the error of a rank said, and on
+                which rank.
         """
         result, problem, advice = None, None, ""
         try:
             result = action()
         except UserError as error:
             problem = str(error)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             problem, advice = os_problem(error, doing, where)
         self.raise_together(problem, advice)
         return result  # type: ignore[return-value]
@@ -206,23 +207,22 @@ def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
     """Joins the process group that the environment describes (a single process when it describes none).
 
     Args:
-        timeout: of every collective, of every group.
+        timeout: of every collective, of every group; `waiting_at_most` changes it.
     """
     import deepspeed
-    import torch.distributed.distributed_c10d as c10d
 
     prepare_backend()
     for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, default)
     if "MASTER_PORT" not in os.environ:  # alone in the world: any free port will do
         os.environ["MASTER_PORT"] = str(free_port())
-    # groups made without a timeout, DeepSpeed's among them, take the module's defaults, or a cut link hangs them
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    store = set_interface(os.environ, timeout)
+    _wait_at_most(timeout)
     device_type, local_rank = accelerator().device_name(), int(os.environ["LOCAL_RANK"])
     if device_type != "cpu":
         accelerator().set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:  # the ranks of a host share its cores
-        local_size = int(os.environ.get("LOCAL_SIZE", "1"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     deepspeed.init_distributed(
         "gloo" if device_type == "cpu" else accelerator().communication_backend_name(),
@@ -230,6 +230,7 @@ def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
         timeout=timeout,
         verbose=False,
     )
+    del store
     world, device = dist.get_world_size(), torch.device(accelerator().current_device_name())
     return Ranks(rank=dist.get_rank(), world=world, data_size=world, local_rank=local_rank, device=device)
 
@@ -269,28 +270,24 @@ def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
     )
 
 
-def same_on_all_ranks(words: str, seconds: float = 5.0, occasion: str = "last_words") -> bool:
-    """Whether all ranks come here with these words, each waiting for the others for at most `seconds`.
-
-    Asks the store that the ranks met at, since a rank that waits in a collective cannot answer there; a few messages a
-    rank, however many there are.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return True
-    store, patience = dist.distributed_c10d._get_default_store(), timedelta(seconds=seconds)
-
-    def all_come_to(place: str) -> None:
-        if store.add(place, 1) == dist.get_world_size():
-            store.set(f"{place}/all", "")
-        store.wait([f"{place}/all"], patience)
-
+@contextlib.contextmanager
+def waiting_at_most(minutes: float) -> Iterator[None]:
+    """How long a collective of any group of this rank waits for the other ranks, inside."""
+    before = c10d.default_pg_timeout
+    _wait_at_most(timedelta(minutes=minutes))
     try:
-        all_come_to(f"{occasion}/{hashlib.sha256(words.encode()).hexdigest()}")
-    except RuntimeError:  # some rank is elsewhere, or gone with the store
-        return False
-    with contextlib.suppress(RuntimeError):
-        all_come_to(f"{occasion}/read")  # rank 0 holds the store, and must not go first
-    return True
+        yield
+    finally:
+        _wait_at_most(before)
+
+
+def _wait_at_most(limit: timedelta) -> None:
+    """Sets the limit of the groups that there are, and of those to come: DeepSpeed says none when it makes its own, and
+    they would take torch's defaults, half an hour with gloo.
+    """
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(limit, group)
 
 
 def shut_down() -> None:

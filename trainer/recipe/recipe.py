@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ...data_prep.errors import UserError
+from .bad_step import BadStepName, OnBadStep, as_type
 from .errors import explain
 from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home, split_shares
+from .fields import Section as _Section
 from .overrides import apply_override
 from .text_files import parse_yaml, read_named, yaml_lines
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Model(_Section):
@@ -77,7 +75,9 @@ class Parallel(_Section):
     partition: str = Field(default="parameters", pattern=r"^(parameters|uniform|measured|type:.+)$")
     """How layers are shared out over the stages: parameters, uniform, measured or type:REGEX."""
     timeout: float = Field(default=10.0, gt=0)
-    """Minutes that a rank waits for the others in a collective before the run ends."""
+    """Minutes that a rank waits for the others in a step before the run ends."""
+    setup_timeout: float = Field(default=60.0, gt=0)
+    """Minutes that it waits while the run is set up, evaluated or saved: the slowest disk may be that much behind."""
 
     @model_validator(mode="after")
     def _expression_is_one(self) -> Parallel:
@@ -229,8 +229,12 @@ class Recipe(_Section):
     log: Log = Log()
     eval: Eval = Eval()
     save: Save = Save()
-    on_bad_step: Literal["stop", "skip"] = "stop"
-    """At a loss or gradient that is no number: stop, or skip the update and leave its samples out from then on."""
+    on_bad_step: Annotated[OnBadStep, BeforeValidator(as_type, json_schema_input_type=OnBadStep | BadStepName)] = (
+        OnBadStep()
+    )
+    """At a loss or gradient that is no number, or a loss that jumps: stop, skip or rewind; options in a mapping."""
+    check_replicas: CountOrNever = 0
+    """Steps between comparisons of the weights that several ranks hold copies of; 0: never."""
     resume: Place = "auto"
     """auto (newest whole checkpoint of `output`, if any), never, or a path to resume from."""
 
@@ -245,6 +249,12 @@ class Recipe(_Section):
     def _ends_below_peak(self) -> Recipe:
         if self.schedule.min_lr > self.optimizer.lr and "lr" in self.optimizer.model_fields_set:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_where_to_go_back_to(self) -> Recipe:
+        if self.on_bad_step.type == "rewind" and not self.save.every:
+            raise ValueError("on_bad_step: rewind goes back to a checkpoint; save.every 0 saves none before the end")
         return self
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ from ...data_prep.lock import LockedError, lock_file
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..recipe.recipe import dump_recipe
+from .requests import SAVE, STOP, take_request
 
 _OWNER = ".owner"
+_LOOK = 1.0  # seconds between two looks for a request: a shared file system is not asked in every step
 _CANNOT_WRITE = "the run's output cannot be written"
 
 
@@ -88,22 +91,36 @@ def _lock(output: Path) -> IO[str]:
 
 
 class StopRequest:
-    """Whether this process was asked to save and stop: by SIGTERM, SIGUSR1, or because it cannot go on alone.
+    """What this process was asked: to save and stop, by SIGTERM, SIGUSR1, a file, or because it cannot go on alone; or
+    just to save, by a file (`requests.py`), which the main rank looks for.
 
     As a context it listens to the signals, and the loop sees the request at the end of a step; at the end, what kept
     any rank from going on is raised on all of them.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, output: Path | None = None) -> None:
+        """`output`: the run directory; None where nobody asks by files."""
         self.asked = False
         self.problem: str | None = None
-        self._ranks, self._before = ranks, {}
+        self._ranks, self._before, self._looked = ranks, {}, 0.0
+        self._output = output if ranks.is_main else None
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether this rank is asked to stop, and whether to save: to be said in the next step."""
+        save, now = False, time.monotonic()
+        if self._output is not None and now - self._looked > _LOOK:
+            self._looked, asked = now, take_request(self._output)
+            self.asked |= asked == STOP
+            save = asked == SAVE
+        return self.asked, save
 
     def because(self, problem: str) -> None:
         """Asks all ranks to save and stop at the end of the step; the first problem is the one to tell."""
         self.problem, self.asked = self.problem or problem, True
 
     def __enter__(self) -> StopRequest:
+        if self._output is not None:
+            take_request(self._output)  # of a run that ended before it saw it
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Fared(NamedTuple):
+    """How one rank fared in a step."""
+
+    forward_seconds: float  # in its forward passes; 0 where they wait for other ranks (ZeRO-3, tensor, sequence)
+    data_seconds: float  # of waiting for data
+    memory: float  # bytes: its peak on the device; on a CPU, of its resident set
+    host_memory: float  # bytes in use on its host, by all that runs there
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,13 @@ class StepOutput:
     samples: tuple[int, int]  # first global sample index, last + 1
     ledger: int  # digest of the samples that all ranks consumed
     stop: bool = False  # some rank was asked to stop
+    save: bool = False  # or to save
+    rewind: bool = False  # the run has to go back to its last checkpoint: nothing of this step counts
     applied: bool = True  # whether there was an update
     bad: bool = False  # no update, since loss or gradient is no number, now or the first time these samples came
     loss_scale: float | None = None  # of fp16
     metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, divided by the weight too
+    fared: tuple[Fared, ...] = ()  # by rank, on steps that people are shown
 
 
 @dataclass
@@ -34,6 +47,7 @@ class TrainState:
     samples_consumed: int = 0
     tokens_consumed: int = 0  # those that carried loss
     stopped: bool = False
+    save_asked: bool = False
     skipped: list[tuple[int, int]] = field(default_factory=list)  # samples of bad steps: first, last + 1
 
     def advance(self, output: StepOutput) -> None:
@@ -41,6 +55,7 @@ class TrainState:
         self.samples_consumed = output.samples[1]
         self.tokens_consumed += output.tokens
         self.stopped = output.stop
+        self.save_asked |= output.save
         if output.bad:
             self.skipped.append(output.samples)
 

@@ -43,7 +43,8 @@ class Sink(Protocol):
             message: what a person should read of it, where there is something.
 
         Raises:
-            OSError: it cannot be written; the run then saves and stops.
+            Exception: it cannot be written. The run goes on without the sink; where metrics.jsonl or the console raises
+                an OSError, it saves and stops.
         """
         ...
 

@@ -9,8 +9,8 @@ from scripts.simulated_ranks import SimulatedRanks, on_simulated_ranks
 from tests.distributed.torch_engine import GPT2, PlainEngine
 from zeropipe.trainer.adapters.merged import initial_values
 from zeropipe.trainer.checkpoint import files as checkpoint_files
-from zeropipe.trainer.checkpoint import folder as checkpoint_folder
 from zeropipe.trainer.checkpoint import index as checkpoint_index
+from zeropipe.trainer.checkpoint import sharing
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.loader import load, resolve_resume
 from zeropipe.trainer.checkpoint.writer import SnapshotWriter
@@ -34,8 +34,8 @@ def run(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("start", ["resume", "model.init"])
-def test_every_file_is_looked_at_twice_and_hashed_once(start, run, monkeypatch):
-    """Once by rank 0, for its size, and once by the rank that hashes it; before, by every rank."""
+def test_every_file_is_looked_at_by_two_ranks_and_hashed_once(start, run, monkeypatch):
+    """By rank 0, for its size, and twice by the rank that hashes it; before, by every rank."""
     looked: list[str] = []
     hashed: list[str] = []
     sizes, digests = checkpoint_files.size_problems, checkpoint_files.digest_problems
@@ -49,8 +49,8 @@ def test_every_file_is_looked_at_twice_and_hashed_once(start, run, monkeypatch):
         return digests(folder, names, kind)
 
     monkeypatch.setattr(checkpoint_files, "size_problems", counting_sizes)
-    monkeypatch.setattr(checkpoint_folder, "size_problems", counting_sizes)
-    monkeypatch.setattr(checkpoint_folder, "digest_problems", counting_digests)
+    monkeypatch.setattr(sharing, "size_problems", counting_sizes)
+    monkeypatch.setattr(sharing, "digest_problems", counting_digests)
     if start == "resume":
         on_simulated_ranks(WORLD, lambda ranks: resolve_resume(run, "auto", ranks))
     else:
@@ -59,7 +59,7 @@ def test_every_file_is_looked_at_twice_and_hashed_once(start, run, monkeypatch):
     files = sorted(path.name for path in step.iterdir() if path.name != "manifest.json")
     assert len(files) == WORLD + 2
     assert sorted(hashed) == files
-    assert sorted(looked) == sorted(2 * files)
+    assert sorted(looked) == sorted(3 * files)
 
 
 def test_a_rank_opens_what_it_reads_and_no_header_is_scanned(run, monkeypatch):

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from tests.tiny import GPT2, LLAMA, VOCAB, plan_of, tiny_json, tiny_recipe, tiny_store, write_pair
+from tests.tiny import GPT2, LLAMA, VOCAB, folder_of_zeros, plan_of, tiny_json, tiny_recipe, tiny_store, write_pair
 from zeropipe.data_prep.errors import UserError
 from zeropipe.data_prep.manifest import Manifest, file_record
 from zeropipe.launcher.cli import main
@@ -353,10 +355,7 @@ def test_stores_that_do_not_fit(store: Path, tmp_path: Path):
 
 
 def hugging_face_folder(path: Path, **config: Any) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({**GPT2, "vocab_size": VOCAB, "eos_token_id": 7, **config}))
-    (path / "model.safetensors").write_bytes(b"")
-    return path
+    return folder_of_zeros(path, {**GPT2, "vocab_size": VOCAB, "eos_token_id": 7, **config})
 
 
 def test_pretrained_folders(plan, tmp_path: Path):
@@ -373,12 +372,38 @@ def test_pretrained_folders(plan, tmp_path: Path):
         (small, {"n_layer": 3, "vocab_size": 500}, "changes the shape of the weights"),
         (small, {"model_type": "llama", "vocab_size": 500}, "model_type is 'llama', "),
         (folder, {"resid_drop": 0.1}, "model.config.resid_drop: unknown key, did you mean 'resid_pdrop'?"),
-        (pickled, {}, "holds no *.safetensors"),
+        (pickled, {}, "must hold *.safetensors; found only pickles (pytorch_model.bin)"),
         (tmp_path / "bare", {}, "no config.json (Hugging Face) and no checkpoints/step-*"),
         (tmp_path / "nowhere", {}, "no such folder"),
     ):
         recipe = tiny_recipe(Path("x"), tmp_path)
         assert message in refusal(plan, model={"init": str(init), "config": config}), recipe
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_whichever_stage_would_want_it(plan, tmp_path: Path):
+    folder = hugging_face_folder(tmp_path / "hf")
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+
+    def refused_with(changed: dict) -> str:
+        save_file(changed, file)
+        return refusal(plan, 2, model={"init": str(folder), "config": {}}, parallel={"pipeline": 2})
+
+    last = "transformer.h.1.mlp.c_proj.weight"
+    lacking = {name: weight for name, weight in weights.items() if name != last}
+    assert f"{folder} holds no parameter {last}; is it the same model family?" in refused_with(lacking)
+    turned = refused_with({**weights, last: np.ascontiguousarray(weights[last].T)})
+    assert f"{file}: {last} has the shape [64, 256], config.json makes it [256, 64]" in turned
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file}: damaged or incomplete" in refusal(plan, model={"init": str(folder), "config": {}})
+
+
+def test_a_folder_without_the_prefix_of_the_head_is_taken(plan, tmp_path: Path):
+    """As GPT-2's own release is."""
+    folder = hugging_face_folder(tmp_path / "hf")
+    (file,) = folder.glob("*.safetensors")
+    save_file({name.removeprefix("transformer."): weight for name, weight in load_file(file).items()}, file)
+    assert plan(model={"init": str(folder), "config": {}}).parameters
 
 
 def test_a_run_of_ours_can_be_continued(plan, tmp_path: Path):

@@ -36,12 +36,15 @@ def test_what_succeeds_is_given_back_and_other_errors_are_not_hidden():
         Ranks().together(lambda: 1 // 0)
 
 
+ERRORS = {"user": UserError("planted"), "memory": MemoryError()}
+
+
 def _told(kind: str) -> str:
     ranks = init_distributed()
 
     def action() -> int:
         if ranks.rank == 1 or kind == "everywhere":
-            raise UserError("planted") if kind == "user" else OSError(errno.ENOSPC, "No space left on device")
+            raise ERRORS.get(kind, OSError(errno.ENOSPC, "No space left on device"))
         return ranks.rank
 
     try:
@@ -54,4 +57,5 @@ def _told(kind: str) -> str:
 def test_all_ranks_say_the_same_and_on_which_rank():
     assert run_ranks(2, _told, "user") == ["planted (on rank 1)"] * 2
     assert run_ranks(2, _told, "os") == ["/output: No space left on device (on rank 1); free some space"] * 2
+    assert run_ranks(2, _told, "memory") == ["/output: out of memory (on rank 1); fewer ranks on a host need less"] * 2
     assert run_ranks(2, _told, "everywhere") == ["/output: No space left on device; free some space"] * 2

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.tiny import LLAMA, tiny_records, tiny_store
+from tests.tiny import LLAMA, folder_of_zeros, tiny_records, tiny_store
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.plan.deepspeed_json import load_ds_config
@@ -76,10 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("sft", "dpo"):
         for split in ("train", "valid"):
             tiny_records(folder / "data" / f"{kind}-{split}", kind, records=400, vocab=49_152)
-    (folder / "material" / "smollm2").mkdir(parents=True)
-    config = {**LLAMA, "vocab_size": 49_152, "max_position_embeddings": 2048}
-    (folder / "material" / "smollm2" / "config.json").write_text(json.dumps(config))
-    (folder / "material" / "smollm2" / "model.safetensors").touch()  # plans read no weights
+    folder_of_zeros(folder / "material/smollm2", {**LLAMA, "vocab_size": 49_152, "max_position_embeddings": 2048})
     return folder
 
 

@@ -29,10 +29,10 @@ def _train_without_locks(recipe: dict, ds: dict) -> str:
     fcntl.flock = no_locks
     step = Engine.train_step
 
-    def train_step(self, stream, number, stop=False):
+    def train_step(self, stream, number, stop=False, save=False):
         if number == 2 and self.ranks.is_main:
             claim(self.plan.recipe.output, "other")
-        return step(self, stream, number, stop)
+        return step(self, stream, number, stop, save)
 
     Engine.train_step = train_step  # type: ignore[method-assign]
     try:

@@ -1,0 +1,153 @@
+"""The doctor on real hosts: what is planted on them is found, named, and refused before a rank starts."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .netns import VirtualHost
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
+BIN = Path(sys.executable).parent
+HOSTFILE = "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n"
+
+
+def doctor(hosts: list[VirtualHost], folder: Path, *words: str, hostfile: str = HOSTFILE) -> dict:
+    """The JSON of an examination that was asked for on the first host."""
+    (folder / "hostfile").write_text(hostfile)
+    command = [str(BIN / "zeropipe"), "doctor", "--hostfile", "hostfile", "--json", "--seconds", "120", *words]
+    done = hosts[0].run(command, cwd=folder, timeout=400)
+    assert done.stdout.startswith("{"), done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["ready"] else 2)
+    return found
+
+
+def faults(found: dict) -> dict[str, str]:
+    """What is said of each host that cannot take part."""
+    return {finding["host"]: finding["says"] for finding in found["findings"] if finding["fatal"]}
+
+
+def test_hosts_that_are_ready(hosts, tmp_path):
+    """… and one link that is a hundred times slower than the others; the dead interface is nowhere taken."""
+    with hosts[2].slow_link("8mbit"):
+        found = doctor(hosts, tmp_path)
+    assert faults(found) == {}
+    assert found["master_addr"] == hosts[0].address
+    assert found["all_reduce"]["interfaces"] == dict.fromkeys(("node1", "node2", "node3"), "eth0")
+    pairs = found["all_reduce"]["pairs"]
+    assert set(pairs) == {"node1 - node2", "node1 - node3", "node2 - node3"}
+    assert pairs["node1 - node3"][1] < 2e6 < pairs["node1 - node2"][1]
+    slow = [finding["host"] for finding in found["findings"] if finding["check"] == "link"]
+    assert slow == ["node3"]
+    assert not list(tmp_path.glob(".doctor-*"))
+
+
+def test_all_that_is_wrong_is_found_at_once(hosts, tmp_path):
+    """On one host its own folder, on another too many slots, and one that is not there: each by name, with the cure."""
+    hostfile = "node1 slots=1\nnode2 slots=1\nnode3 slots=999\nnode9 slots=1\n"
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    with hosts[1].own_folder(tmp_path):
+        found = doctor(hosts, tmp_path, "--files", "recipe.yaml", hostfile=hostfile)
+    says = faults(found)
+    assert set(says) == {"node2", "node3", "node9"}
+    assert "999 slots, but" in says["node3"]
+    assert "ssh without a password failed" in says["node9"]
+    of_node2 = {finding["check"]: finding for finding in found["findings"] if finding["host"] == "node2"}
+    assert of_node2["files"]["says"] == "recipe.yaml is missing"
+    assert f"scp {tmp_path}/recipe.yaml node2:" in of_node2["files"]["cure"]
+    assert of_node2["storage"]["says"] == f"{tmp_path} is not the folder it is here"
+
+
+@pytest.mark.slow
+class TestPlantedFaults:
+    """One at a time, through `zeropipe launch`: refused with the host's name, and nothing was started."""
+
+    def refused(self, hosts, folder: Path, hostfile: str = HOSTFILE) -> str:
+        (folder / "hostfile").write_text(hostfile)
+        command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2"]
+        began = time.monotonic()
+        done = hosts[0].run([*command, "--hostfile", "hostfile", "output=refused"], cwd=folder, timeout=400)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert time.monotonic() - began < 120
+        assert not (folder / "refused").exists()
+        return done.stderr
+
+    def test_another_recipe(self, hosts, work):
+        with hosts[1].own_file(work / "recipe.yaml", "name: another\n"):
+            assert "node2: recipe.yaml differs from the one here" in self.refused(hosts, work)
+
+    def test_another_version(self, hosts, work):
+        (site,) = {path.parent for path in Path(sys.prefix).glob("lib/python*/site-packages/deepspeed")}
+        (metadata,) = site.glob("deepspeed-*.dist-info/METADATA")
+        with hosts[2].own_file(metadata, "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.9.9\n"):
+            said = self.refused(hosts, work)
+        assert "node3: deepspeed 0.9.9, but" in said
+        assert "pip install deepspeed==" in said
+
+    def test_other_code(self, hosts, work):
+        import zeropipe.trainer.loop as loop
+
+        with hosts[1].own_file(Path(str(loop.__file__)), "# stale\n"):
+            assert "node2: ZeroPipe's own code differs" in self.refused(hosts, work)
+
+    def test_no_environment(self, hosts, work):
+        with hosts[1].own_folder(Path(sys.prefix)):
+            assert f"node2: there is no {sys.executable}" in self.refused(hosts, work)
+
+    def test_no_folder(self, hosts, work):
+        with hosts[2].own_folder(work.parent):
+            assert f"node3: there is no folder {work}" in self.refused(hosts, work)
+
+    def test_no_sshd(self, hosts, work):
+        with hosts[1].without_sshd():
+            assert "node2: ssh without a password failed" in self.refused(hosts, work)
+
+    def test_cut_off(self, hosts, work):
+        hosts[2].set_link("down")
+        try:
+            assert "node3: ssh without a password failed" in self.refused(hosts, work)
+        finally:
+            hosts[2].set_link("up")
+
+    def test_too_many_slots(self, hosts, work):
+        said = self.refused(hosts, work, HOSTFILE.replace("node2 slots=1", "node2 slots=998"))
+        assert "node2: 998 slots, but" in said
+
+    def test_a_firewall(self, hosts, work):
+        """ssh goes through, the ports of ranks do not."""
+        with hosts[0].firewall():
+            said = self.refused(hosts, work)
+        assert "node2: cannot connect to node1" in said
+        assert "node3: cannot connect to node1" in said
+
+    def test_a_full_disk(self, hosts, work):
+        (work / "refused").mkdir()
+        try:
+            with hosts[1].own_folder(work / "refused", size="1m"):
+                said = self.refused_keeping(hosts, work)
+        finally:
+            (work / "refused").rmdir()
+        assert "node2: 0.00 GiB of disk free" in said
+
+    def refused_keeping(self, hosts, folder: Path) -> str:
+        command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2"]
+        done = hosts[0].run([*command, "--hostfile", "hostfile", "output=refused"], cwd=folder, timeout=400)
+        assert done.returncode == 2, done.stdout + done.stderr
+        return done.stderr
+
+    def test_a_stale_build_lock(self, hosts, work):
+        """Told by the doctor, not refused on CPUs, where nothing has to be built."""
+        extensions = Path.home() / ".cache" / "torch_extensions"
+        extensions.mkdir(parents=True, exist_ok=True)
+        with hosts[1].own_folder(extensions):
+            lock = extensions / "py311_cpu" / "fused_adam" / "lock"
+            touch = f"mkdir -p {lock.parent} && touch -d '2 hours ago' {lock}"
+            subprocess.run(hosts[0].command(["ssh", "node2", touch]), check=True, timeout=60)
+            found = doctor(hosts, work, "--files", "recipe.yaml")
+        (finding,) = [finding for finding in found["findings"] if finding["check"] == "build"]
+        assert finding["host"] == "node2"
+        assert finding["cure"] == f"ssh node2 rm {lock}"
