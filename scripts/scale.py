@@ -1,8 +1,8 @@
 """Counts what set-up, saving and resuming cost each rank of a large world, and writes docs/scale.md.
 
-usage: python -m scripts.scale FILE. Two kinds of counts: the functions' own work for a rank's share of a table of 70
-billion parameters (boxes, bytes, files; no weights), and the messages that simulated ranks, a thread each, exchange
-while they run the product's own functions. Nothing is timed.
+usage: python -m scripts.scale FILE [RANKS …]. Two kinds of counts: the functions' own work for a rank's share of a
+table of 70 billion parameters (boxes, bytes, files; no weights), and the messages that simulated ranks, a thread each,
+exchange while they run the product's own functions. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -230,13 +230,13 @@ def _written_bytes(config: Mapping[str, Any], layout: Layout, rank: int) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    config, worlds = LLAMA_70B, (64, 256, 1024)
+    config, worlds = LLAMA_70B, [int(word) for word in argv[1:]] or [64, 256, 1024]
     layouts = Layout(1024), Layout(1024, tensor=8, pipeline=8)
     parameters = sum(math.prod(spec.shape) for spec in parameter_table(config))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         told = {world: messages(world, folder / f"world-{world}") for world in worlds}
-        shares = [(world, *share_to_verify(world, config, folder / f"files-{world}")) for world in worlds]
+        shares = [(world, *share_to_verify(world, config, folder / f"files-{world}")) for world in (64, 256, 1024)]
         readings, saves = [], []
         for saved in layouts:
             stored = stored_by(config, saved, folder)

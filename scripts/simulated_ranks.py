@@ -20,16 +20,18 @@ class World:
     """What the ranks meet at."""
 
     def __init__(self, size: int) -> None:
-        self.size, self._values = size, [None] * size
         self._barrier = threading.Barrier(size)
+        # in turn, so that nobody overwrites what others have still to read: they meet in between
+        self._values: tuple[list[Any], list[Any]] = ([None] * size, [None] * size)
+        self._turns = [0] * size
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        self._values[rank] = value
+        values = self._values[self._turns[rank] % 2]
+        values[rank] = value
+        self._turns[rank] += 1
         self._barrier.wait(PATIENCE)
-        found = list(self._values)
-        self._barrier.wait(PATIENCE)  # nobody goes on to the next one before all have read
-        return found
+        return list(values)
 
     def give_up(self) -> None:
         self._barrier.abort()
