@@ -20,7 +20,8 @@ ranks in words, once: N - 1 messages. DeepSpeed's own collectives are not counte
 """
 VALUES = """Of replicas that hold a parameter whole the first reads or draws. On ZeRO-3 every rank reads its part; one
 rank draws a parameter, and sends the others their parts. Every tensor rank draws what it cuts. A run that resumes reads
-and draws nothing, but the base of an adapter and what preferences are compared with.
+and draws nothing, but the base of an adapter and what preferences are compared with. An adapter that `model.init` folds
+into its base, and linears that qlora packs, are made whole on every rank.
 """
 VERIFY = """Rank 0 alone reads the manifest and looks at the size of every file, and deals the digests out.
 """
@@ -49,7 +50,7 @@ checkpoint/deepspeed_state.py | resume | ZeRO-3: parameters that stay whole, fro
 engine/checkpoints.py | resume, save | samples left out, from rank 0; whether the directory is still ours | 2 log N |
 checkpoint/snapshot.py | save, resume | names of parameters, from the other stages | stages - 1 |
 checkpoint/writer.py | save | digests, once also places of boxes, to rank 0; which are to go | 18 log N + 1 | N
-engine/base.py | step, evaluation | losses, weights, ledger, who was asked to stop: one sum of ten numbers | 2 log N |
+engine/base.py | step, evaluation | a sum of ten numbers; at `log.every` 32 bytes of every rank, too | 2 log N |
 engine/coming.py | step that fails | why a rank cannot read its data | N - 1 |
 engine/replicas.py | each `check_replicas` steps | largest and smallest checksum; once, names from rank 0 | 2 log N |
 engine/zero.py | step | ZeRO-0 with tensor ranks: the gradient's norm | 2 log tensor |
