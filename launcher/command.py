@@ -39,6 +39,7 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     bind_cores: bool = False
+    sync: bool = False  # files and code that differ on a host are sent there
     verbose: bool = False
 
     @property
@@ -115,6 +116,15 @@ def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: i
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of this environment matters to ranks on other hosts; nothing that is named like a secret."""
+    return {
+        name: environ[name]
+        for name in sorted(environ)
+        if FORWARDED.fullmatch(name) and not SECRET.search(name) and name not in NOT_FORWARDED
+    }
+
+
 def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> list[str]:
     """Lines of the `.deepspeed_env` that carries the ranks' environment to other hosts.
 
@@ -125,9 +135,7 @@ def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> l
         UserError: a line of a file is not NAME=VALUE, or a PATH that would have to be expanded.
     """
     lines = [f"PATH={Path(sys.executable).parent}:$PATH"]  # programs beside this Python: ninja, for DeepSpeed's builds
-    for name in sorted(environ):
-        if FORWARDED.fullmatch(name) and not SECRET.search(name) and name not in NOT_FORWARDED:
-            lines.append(f"{name}={_escaped(environ[name])}")
+    lines += [f"{name}={_escaped(value)}" for name, value in forwarded_variables(environ).items()]
     for path in user_files:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = line.strip()

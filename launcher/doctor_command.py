@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..data_prep.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from ..trainer.commands.arguments import add_verb
-from .command import FORWARDED
+from .command import forwarded_variables
 from .hosts.arguments import add_host_arguments, hosts_of
 from .hosts.devices import count_accelerators
 from .hosts.hostfile import Host
@@ -56,9 +56,8 @@ def run(args: argparse.Namespace) -> int:
             f"--shared {args.shared}: no such folder; make it, or name the one that run directories will be in"
         )
     folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=shared))
-    environment = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
     try:
-        case = Case(hosts, args.files, str(shared), folder, environment, args.seconds)
+        case = Case(hosts, args.files, str(shared), folder, forwarded_variables(os.environ), args.seconds)
         crew = local_crew() if given is None else ssh_crew(hosts, args.ssh_port)
         found = examine(case, crew, thorough=True)
     finally:

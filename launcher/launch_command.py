@@ -29,6 +29,7 @@ from .hosts.hostfile import is_this_machine
 from .hosts.selection import select_hosts
 from .hosts.sources import hostfile_text
 from .processes import MARK
+from .ways.arguments import add_way_arguments, print_way
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
@@ -65,10 +66,15 @@ def register(verbs: argparse._SubParsersAction) -> None:
         "--bind_cores_to_rank", action="store_true", help="bind each rank to cores of its own (numactl)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
+    text = "send recipe, JSON and ZeroPipe's own code to hosts where they are missing or differ"
+    parser.add_argument("--sync", action="store_true", help=text)
+    add_way_arguments(parser)
     parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.via:
+        return print_way(args)
     launch = plan_launch(args)
     plan = checked_plan(args, launch.devices)
     files = _files_to_compare(plan, launch)
@@ -102,6 +108,7 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         master_port=args.master_port,
         bind_cores=args.bind_cores_to_rank,
         verbose=args.verbose,
+        sync=args.sync,
     )
     given = hosts_of(args, os.environ)
     if given is None:
@@ -162,7 +169,7 @@ def print_dry_run(launch: Launch, files: Sequence[str] = ()) -> None:
             lines = hostfile_text(launch.hosts).splitlines()
             print("\n".join(["# with this hostfile:", *(f"#   {line}" for line in lines)]))
         try:
-            launch = meeting(launch, None, files)
+            launch = meeting(replace(launch, sync=False), None, files)
         except UserError as error:
             print("\n".join(f"# {line}" for line in str(error).splitlines()))
     added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
@@ -181,7 +188,7 @@ def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: P
     """
     from .doctor.quick import check_hosts
 
-    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output)
+    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output, launch.sync)
     return replace(
         launch, master_addr=launch.master_addr or found.address, master_port=launch.master_port or found.port
     )

@@ -1,12 +1,13 @@
 """Counts what set-up, saving and resuming cost each rank of a large world, and writes docs/scale.md.
 
-usage: python -m scripts.scale FILE [RANKS …]. Two kinds of counts: the functions' own work for a rank's share of a
+usage: python -m scripts.scale FILE. Two kinds of counts: the functions' own work for a rank's share of a
 table of 70 billion parameters (boxes, bytes, files; no weights), and the messages that simulated ranks, a thread each,
 exchange while they run the product's own functions. Nothing is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import pickle
 import sys
@@ -230,18 +231,23 @@ def _written_bytes(config: Mapping[str, Any], layout: Layout, rank: int) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    config, worlds = LLAMA_70B, [int(word) for word in argv[1:]] or [64, 256, 1024]
-    layouts = Layout(1024), Layout(1024, tensor=8, pipeline=8)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--ranks", type=int, default=1024, help="of the 70-billion-parameter model")
+    parser.add_argument("--simulated", type=int, nargs="+", default=[64, 256, 1024], help="worlds of threads")
+    arguments = parser.parse_args(argv)
+    config, worlds, ranks = LLAMA_70B, arguments.simulated, arguments.ranks
+    layouts = Layout(ranks), Layout(ranks, tensor=8, pipeline=8)
     parameters = sum(math.prod(spec.shape) for spec in parameter_table(config))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         told = {world: messages(world, folder / f"world-{world}") for world in worlds}
-        shares = [(world, *share_to_verify(world, config, folder / f"files-{world}")) for world in (64, 256, 1024)]
+        shares = [(world, *share_to_verify(world, config, folder / f"files-{world}")) for world in (ranks // 8, ranks)]
         readings, saves = [], []
         for saved in layouts:
             stored = stored_by(config, saved, folder)
             saves.append((str(saved), size_text(stored.share), size_text(stored.told), size_text(stored.index_bytes)))
-            for other in (*layouts, Layout(512)):
+            for other in (*layouts, Layout(ranks // 2)):
                 places = {0, 1, other.world // 2, other.world - 1}
                 found = [reading(stored.index, config, other, rank) for rank in places]
                 most = max(found, key=lambda of_rank: of_rank.boxes)
@@ -254,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
         "Saving it": save_section(saves),
         "Messages": messages_section(told),
     }
-    Path(argv[0]).write_text(page(parameters, sections), encoding="utf-8")
+    arguments.page.write_text(page(parameters, sections), encoding="utf-8")
     return 0
 
 

@@ -30,6 +30,7 @@ class Silence:
 
     says: str
     cure: str
+    check: str = "reach"
 
 
 class Line(Protocol):
@@ -153,7 +154,7 @@ def reason_of_end(host: str, status: int, said: str) -> Silence:
             f"`ssh {host} true` must work from here: name, port, sshd, network",
         )
     if status == NO_FOLDER:
-        return Silence(f"there is no folder {here}", f"share it with {host} at the same path, or launch with --sync")
+        return Silence(f"there is no folder {here}", f"share it with {host} at the same path, or --sync", "folder")
     if status == NO_PYTHON:
         return Silence(
             f"there is no {python}", f"install the same environment there, or: rsync -a {_copied(python, host)}"

@@ -51,7 +51,7 @@ async def _examine(case: Case, crew: Crew, found: Examination, thorough: bool) -
         await try_ports(case, crew, found)
         if ready and not found.fatal and not crew.silent:
             await run_all_reduce(case, crew, found)
-    found.findings += [Finding("reach", name, why.says, why.cure) for name, why in crew.silent.items()]
+    found.findings += [Finding(why.check, name, why.says, why.cure) for name, why in crew.silent.items()]
 
 
 async def _shared(case: Case, crew: Crew, found: Examination, folder: Path, thorough: bool) -> None:

@@ -34,7 +34,7 @@ def facts(files: Sequence[str], output: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "code": code_digest(),
-        "files": {name: _digest(Path(name)) for name in files},
+        "files": {name: file_hash(Path(name)) for name in files},
         "accelerators": count_accelerators(),
         "cores": cpu_cores(),
         "disk": _free(Path(output)),
@@ -61,7 +61,7 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _digest(path: Path) -> str | None:
+def file_hash(path: Path) -> str | None:
     """Of what is in the file; None where there is none."""
     try:
         return xxhash.xxh3_64(path.read_bytes()).hexdigest()

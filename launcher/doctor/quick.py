@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from ...data_prep.errors import UserError
 from ..hosts.hostfile import Host
+from ..hosts.sync import own_code, send_files
+from . import probe
 from .case import Case, Examination
 from .crew import ssh_crew
 from .examine import examine
@@ -22,7 +24,12 @@ SECONDS = 60.0  # for one answer: a cold environment on shared storage takes its
 
 
 def check_hosts(
-    hosts: Sequence[Host], port: int | None, folder: Path | None, files: Sequence[str] = (), output: Path | None = None
+    hosts: Sequence[Host],
+    port: int | None,
+    folder: Path | None,
+    files: Sequence[str] = (),
+    output: Path | None = None,
+    sync: bool = False,
 ) -> Examination:
     """Every host can take part, and the others reach the first one.
 
@@ -31,6 +38,7 @@ def check_hosts(
         folder: of this launch, on shared storage; None: sharing is not looked at.
         files: must be the same on every host.
         output: the run directory.
+        sync: send what differs to the hosts where it does, and look again.
 
     Raises:
         UserError: one line for every host that cannot take part, and what to do there.
@@ -40,6 +48,10 @@ def check_hosts(
         raise UserError(f"a hostfile needs {' and '.join(missing)} here: apt-get install pdsh openssh-client")
     case = Case(hosts, files, str(output or Path.cwd()), folder, seconds=SECONDS)
     found = examine(case, ssh_crew(hosts, port), thorough=False)
+    if sync and (wanted := _behind(found, files)):
+        print(f"sending what differs to {', '.join(list(wanted)[:MOST_TOLD])}", flush=True)
+        send_files(wanted, port)
+        found = examine(case, ssh_crew(hosts, port), thorough=False)
     lines = [f"{finding.host}: {finding.says}; {finding.cure}" for finding in found.in_order()]
     fatal = len(found.fatal)
     if fatal:
@@ -50,6 +62,20 @@ def check_hosts(
     for line in lines[:MOST_TOLD]:
         print(f"note: {line}", file=sys.stderr)
     return found
+
+
+def _behind(found: Examination, files: Sequence[str]) -> dict[str, list[Path]]:
+    """What each host lacks of what can be sent; to a host without this folder, all of it."""
+    wanted: dict[str, list[Path]] = {}
+    for finding in found.fatal:
+        whole = finding.check == "folder"
+        lacks = wanted.setdefault(finding.host, []) if whole or finding.check in ("files", "code") else []
+        if whole or finding.check == "code":
+            lacks += own_code()
+        if whole or (finding.check == "files" and not set(map(Path, files)) & set(lacks)):
+            there = {} if whole else found.facts[finding.host]["files"]
+            lacks += [Path(name) for name in files if there.get(name) != probe.file_hash(Path(name))]
+    return wanted
 
 
 def files_to_compare(recipe: Recipe, *named: str) -> list[str]:

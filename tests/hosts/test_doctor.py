@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ HOSTFILE = "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n"
 
 def doctor(hosts: list[VirtualHost], folder: Path, *words: str, hostfile: str = HOSTFILE) -> dict:
     """The JSON of an examination that was asked for on the first host."""
-    (folder / "hostfile").write_text(hostfile)
-    command = [str(BIN / "zeropipe"), "doctor", "--hostfile", "hostfile", "--json", "--seconds", "120", *words]
+    (folder / "hosts3").write_text(hostfile)
+    command = [str(BIN / "zeropipe"), "doctor", "--hostfile", "hosts3", "--json", "--seconds", "120", *words]
     done = hosts[0].run(command, cwd=folder, timeout=400)
     assert done.stdout.startswith("{"), done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -66,19 +65,36 @@ def test_all_that_is_wrong_is_found_at_once(hosts, tmp_path):
 class TestPlantedFaults:
     """One at a time, through `zeropipe launch`: refused with the host's name, and nothing was started."""
 
-    def refused(self, hosts, folder: Path, hostfile: str = HOSTFILE) -> str:
-        (folder / "hostfile").write_text(hostfile)
+    def refused(self, hosts, folder: Path, hostfile: str = HOSTFILE, ranks: int = 3) -> str:
+        made = (folder / "refused").exists()
+        (folder / "hosts3").write_text(hostfile)
         command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2"]
-        began = time.monotonic()
-        done = hosts[0].run([*command, "--hostfile", "hostfile", "output=refused"], cwd=folder, timeout=400)
+        command += ["--hostfile", "hosts3", "output=refused", f"batch.global={ranks}"]
+        done = hosts[0].run(command, cwd=folder, timeout=400)
         assert done.returncode == 2, done.stdout + done.stderr
-        assert time.monotonic() - began < 120
-        assert not (folder / "refused").exists()
+        assert (folder / "refused").exists() == made
         return done.stderr
 
     def test_another_recipe(self, hosts, work):
         with hosts[1].own_file(work / "recipe.yaml", "name: another\n"):
-            assert "node2: recipe.yaml differs from the one here" in self.refused(hosts, work)
+            assert f"node2: {work}/recipe.yaml differs from the one here" in self.refused(hosts, work)
+
+    def test_what_is_missing_is_sent(self, hosts, work):
+        """With --sync, to the host that lacks them; a dry run sends nothing."""
+        own = work / "own"
+        own.mkdir(exist_ok=True)
+        (own / "recipe.yaml").write_text((work / "recipe.yaml").read_text())
+        command = [str(BIN / "zeropipe"), "launch", str(own / "recipe.yaml"), "--deepspeed_config", "zero2", "--sync"]
+        command += ["--hostfile", "hosts3", f"output={work}/synced", "batch.global=3", "duration.steps=2"]
+        (work / "hosts3").write_text(HOSTFILE)
+        with hosts[1].own_folder(own):
+            dry = hosts[0].run([*command, "--dry-run"], cwd=work, timeout=200)
+            assert f"node2: {own}/recipe.yaml is missing" in dry.stdout
+            done = hosts[0].run(command, cwd=work, timeout=400)
+            sent = hosts[0].run(["ssh", "node2", f"cat {own}/recipe.yaml"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sending what differs to node2\n" in done.stdout
+        assert sent.stdout == (own / "recipe.yaml").read_text()
 
     def test_another_version(self, hosts, work):
         (site,) = {path.parent for path in Path(sys.prefix).glob("lib/python*/site-packages/deepspeed")}
@@ -99,8 +115,13 @@ class TestPlantedFaults:
             assert f"node2: there is no {sys.executable}" in self.refused(hosts, work)
 
     def test_no_folder(self, hosts, work):
-        with hosts[2].own_folder(work.parent):
-            assert f"node3: there is no folder {work}" in self.refused(hosts, work)
+        inner = work / "inner"
+        inner.mkdir()
+        (inner / "recipe.yaml").write_text(
+            (work / "recipe.yaml").read_text().replace("store: store", "store: ../store")
+        )
+        with hosts[2].own_folder(work):
+            assert f"node3: there is no folder {inner}" in self.refused(hosts, inner)
 
     def test_no_sshd(self, hosts, work):
         with hosts[1].without_sshd():
@@ -114,8 +135,8 @@ class TestPlantedFaults:
             hosts[2].set_link("up")
 
     def test_too_many_slots(self, hosts, work):
-        said = self.refused(hosts, work, HOSTFILE.replace("node2 slots=1", "node2 slots=998"))
-        assert "node2: 998 slots, but" in said
+        said = self.refused(hosts, work, HOSTFILE.replace("node2 slots=1", "node2 slots=98"), 100)
+        assert "node2: 98 slots, but" in said
 
     def test_a_firewall(self, hosts, work):
         """ssh goes through, the ports of ranks do not."""
@@ -128,16 +149,10 @@ class TestPlantedFaults:
         (work / "refused").mkdir()
         try:
             with hosts[1].own_folder(work / "refused", size="1m"):
-                said = self.refused_keeping(hosts, work)
+                said = self.refused(hosts, work)
         finally:
             (work / "refused").rmdir()
         assert "node2: 0.00 GiB of disk free" in said
-
-    def refused_keeping(self, hosts, folder: Path) -> str:
-        command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2"]
-        done = hosts[0].run([*command, "--hostfile", "hostfile", "output=refused"], cwd=folder, timeout=400)
-        assert done.returncode == 2, done.stdout + done.stderr
-        return done.stderr
 
     def test_a_stale_build_lock(self, hosts, work):
         """Told by the doctor, not refused on CPUs, where nothing has to be built."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from .netns import VirtualHost
+from .test_prepare_mpi import ETH0
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
@@ -39,6 +41,32 @@ def test_deepspeed_over_pdsh(hosts, work, one_host):
     done = hosts[0].run([*words, "--deepspeed_config", "zero2", "output=plain"], cwd=work)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(work / "plain") == one_host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("zero3", ["--deepspeed_config", "zero3"]), ("pipeline", ["--deepspeed_config", "zero1", "parallel.pipeline=2"])],
+)
+def test_two_hosts_compute_what_one_does(hosts, work, name, words):
+    """No environment set by hand, no address, no port: the hosts are as the fixture says."""
+    command = [str(BIN / "zeropipe"), "launch", "recipe.yaml", *words]
+    for where, run in ((["--devices", "2"], f"{name}-one"), (["--hostfile", "hostfile"], f"{name}-two")):
+        done = hosts[0].run([*command, *where, f"output={run}"], cwd=work, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(work / f"{name}-two")) == STEPS
+    assert losses(work / f"{name}-two") == losses(work / f"{name}-one")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs an MPI, such as Debian's openmpi-bin")
+def test_mpirun(hosts, work, one_host):
+    """Nobody says where to meet: the ranks try rank 0's addresses, of which one leads nowhere."""
+    words = ["mpirun", "--allow-run-as-root", "-n", "2", "--host", "node1,node2", *ETH0]
+    words += ["-x", "DS_ACCELERATOR=cpu", "-x", "OMP_NUM_THREADS=1", sys.executable, "-m", "zeropipe.trainer"]
+    done = hosts[0].run([*words, "recipe.yaml", "--deepspeed_config", "zero2", "output=mpi"], cwd=work, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(work / "mpi") == one_host
 
 
 def test_torchrun_on_every_host(hosts, work, one_host):

@@ -126,7 +126,7 @@ def test_a_launch_is_refused_in_a_page(monkeypatch):
     [
         (255, "Permission denied (publickey).", "without a password failed", "ssh-copy-id node2"),
         (255, "Connection timed out", "Connection timed out", "`ssh node2 true` must work"),
-        (81, "", "there is no folder", "--sync"),
+        (81, "", "there is no folder", "share it with node2"),
         (82, "", "there is no /", "rsync -a"),
         (1, "ModuleNotFoundError: No module named 'psutil'", "not whole", "install it anew"),
         (139, "it said nothing", "ended with 139", "ssh node2"),
