@@ -34,7 +34,7 @@ MESSAGES = """Of four parameters of a small model, ZeRO-0. Rank 0 hears from eve
 # every file of trainer/ where ranks meet; a test holds it against the source. When, what, messages of a rank, of rank 0
 MEETINGS = """
 commands/train.py | set-up | whether the recipe could be read, the plan made | 2 log N |
-loop.py | set-up | whether the data could be opened | 2 log N |
+run/data.py | set-up | whether the data could be opened | 2 log N |
 run/guard.py | set-up, end | whether the directory is free; why a run stops | 2 log N |
 metrics/record.py | set-up | hosts, 150 bytes each, to rank 0; whether the record could be begun | 2 log N + 1 | N
 engine/build.py | set-up | whether there is a compiler | 2 log N |

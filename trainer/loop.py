@@ -32,7 +32,7 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
         RunLog(plan, ranks, stop) as log,
         stop,
     ):
-        data = ranks.together(lambda: RunData.open(plan))
+        data = RunData.open(plan, ranks)
         checkpoint = resolve_resume(plan.recipe.output, plan.recipe.resume, ranks)
         engine = build_engine(plan, ranks, resumes=checkpoint is not None)
         data = with_reference(data, engine)

@@ -36,6 +36,7 @@ class Task:
 
     @property
     def cost(self) -> int:
+        """Bytes on disk that it reads."""
         return sum(part.cost for part in self.slices)
 
 

@@ -34,6 +34,7 @@ class Sample:
 
     @property
     def conversational(self) -> bool:
+        """Whether its answers are messages, which a chat template renders; else they are text as it is."""
         return isinstance(self.answers[0], list)
 
     def contents(self) -> list[str]:

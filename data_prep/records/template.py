@@ -50,6 +50,7 @@ class Generation(Extension):
 
     @contextmanager
     def noting(self) -> Iterator[list[Span]]:
+        """The spans of what the model writes, in characters of the text that is rendered inside."""
         self.written, self.spans = 0, []
         try:
             yield self.spans

@@ -23,6 +23,8 @@ _EXCESS = {"drop": "drop", "truncate": "truncate", "raise": "error"}
 
 @dataclass
 class Sources:
+    """What an Axolotl file's data sets come to here."""
+
     kind: str  # sft, dpo or text
     commands: list[list[str]] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)  # its `data`

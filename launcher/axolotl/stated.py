@@ -84,6 +84,7 @@ class Stated:
         return listed
 
     def section(self, key: str) -> Stated:
+        """A mapping, empty where there is none."""
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise self.error(key, "must be a mapping of keys")
@@ -119,6 +120,7 @@ class Stated:
             self.leave(key, reasons.get(key, otherwise + hint))
 
     def error(self, key: str, problem: str) -> UserError:
+        """A UserError that names file, line, key and value."""
         line = self._lines.get((*self._path, key)) or self._lines.get(
             self._path
         )  # of a key that is missing: its section's

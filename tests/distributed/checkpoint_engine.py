@@ -46,7 +46,7 @@ CONFIGS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class EngineCase:
     zero: int
     world: int
     offload: bool = False  # optimizer, and parameters too under stage 3
@@ -61,7 +61,7 @@ class Layout:
         return f"zero{self.zero}-{'-'.join(extras)}-{self.world}"
 
 
-def ds_config(layout: Layout) -> dict:
+def ds_config(layout: EngineCase) -> dict:
     adam = {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
     zero: dict = {"stage": layout.zero, "stage3_param_persistence_threshold": 200}  # some persist, some do not
     if layout.offload:
@@ -88,7 +88,7 @@ def ds_config(layout: Layout) -> dict:
 class TinyEngine:
     """A DeepSpeed engine over a tiny Hugging Face model, trained on batches that follow from the step's number."""
 
-    def __init__(self, layout: Layout, seed: int = 7, vocab: int = VOCAB) -> None:
+    def __init__(self, layout: EngineCase, seed: int = 7, vocab: int = VOCAB) -> None:
         self.layout, self.ranks = layout, init_distributed()
         config = ds_config(layout)
         model_config = CONFIGS[layout.family] | {"vocab_size": vocab}
@@ -139,10 +139,10 @@ class TinyEngine:
         digests = {}
         for name, p in self.parameters:
             for kind in ("master", "exp_avg", "exp_avg_sq") if p.requires_grad else ("master",):
-                digests[f"{kind}/{name}"] = digest(self._full(p, kind), p.spec.shape)
+                digests[f"{kind}/{name}"] = unpadded_digest(self._full(p, kind), p.spec.shape)
             with deepspeed.zero.GatheredParameters([p]):  # nothing outside stage 3
                 copy = p.detach().float().view(p.spec.padded_shape).clone()
-            digests[f"model/{name}"] = digest(copy, p.spec.shape)
+            digests[f"model/{name}"] = unpadded_digest(copy, p.spec.shape)
         return digests
 
     def _full(self, p: torch.nn.Parameter, kind: str) -> Tensor:
@@ -167,7 +167,7 @@ class TinyEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
 
-def digest(tensor: Tensor, shape: tuple[int, ...]) -> str:
+def unpadded_digest(tensor: Tensor, shape: tuple[int, ...]) -> str:
     """SHA-256 of the unpadded part of a tensor whose padding is zero."""
     inner = tensor[tuple(slice(0, n) for n in shape)].contiguous()
     assert tensor.count_nonzero() == inner.count_nonzero(), "padding is not zero"

@@ -10,9 +10,9 @@ import torch
 
 from tests.distributed import reference
 from tests.distributed.legality_table import Combination, Plain
-from tests.distributed.legality_trials import HANGS, MARK, MODEL, STEPS, differences, judge, train
+from tests.distributed.legality_trials import HANGS, MARK, MODEL, STEPS, differences, judge, train_trial
 from tests.distributed.reference import BETAS, CLIP, DECAY, LR, Curve, gpt2, llama
-from tests.harness import RankFailed, RankGroup, run_ranks
+from tests.harness import RankFailed, RankGroup
 from zeropipe.trainer.ranks.ranks import init_distributed
 
 MODELS = {"GPT-2": gpt2(), "Llama": llama()}
@@ -41,7 +41,7 @@ def deepspeed_trials(known: dict[bool, Curve], timeout: float = 90) -> Iterator[
         truth = known[combination.clipping]
         yield _try(name, combination.precision, timeout, combination.world, with_settings, combination, settings, truth)
     for model, config in MODELS.items():
-        truth = known[True] if config == MODEL else run_ranks(1, reference.train, config, STEPS)[0]
+        truth = known[True] if config == MODEL else reference.truth(config, STEPS)
         for stage in range(4):
             yield _try(f"AutoTP 2, {model}, ZeRO-{stage}", "fp32", timeout, 2, autotp, config, stage, truth)
 
@@ -83,14 +83,14 @@ def as_written(combination: Combination, known: Curve) -> dict[str, Any]:
         return initialize(config=config, **arguments)
 
     deepspeed.initialize = unchanged
-    found, ignored = train(combination)
+    found, ignored = train_trial(combination)
     return {"ignored": ignored, **differences(found, known)}
 
 
 def with_settings(combination: Combination, settings: dict[str, Any], known: Curve) -> dict[str, Any]:
     sections = combination.sections
     sections["zero_optimization"] |= settings
-    found, ignored = train(combination, sections)
+    found, ignored = train_trial(combination, sections)
     return {"ignored": ignored, **differences(found, known)}
 
 

@@ -56,7 +56,7 @@ def truths() -> dict[bool, Curve]:
     return {clipping: run_ranks(1, truth, clipping)[0] for clipping in (True, False)}
 
 
-def train(combination: Combination, sections: dict[str, Any] | None = None) -> tuple[Curve, list[str]]:
+def train_trial(combination: Combination, sections: dict[str, Any] | None = None) -> tuple[Curve, list[str]]:
     """A few steps of the engine that a plan would build, and what DeepSpeed left out without a word.
 
     Args:
@@ -109,7 +109,7 @@ def attempts(combinations: Sequence[Combination], known: dict[bool, Curve]) -> l
     done: list[dict[str, Any]] = []
     for combination in combinations:
         try:
-            found, ignored = train(combination)
+            found, ignored = train_trial(combination)
             done.append({"ignored": ignored, **differences(found, known[combination.clipping])})
         except Exception as error:
             raise RuntimeError(MARK + json.dumps([done, first_line(error)])) from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import zlib
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.harness import run_ranks
 from zeropipe.trainer.families.specs import gradient_noise
 from zeropipe.trainer.kernels.swap import use_kernels
 from zeropipe.trainer.testing.plain import Curve, decayed_groups, train_plainly
@@ -86,6 +89,16 @@ def train(config: dict, steps: int, seed: int | None = None) -> Curve:
     curve = train_plainly(model, batches, optimizer, CLIP, reseed)
     curve.noise = gradient_noise(config)
     return curve
+
+
+def truth(config: dict, steps: int, seed: int | None = None) -> Curve:
+    """What `train` comes to in a process of its own, once for all tests that ask. Not to be changed."""
+    return _truth(json.dumps(config), steps, seed)
+
+
+@cache
+def _truth(config: str, steps: int, seed: int | None) -> Curve:
+    return run_ranks(1, train, json.loads(config), steps, seed)[0]
 
 
 def assert_same(found: Curve, truth: Curve, loss: float = 1e-6, norm: float = 1e-5, weights: float = 1e-4) -> None:

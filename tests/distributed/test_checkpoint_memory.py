@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.checkpoint_engine import Layout, TinyEngine
+from tests.distributed.checkpoint_engine import EngineCase, TinyEngine
 from tests.harness import run_ranks
 from tests.saving import save
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
@@ -50,7 +50,7 @@ def _growth(action: Callable[[], object]) -> int:
     return peak - before
 
 
-def _measure(layout: Layout, output: Path) -> tuple[int, int, int, int]:
+def _measure(layout: EngineCase, output: Path) -> tuple[int, int, int, int]:
     ctypes.CDLL(None).mallopt(
         -3, 1 << 20
     )  # M_MMAP_THRESHOLD: what is freed goes back, and does not blur the next figure
@@ -74,7 +74,7 @@ def _measure(layout: Layout, output: Path) -> tuple[int, int, int, int]:
 def test_a_rank_holds_at_most_one_parameter_beyond_its_share(tmp_path, zero):
     """And one copy of its share, where it writes from that: half of 3 x 16 MiB on each of two ranks."""
     share = 3 * PARAMETER // 2
-    for waiting, loading, first, second in run_ranks(2, _measure, Layout(zero, 2), tmp_path):
+    for waiting, loading, first, second in run_ranks(2, _measure, EngineCase(zero, 2), tmp_path):
         assert waiting < SLACK, f"saving took {waiting >> 20} MiB beside the engine"
         assert loading < PARAMETER + SLACK, f"loading took {loading >> 20} MiB beside the engine"
         assert share - SLACK < first < share + SLACK, f"the copy took {first >> 20} MiB"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.checkpoint_engine import Layout, TinyEngine, close, digest
+from tests.distributed.checkpoint_engine import EngineCase, TinyEngine, close, unpadded_digest
 from tests.harness import run_ranks
 from tests.saving import save
 from zeropipe.data_prep.errors import UserError
@@ -15,11 +15,11 @@ from zeropipe.trainer.checkpoint.reader import Checkpoint
 pytestmark = pytest.mark.distributed
 
 STAGES = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
-MATRIX = [Layout(zero, world, offload) for world in (1, 2) for zero, offload in STAGES]
+MATRIX = [EngineCase(zero, world, offload) for world in (1, 2) for zero, offload in STAGES]
 BEFORE, AFTER = 3, 2  # steps
 
 
-def _train(layout: Layout, output: Path):
+def _train(layout: EngineCase, output: Path):
     """Trains, saves, trains on: what was held when it was saved, and the losses after it."""
     engine = TinyEngine(layout)
     for number in range(BEFORE):
@@ -30,7 +30,7 @@ def _train(layout: Layout, output: Path):
     return path, held, [engine.step(number) for number in range(BEFORE, BEFORE + AFTER)], engine.held()
 
 
-def _resume(layout: Layout, paths: list[Path]):
+def _resume(layout: EngineCase, paths: list[Path]):
     """Loads one checkpoint after the other into one engine: what it held then, the losses, and what it held at last."""
     engine = TinyEngine(layout, seed=8)
     results = []
@@ -44,7 +44,7 @@ def _resume(layout: Layout, paths: list[Path]):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[Layout, tuple]:
+def sources(tmp_path_factory) -> dict[EngineCase, tuple]:
     """One checkpoint of every layout."""
     root = tmp_path_factory.mktemp("sources")
     return {layout: run_ranks(layout.world, _train, layout, root / str(layout))[0] for layout in MATRIX}
@@ -55,7 +55,7 @@ def test_a_checkpoint_holds_what_deepspeed_holds(sources, layout):
     path, held, _, _ = sources[layout]
     checkpoint = Checkpoint.open(path)
     stored = {
-        f"{kind}/{name}": digest(checkpoint.read(name, kind), checkpoint.shape(name))
+        f"{kind}/{name}": unpadded_digest(checkpoint.read(name, kind), checkpoint.shape(name))
         for name in checkpoint.names()
         for kind in checkpoint.kinds(name)
     }
@@ -70,7 +70,7 @@ def test_the_same_layout_resumes_bitwise(sources, layout):
         assert result == [(held, losses, last)]
 
 
-def _check_pairs(sources, target: Layout, others: list[Layout]) -> None:
+def _check_pairs(sources, target: EngineCase, others: list[EngineCase]) -> None:
     results = run_ranks(target.world, _resume, target, [sources[other][0] for other in others], timeout=280)[0]
     for other, (held, losses, _) in zip(others, results, strict=True):
         assert held == sources[other][1], f"{other} to {target}"
@@ -79,9 +79,9 @@ def _check_pairs(sources, target: Layout, others: list[Layout]) -> None:
 
 @pytest.mark.parametrize("number", range(len(MATRIX)), ids=lambda number: str(MATRIX[number]))
 def test_other_layouts_resume_exactly(sources, number):
-    """Each from four others, and so that each is resumed on four others."""
+    """Each from three others, and so that each is resumed on three others."""
     others = MATRIX[number + 1 :] + MATRIX[:number]
-    _check_pairs(sources, MATRIX[number], others[::3])
+    _check_pairs(sources, MATRIX[number], others[::4])
 
 
 @pytest.mark.slow
@@ -91,15 +91,15 @@ def test_all_pairs_of_layouts_resume_exactly(sources, number):
 
 
 VARIANTS = [
-    Layout(1, 2, precision="bf16", family="llama"),
-    Layout(2, 2, precision="bf16"),
-    Layout(3, 2, precision="bf16", family="llama"),
-    Layout(3, 2, offload=True, precision="bf16", scheduler=True),
-    Layout(2, 1, offload=True, precision="bf16", scheduler=True),
-    Layout(0, 2, precision="bf16"),  # masters in DeepSpeed's fp16 wrapper
-    Layout(0, 2, family="llama", frozen=True, scheduler=True),
-    Layout(1, 2, frozen=True),
-    Layout(3, 2, family="llama", frozen=True, scheduler=True),
+    EngineCase(1, 2, precision="bf16", family="llama"),
+    EngineCase(2, 2, precision="bf16"),
+    EngineCase(3, 2, precision="bf16", family="llama"),
+    EngineCase(3, 2, offload=True, precision="bf16", scheduler=True),
+    EngineCase(2, 1, offload=True, precision="bf16", scheduler=True),
+    EngineCase(0, 2, precision="bf16"),  # masters in DeepSpeed's fp16 wrapper
+    EngineCase(0, 2, family="llama", frozen=True, scheduler=True),
+    EngineCase(1, 2, frozen=True),
+    EngineCase(3, 2, family="llama", frozen=True, scheduler=True),
 ]
 
 
@@ -110,9 +110,9 @@ def test_precisions_schedulers_and_frozen_parameters_resume_bitwise(tmp_path, la
 
 
 DEEPSPEED_ADAMS = [
-    Layout(1, 2, optimizer="deepspeed", scheduler=True),  # FusedAdam
-    Layout(2, 2, offload=True, optimizer="deepspeed", precision="bf16"),  # CPUAdam
-    Layout(3, 2, offload=True, optimizer="deepspeed", family="llama"),
+    EngineCase(1, 2, optimizer="deepspeed", scheduler=True),  # FusedAdam
+    EngineCase(2, 2, offload=True, optimizer="deepspeed", precision="bf16"),  # CPUAdam
+    EngineCase(3, 2, offload=True, optimizer="deepspeed", family="llama"),
 ]
 
 
@@ -127,7 +127,7 @@ def test_deepspeeds_own_adams_resume_bitwise(tmp_path, layout):
 
 
 def test_bf16_masters_survive_a_change_of_layout(tmp_path):
-    layouts = [Layout(1, 2, precision="bf16"), Layout(3, 1, precision="bf16"), Layout(2, 2, True, "bf16")]
+    layouts = [EngineCase(1, 2, precision="bf16"), EngineCase(3, 1, precision="bf16"), EngineCase(2, 2, True, "bf16")]
     sources = {layout: run_ranks(layout.world, _train, layout, tmp_path / str(layout))[0] for layout in layouts}
     for target in layouts:
         others = [layout for layout in layouts if layout is not target]
@@ -139,14 +139,14 @@ def test_bf16_masters_survive_a_change_of_layout(tmp_path):
 
 def test_moments_that_were_not_saved_are_not_made_up(tmp_path):
     """What was frozen has none: to go on training it from zeros would be another run, unsaid."""
-    frozen = Layout(1, 2, frozen=True)
+    frozen = EngineCase(1, 2, frozen=True)
     path = run_ranks(2, _train, frozen, tmp_path)[0][0]
-    for target in (Layout(1, 2), Layout(3, 2), Layout(0, 1)):
+    for target in (EngineCase(1, 2), EngineCase(3, 2), EngineCase(0, 1)):
         said = run_ranks(target.world, _refused, target, path)
         assert len(set(said)) == 1 and "holds no exp_avg and no exp_avg_sq of transformer.wpe.weight" in said[0]
 
 
-def _refused(layout: Layout, path: Path) -> str:
+def _refused(layout: EngineCase, path: Path) -> str:
     engine = TinyEngine(layout)
     try:
         load(Live(engine.deepspeed, engine.parameters, engine.ranks), path)

@@ -9,7 +9,7 @@ from tests import tiny
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero3", "zero2_offload"])
+@pytest.mark.parametrize("zero", [pytest.param("zero1", marks=pytest.mark.slow), "zero3", "zero2_offload"])
 def test_trains_and_resumes_as_torchs_other_adamw(zero, tmp_path):
     store = tiny.tiny_store(tmp_path / "store")
     fused = {"optimizer": {"type": "AdamW", "params": {"fused": True}}}

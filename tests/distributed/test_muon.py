@@ -21,6 +21,7 @@ from zeropipe.trainer.testing.plain import Curve, train_plainly
 pytestmark = pytest.mark.distributed
 
 STEPS = 20
+STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 MODELS = {"gpt2": {**tiny.GPT2, **tiny.NO_DROPOUT}, "llama": {**tiny.LLAMA, "tie_word_embeddings": False}}
 OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "muon_lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
 
@@ -86,10 +87,19 @@ def worst(curve: Curve, run: Path) -> float:
     )
 
 
+FAST = [  # every stage on two ranks, every model; the rest in `make verify`
+    (1, "zero1", "gpt2"),
+    (1, "zero3_offload", "gpt2"),
+    (2, "zero1", "llama"),
+    (2, "zero2", "gpt2"),
+    (2, "zero3", "llama"),
+    (2, "zero2_offload", "llama"),
+    (2, "zero3_offload", "gpt2"),
+]
 CASES = [
-    (world, zero, model)
+    pytest.param(world, zero, model, marks=() if (world, zero, model) in FAST else pytest.mark.slow)
     for world in (1, 2)
-    for zero in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    for zero in STAGES
     for model in MODELS
     if world == 2 or model == "gpt2"
 ]
@@ -105,8 +115,14 @@ def test_it_trains_as_plain_torch_does(world, zero, model, store, tmp_path, trut
     assert found["grad_norm"] == [None] * STEPS
 
 
-@pytest.mark.parametrize("precision", ["bf16", "torch_autocast"])
-@pytest.mark.parametrize(("world", "zero"), [(1, "zero1"), (2, "zero2"), (2, "zero3")])
+@pytest.mark.parametrize(
+    ("world", "zero", "precision"),
+    [
+        pytest.param(world, zero, precision, marks=() if precision == fast else pytest.mark.slow)
+        for world, zero, fast in ((1, "zero1", "bf16"), (2, "zero2", "torch_autocast"), (2, "zero3", "bf16"))
+        for precision in ("bf16", "torch_autocast")
+    ],
+)
 def test_bf16_stays_near(world, zero, precision, store, tmp_path, truths):
     """bf16 stages keep the momentum in the gradients' precision: measured 5e-5 of the loss, 3.4e-2 of the weights."""
     truth, recipe = truths("gpt2"), recipe_of(store, tmp_path / "run")
@@ -134,8 +150,14 @@ def test_torchs_own_muon_is_as_near_as_bf16_allows(store, tmp_path, truths):
         assert worst(truth, tmp_path / method) < 5e-2
 
 
-RESUMES = [(zero, {}) for zero in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")]
-RESUMES += [(zero, {"bf16": {"enabled": True}}) for zero in ("zero1", "zero2", "zero3", "zero3_offload")]
+RESUMES = [
+    pytest.param(z, {}, marks=() if z in ("zero1", "zero3", "zero2_offload") else pytest.mark.slow) for z in STAGES
+]
+RESUMES += [
+    pytest.param(z, {"bf16": {"enabled": True}}, marks=() if z in ("zero2", "zero3_offload") else pytest.mark.slow)
+    for z in STAGES
+    if z != "zero2_offload"
+]
 
 
 @pytest.mark.parametrize(("zero", "extra"), RESUMES)
@@ -159,8 +181,8 @@ def test_a_resume_on_the_same_layout_is_the_same_bit_for_bit(zero, extra, store,
     [
         ((1, "zero1"), (4, "zero2")),
         ((4, "zero2"), (2, "zero3")),
-        ((2, "zero3"), (4, "zero1")),
-        ((4, "zero1"), (1, "zero2_offload")),
+        pytest.param((2, "zero3"), (4, "zero1"), marks=pytest.mark.slow),
+        pytest.param((4, "zero1"), (1, "zero2_offload"), marks=pytest.mark.slow),
     ],
 )
 def test_it_resumes_on_another_layout(before, after, store, tmp_path):

@@ -100,12 +100,12 @@ def plain_pytorch(model: str, store: Path, packing: str) -> list[float]:
 CASES = [
     ("gpt2", "zero0", 1, 2, "best_fit", PLAIN),
     ("gpt2", "zero2", 2, 4, "none", PLAIN),
-    ("gpt2", "zero1", 2, 2, "none", PIPELINE),
+    pytest.param("gpt2", "zero1", 2, 2, "none", PIPELINE, marks=pytest.mark.slow),
     ("llama", "zero3", 2, 1, "best_fit", PLAIN),
     ("llama", "zero1", 2, 2, "best_fit", TENSOR),
     ("llama", "zero3", 2, 4, "best_fit", SEQUENCE),
     ("llama", "zero1", 4, 2, "best_fit", PIPELINE),
-    ("llama", "zero1", 2, 4, "none", SEQUENCE),
+    pytest.param("llama", "zero1", 2, 4, "none", SEQUENCE, marks=pytest.mark.slow),
 ]
 
 

@@ -16,7 +16,7 @@ from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.recipe.recipe import Recipe, dump_recipe
 from zeropipe.trainer.testing.curves import one_process
 from zeropipe.trainer.testing.local_ranks import on_local_ranks
-from zeropipe.trainer.testing.parity import Bounds, parity, plan_of, plans_of, verdict
+from zeropipe.trainer.testing.parity import Bounds, parity, plan_in, plans_of, verdict
 
 pytestmark = pytest.mark.distributed
 
@@ -43,14 +43,14 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(recipe):
-    plan = plan_of(recipe, tiny.tiny_json(), Layout(world=1, data=1), STEPS)
+    plan = plan_in(recipe, tiny.tiny_json(), Layout(world=1, data=1), STEPS)
     [curve] = on_local_ranks(1, one_process, plan)
     assert min(curve.norms) > 0.45, "clipping at 0.3 must be at work"
     return curve
 
 
 def _verdict(recipe, truth, layout, sabotage=None):
-    return verdict(plan_of(recipe, tiny.tiny_json(), layout, STEPS), truth, Bounds(), sabotage)
+    return verdict(plan_in(recipe, tiny.tiny_json(), layout, STEPS), truth, Bounds(), sabotage)
 
 
 @pytest.mark.parametrize("layout", [DP2, TP2, PP2], ids=str)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from tests.distributed import layouts, reference
@@ -28,20 +26,15 @@ LAYOUTS = {
 }
 
 
-@cache
-def truth(model: str) -> reference.Curve:
-    return run_ranks(1, reference.train, MODELS[model], layouts.STEPS)[0]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", ["gpt2", pytest.param("llama-tied", marks=pytest.mark.slow)])
 def test_tied(model, layout):
     for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout], timeout=60):
-        assert_same(curve, truth(model))
+        assert_same(curve, reference.truth(MODELS[model], layouts.STEPS))
 
 
 @pytest.mark.parametrize("layout", ["pp2", "pp2-tp2"])
 @pytest.mark.parametrize("model", ["gpt2-untied", "llama"])
 def test_untied(model, layout):
     for curve in run_ranks(LAYOUTS[layout].world, layouts.train, MODELS[model], LAYOUTS[layout], timeout=60):
-        assert_same(curve, truth(model))
+        assert_same(curve, reference.truth(MODELS[model], layouts.STEPS))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from tests.distributed import layouts, reference
@@ -16,17 +14,12 @@ pytestmark = pytest.mark.distributed
 MODELS = {"gpt2": gpt2(), "llama": llama(), "llama-one-kv-head": llama(num_key_value_heads=1)}
 
 
-@cache
-def truth(model: str) -> reference.Curve:
-    return run_ranks(1, reference.train, MODELS[model], layouts.STEPS)[0]
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("model", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_sequence_2(model, stage):
     layout = Layout(world=2, data=1, sequence=2, zero_stage=stage)
     for curve in run_ranks(2, layouts.train, MODELS[model], layout, timeout=60):
-        assert_same(curve, truth(model))
+        assert_same(curve, reference.truth(MODELS[model], layouts.STEPS))
 
 
 CASES = {
@@ -42,4 +35,4 @@ CASES = {
 def test_cases(case):
     model, layout = CASES[case]
     for curve in run_ranks(layout.world, layouts.train, MODELS[model], layout, timeout=60):
-        assert_same(curve, truth(model))
+        assert_same(curve, reference.truth(MODELS[model], layouts.STEPS))

@@ -33,7 +33,7 @@ def test_checkpointed_activations_change_nothing_with_dropout_on():
     config = gpt2(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     once, again, checkpointed = (run_ranks(2, _curve, config, PP2, "uniform", on)[0] for on in (False, False, True))
     assert once == again == checkpointed
-    [without] = run_ranks(1, reference.train, gpt2(), layouts.STEPS)
+    without = reference.truth(gpt2(), layouts.STEPS)
     assert once[1][0] != pytest.approx(without.norms[0], rel=1e-3), "there was no dropout"
 
 
@@ -65,7 +65,7 @@ def _measured(config: dict):
 def test_the_measured_partition_counts_the_head():
     """Eight thin blocks and a head of 40,000 words: the head alone outweighs the blocks."""
     config = gpt2(n_layer=8, vocab_size=40_000)
-    [truth] = run_ranks(1, reference.train, config, 3)
+    truth = reference.truth(config, 3)
     (bounds, predicted, losses, printed), (other, _, _, silent) = run_ranks(2, _measured, config)
     assert bounds == other
     assert bounds[1] > 6, f"layers of the first stage: {bounds}"
@@ -83,6 +83,6 @@ def _in_chunks(config: dict, layout: Layout):
 
 @pytest.mark.parametrize("layout", [PP2, PP2_TP2], ids=["pp2", "pp2-tp2"])
 def test_the_head_in_chunks_trains_the_same(layout):
-    [truth] = run_ranks(1, reference.train, gpt2(), layouts.STEPS)
+    truth = reference.truth(gpt2(), layouts.STEPS)
     for curve in run_ranks(layout.world, _in_chunks, gpt2(), layout):
         reference.assert_same(curve, truth)

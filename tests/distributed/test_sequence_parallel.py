@@ -33,7 +33,7 @@ def test_dropout_is_repeatable_and_there():
     config = gpt2(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     once, again = run_ranks(2, _dropout, config), run_ranks(2, _dropout, config)
     assert once == again
-    [without] = run_ranks(1, reference.train, gpt2(), layouts.STEPS)
+    without = reference.truth(gpt2(), layouts.STEPS)
     assert once[0][1][0] != pytest.approx(without.norms[0], rel=1e-3)
 
 
@@ -43,7 +43,7 @@ def _scaled_by_data_ranks_alone(config: dict, layout: Layout):
 
 
 def test_gradients_scaled_by_the_wrong_ranks_show_in_the_norm():
-    [truth] = run_ranks(1, reference.train, llama(), layouts.STEPS)
+    truth = reference.truth(llama(), layouts.STEPS)
     curve, _ = run_ranks(2, _scaled_by_data_ranks_alone, llama(), SP2)
     with pytest.raises(AssertionError, match="step 0: gradient norm"):
         assert_same(curve, truth)

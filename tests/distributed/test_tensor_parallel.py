@@ -102,7 +102,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(name):
     config, tensor = CASES[name]
-    [truth] = run_ranks(1, reference.train, config, STEPS)
+    truth = reference.truth(config, STEPS)
     for curve in run_ranks(tensor, _train, config, tensor):
         assert_same(curve, truth)
 
@@ -110,7 +110,7 @@ def test_equals_one_process(name):
 def test_replicated_dropout_is_that_of_one_process():
     """Embedding and residual dropout draw the same masks on every rank, and the same as without any split."""
     config = gpt2(embd_pdrop=0.1, resid_pdrop=0.2)
-    [truth] = run_ranks(1, reference.train, config, STEPS, 77)
+    truth = reference.truth(config, STEPS, 77)
     for curve in run_ranks(2, _train, config, 2, 77):
         assert_same(curve, truth)
 
@@ -123,7 +123,7 @@ def test_activation_checkpointing_draws_the_same_masks_again():
 
 
 def test_parameters_not_marked_as_split_show_in_the_norm():
-    [truth] = run_ranks(1, reference.train, gpt2(), STEPS)
+    truth = reference.truth(gpt2(), STEPS)
     curve, _ = run_ranks(2, _train, gpt2(), 2, None, False, "unmarked")
     with pytest.raises(AssertionError, match="step 0: gradient norm"):
         assert_same(curve, truth)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,11 +17,6 @@ MODELS = {"gpt2": gpt2(), "llama": llama()}
 TILE = 5  # of the 32 tokens and more that a rank has
 AGAIN = {"activation_checkpointing": {}}
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
-
-
-@cache
-def truth(model: str) -> reference.Curve:
-    return run_ranks(1, reference.train, MODELS[model], layouts.STEPS)[0]
 
 
 def _train(config: dict, layout: Layout, ds: dict[str, Any]) -> tuple[reference.Curve, int]:
@@ -60,5 +54,5 @@ def _train(config: dict, layout: Layout, ds: dict[str, Any]) -> tuple[reference.
 )
 def test_tiled_mlps_follow_plain_pytorch(model, layout, ds):
     for curve, most in run_ranks(layout.world, _train, MODELS[model], layout, ds):
-        assert_same(curve, truth(model))
+        assert_same(curve, reference.truth(MODELS[model], layouts.STEPS))
         assert most == TILE

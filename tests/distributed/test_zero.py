@@ -165,7 +165,8 @@ def test_six_steps_are_three_and_three_bit_for_bit(stage, store, tmp_path):
     for key in ("loss", "grad_norm", "lr", "ledger", "samples"):
         assert saved[key] == undisturbed[key]
         assert resumed[key] == undisturbed[key][3:]
-    assert undisturbed["loss"] != train_on_ranks(2, {**recipe("reseeded"), "seed": 2}, ds)["loss"]
+    if stage == "zero0":  # and none of it would hold if nothing were drawn
+        assert undisturbed["loss"] != train_on_ranks(2, {**recipe("reseeded"), "seed": 2}, ds)["loss"]
     one, other = (Checkpoint.open(tmp_path / name) for name in ("undisturbed", "resumed"))
     assert one.names() == other.names() and one.state["engine"] == other.state["engine"]
     for name in one.names():
@@ -215,22 +216,25 @@ def test_activation_checkpointing_changes_nothing(store, tmp_path):
     assert checkpointed["loss"] == plain["loss"]
 
 
-def test_killed_at_any_instant_it_resumes_and_ends_the_same(store, tmp_path, record_property):
-    """SIGKILL at twenty random instants of a run that saves at every step."""
+@pytest.mark.parametrize(("steps", "most"), [(200, 4), pytest.param(600, 16, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_it_resumes_and_ends_the_same(steps, most, store, tmp_path, record_property):
+    """SIGKILL at random instants of a run that saves at every step, `most` of them after it has come further."""
     ds = tiny_json("zero1", micro=2)
-    steps = {"duration": {"steps": 300}, "save": {"every": 1, "keep": 2}}
-    undisturbed = train_on_ranks(2, recipe_of(store, tmp_path / "undisturbed", **steps), ds)
-    recipe = recipe_of(store, tmp_path / "killed", **steps)
-    rng, kills, seen = np.random.default_rng(5), 0, 0
-    while kills < 20 and not run_for(rng.uniform(0.4, 1.6), recipe, ds):
+    sections = {"duration": {"steps": steps}, "save": {"every": 1, "keep": 2}}
+    undisturbed = train_on_ranks(2, recipe_of(store, tmp_path / "undisturbed", **sections), ds)
+    recipe = recipe_of(store, tmp_path / "killed", **sections)
+    rng, kills, further, seen, patience = np.random.default_rng(5), 0, 0, 0, 1.0
+    while further < most and not run_for(patience * rng.uniform(0.4, 1.6), recipe, ds):
         kills += 1
         saved = any((tmp_path / "killed").glob("checkpoints/step-*"))
         step = Checkpoint.open(tmp_path / "killed").step if saved else 0
         assert step >= seen
+        further += step > seen
+        patience *= 1.3 if step == seen else 0.7 if step > seen + 30 else 1.0  # whatever the machine is busy with
         seen = step
     record_property("kills", kills)
     final = train_on_ranks(2, recipe, ds)
-    assert kills >= 10 and seen > 0  # a fast machine may reach the end before the twentieth kill
+    assert further >= most // 2  # a fast machine may reach the end before the last kill
     assert final["loss"] == undisturbed["loss"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.real import Material, prepared
+from tests.e2e.real import Material, prepared_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,5 +22,5 @@ def material(tmp_path_factory) -> Material:
     for kind, source in (("sft", "dialogues"), ("dpo", "preferences")):
         for split in ("train", "valid"):
             records = folder / source / f"{split}.jsonl"
-            made[f"{kind}-{split}"] = prepared(kind, records, folder / "smollm2", stores / f"{kind}-{split}")
+            made[f"{kind}-{split}"] = prepared_store(kind, records, folder / "smollm2", stores / f"{kind}-{split}")
     return Material(folder, made)

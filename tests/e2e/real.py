@@ -29,7 +29,7 @@ class Material:
         return [json.loads(line)["messages"] for line in lines]
 
 
-def prepared(kind: str, records: Path, tokenizer: Path, output: Path, *options: str) -> Path:
+def prepared_store(kind: str, records: Path, tokenizer: Path, output: Path, *options: str) -> Path:
     words = ["--format", kind, "--input", str(records), "--tokenizer", str(tokenizer), "--output", str(output)]
     assert main(["prepare", *words, "--workers", "0", "--quiet", *options]) == 0
     return output

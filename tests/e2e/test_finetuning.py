@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.e2e.real import LONGEST, Material, learnt, prepared
+from tests.e2e.real import LONGEST, Material, learnt, prepared_store
 from tests.harness import run_ranks
 from tests.tiny import plan_of, tiny_json, tiny_recipe, write_pair
-from tests.unit.data_prep.records.samples import texts_of, trl_template
+from tests.unit.data_prep.records.samples import ids_and_masks, trl_template
 from zeropipe.data_prep.store import TokenStore
 from zeropipe.trainer.data.samples import Packs, open_samples, sample_order
 from zeropipe.trainer.export.huggingface import read_probe
@@ -181,13 +181,13 @@ def test_masks_are_those_of_a_template_with_markers(material, tmp_path, record_p
     records = tmp_path / "records.jsonl"
     records.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in dialogues), "utf-8")
     (tmp_path / "chatml.jinja").write_text(template, "utf-8")
-    marked = prepared(
+    marked = prepared_store(
         "sft", records, material.model, tmp_path / "marked", "--chat-template", str(tmp_path / "chatml.jinja")
     )
-    found = prepared("sft", records, material.model, tmp_path / "found", "--train-trailing")
+    found = prepared_store("sft", records, material.model, tmp_path / "found", "--train-trailing")
     newline = tokenizer.encode("\n", add_special_tokens=False)[0]
     starts = tokenizer.encode("<|im_start|>assistant", add_special_tokens=False)
-    by_markers, by_comparison = (texts_of(TokenStore.open(store)) for store in (marked, found))
+    by_markers, by_comparison = (ids_and_masks(TokenStore.open(store)) for store in (marked, found))
     answers = 0
     for messages, ((ids, mask),), ((own, own_mask),) in zip(dialogues, by_markers, by_comparison, strict=True):
         theirs = tokenizer.apply_chat_template(

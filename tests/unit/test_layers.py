@@ -29,6 +29,7 @@ LIGHT_FILES = (
     "data.order", "data.splits", "data.ledger", "data.vocabulary", "data.packing", "data.samples",
     "modeling.partition", "modeling.chunks", "modeling.penalty", "run.exit_notes",
 )  # fmt: skip
+OURS = ("zeropipe.", "tests.")
 MOST_MODULES = 14
 
 
@@ -56,7 +57,7 @@ def imports(path: Path, everywhere: bool = True) -> Iterator[tuple[str, int]]:
             names = [f"{stem}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from ((name.removeprefix("zeropipe."), node.lineno) for name in names if name.startswith("zeropipe."))
+        yield from ((name.removeprefix("zeropipe."), node.lineno) for name in names if name.startswith(OURS))
 
 
 def wrong_imports(path: Path) -> list[str]:
@@ -65,7 +66,7 @@ def wrong_imports(path: Path) -> list[str]:
     wrong = []
     for name, line in imports(path):
         other, *rest = name.split(".")
-        if other in LAYERS and other != top and other not in LAYERS[top]:
+        if other in (*LAYERS, "tests") and other != top and other not in LAYERS[top]:
             wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
         if other != top or top not in ORDER or inside == ["__init__"]:
             continue
@@ -87,6 +88,7 @@ def test_imports_go_down_only(top):
         ("data_prep/x.py", "from zeropipe.launcher.cli import main"),
         ("data_prep/x.py", "import zeropipe.trainer.plan"),
         ("data_prep/x.py", "from .. import trainer"),
+        ("launcher/x.py", "from tests.tiny import tiny_store"),
         ("trainer/families/x.py", "from ..plan.memory import rows"),
         ("trainer/loop.py", "from .commands import train"),
         ("launcher/hosts/x.py", "from ..session import Session"),
@@ -103,7 +105,7 @@ def test_a_wrong_import_is_seen(file, statement, monkeypatch, tmp_path):
 
 def circles() -> list[list[str]]:
     """Modules that import each other, directly or through others, by any import anywhere in them."""
-    files = {dotted(path): path for top in LAYERS for path in modules(top)}
+    files = {dotted(path): path for top in (*LAYERS, "tests") for path in modules(top)}
     graph = {name: {_module(other, files) for other, _ in imports(path)} - {name, None} for name, path in files.items()}
     found = []
     for name in graph:

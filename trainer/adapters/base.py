@@ -19,6 +19,8 @@ Read = Callable[[str], Any]  # a whole fp32 tensor by name: the checkpoint's whe
 
 
 class Make(Protocol):
+    """How an adapter gets its parameters: a call for each."""
+
     def __call__(self, spec: ParamSpec, values: Tensor | None = None) -> Any:
         """An nn.Parameter, trained or not as its spec says, that begins with `values` or else as its spec says."""
         ...

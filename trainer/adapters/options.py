@@ -28,10 +28,12 @@ class LoraOptions:
 
     @property
     def scaling(self) -> float:
+        """What B A x is multiplied with."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     @property
     def pissa(self) -> bool:
+        """Whether A and B begin as the base's principal components, which leave the base."""
         return self.init == "pissa"
 
     @property

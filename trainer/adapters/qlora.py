@@ -34,9 +34,11 @@ class Qlora(Lora):
         return QuantisedLinear(module, compute)
 
     def packs(self, spec: ParamSpec) -> bool:
+        """Whether the base keeps this weight in four bits."""
         return spec.linear and not self._trains(spec.name)
 
     def seen(self, spec: ParamSpec, weight: Tensor) -> Tensor:
+        """A weight of the base as the adapter is merged onto it."""
         return self.quantised(spec, weight) if self.merge_onto == "dequantized" and self.packs(spec) else weight
 
     def quantised(self, spec: ParamSpec, weight: Tensor) -> Tensor:

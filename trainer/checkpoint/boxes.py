@@ -23,6 +23,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Shape) -> Box:
+        """The box of all of a tensor."""
         return cls((0,) * len(shape), shape)
 
     @property

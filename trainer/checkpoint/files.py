@@ -68,6 +68,7 @@ class HashedFile:
         self._size = self._asked = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """What is written is pushed to the disk meanwhile, so that little is left to wait for at the end."""
         for start in range(0, len(data), _CHUNK):
             chunk = data[start : start + _CHUNK]
             self._hash.update(chunk)

@@ -179,7 +179,7 @@ class Engine(ABC):
         def make(spec: ParamSpec, values: Tensor | None = None) -> nn.Parameter:
             source = drawn if values is None else lambda _: values
             parameter = make_parameter(spec, source, self.dtype, self.ranks, everywhere=True)
-            parameter.requires_grad = spec.trained
+            parameter.requires_grad, parameter.injected = spec.trained, True  # type: ignore[attr-defined]
             return parameter
 
         install(self.adapter, module, make)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ...data_prep.errors import UserError
 from ..adapters.merged import initial_values
 from ..kernels.compiled import check_compiler
@@ -10,6 +12,7 @@ from ..objectives.registry import objective_of
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, accelerator
 from .base import Engine
+from .masters import fill_masters
 
 
 def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None, resumes: bool = False) -> Engine:
@@ -36,7 +39,11 @@ def build_engine(plan: Plan, ranks: Ranks, values: Values | None = None, resumes
     if plan.layout.pipeline > 1:
         from .pipeline import PipelineEngine
 
-        return PipelineEngine(plan, ranks, values)
-    from .zero import ZeroEngine
+        engine: Engine = PipelineEngine(plan, ranks, values)
+    else:
+        from .zero import ZeroEngine
 
-    return ZeroEngine(plan, ranks, values)
+        engine = ZeroEngine(plan, ranks, values)
+    if values is not None and engine.dtype != torch.float32:
+        ranks.together(lambda: fill_masters(engine, values))
+    return engine

@@ -18,7 +18,7 @@ from ..checkpoint.folder import CHECKPOINTS
 from ..checkpoint.loader import load, resolve_resume
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.order import key64
-from ..modeling.build import Values
+from ..modeling.values import Values
 from ..plan.deepspeed_json import load_pair
 from ..plan.plan import Plan, make_plan
 from ..ranks.ranks import Ranks

@@ -15,6 +15,8 @@ from .generation import Sampling, context_of, continued, end_tokens
 
 @dataclass(frozen=True)
 class Answer:
+    """What the model said to one prompt."""
+
     prompt: str
     text: str
     tokens: int  # generated, the end token not counted

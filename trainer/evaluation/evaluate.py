@@ -75,6 +75,7 @@ class HeldOutData:
 
     @property
     def seq_len(self) -> int:
+        """Of all its samples."""
         return self.samples[0].seq_len
 
 
@@ -208,6 +209,7 @@ def compared(data: HeldOutData, reference: Any) -> HeldOutData:
 
 
 def check_context(model: Any, seq_len: int) -> None:
+    """UserError where sequences are longer than the model's positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise UserError(f"sequences of {seq_len} tokens are longer than the model's context of {limit}; use --seq-len")
@@ -222,6 +224,7 @@ def yardsticks(held_out: HeldOut, train: Sequence[Windows]) -> Entropies | None:
 
 
 def stream(windows: Windows, limit: int) -> Iterator[np.ndarray]:
+    """The first `limit` tokens of a part of a store, piece by piece."""
     part = windows.part
     stop = min(part.stop, part.start + limit)
     for start in range(part.start, stop, READ_TOKENS):
@@ -282,6 +285,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """What `eval --json` prints."""
     entropies = evaluation.entropies
     record = {"data": evaluation.data, **evaluation.result.record(), "bytes_are_exact": evaluation.bytes_are_exact}
     if entropies is not None:

@@ -46,6 +46,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
+    """What the model wrote after one prompt."""
+
     prompt: str
     text: str  # the continuation
     tokens: int  # generated, the end-of-text token not counted

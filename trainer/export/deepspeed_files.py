@@ -79,6 +79,7 @@ def optimizer_files(folder: Path) -> list[Path]:
 
 
 def first_optimizer_state(folder: Path) -> dict[str, Any]:
+    """The first rank's, for what all ranks hold alike."""
     return load_pickle(optimizer_files(folder)[0])["optimizer_state_dict"]
 
 

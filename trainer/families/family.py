@@ -51,6 +51,7 @@ class Attention:
 
     @property
     def fused(self) -> bool:
+        """Whether query, key and value are one linear."""
         return self.query == self.key
 
     @property
@@ -149,6 +150,7 @@ class Family:
         return replace(spec, kind=kind, tensor=Split(dim, parts, head))
 
     def head_size(self, config: Config) -> int:
+        """Width of one attention head."""
         return config.get("head_dim") or self.value(config, "hidden_size") // self.value(config, "num_attention_heads")
 
     def relative(self, spec: ParamSpec) -> str | None:

@@ -38,6 +38,7 @@ class Masks:
 
     @property
     def scale(self) -> float:
+        """What the numbers that stay are multiplied with, so that their mean stays."""
         return _STEPS / (_STEPS - self._zeroed)
 
     def zeroed(self, shape: tuple[int, ...], part: int = 0) -> Tensor:

@@ -30,11 +30,15 @@ def loses_terms(weight: Tensor) -> bool:
 
 
 class ExactEmbedding(nn.Embedding):
+    """`nn.Embedding`, whose weight's gradient is summed in fp32."""
+
     def forward(self, input: Tensor) -> Tensor:
         return look_up(input, self.weight, self.padding_idx)
 
 
 class ExactLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm`, whose parameters' gradients are summed in fp32."""
+
     def forward(self, input: Tensor) -> Tensor:
         if loses_terms(self.weight):
             return _LayerNorm.apply(input, self.weight, self.bias, self.eps)

@@ -65,6 +65,7 @@ def curve(train: Sequence[_Record]) -> str:
 
 
 def table(train: Sequence[_Record]) -> str:
+    """A line for each of some steps, evenly over the run."""
     lines = [f"{'step':>10} {'loss':>10} {'lr':>10} {'grad norm':>10} {'tokens/s':>10}"]
     for record in evenly(train, POINTS):
         norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
@@ -74,6 +75,7 @@ def table(train: Sequence[_Record]) -> str:
 
 
 def throughput(train: Sequence[_Record]) -> str:
+    """Medians over the steps, and the share of the time that data was waited for."""
     seconds = [record["step_seconds"] for record in train]
     rates = [record["tokens_per_second"] for record in train if record["tokens_per_second"] is not None]
     text = f"throughput: median {median(rates):,.0f} tokens/s, {median(seconds):.3f} s a step" if rates else ""
@@ -84,6 +86,7 @@ def throughput(train: Sequence[_Record]) -> str:
 
 
 def evaluations(evals: Sequence[_Record]) -> str:
+    """Each split's best loss, and some of its losses over the run."""
     lines = []
     for split in dict.fromkeys(record["split"] for record in evals):
         of_split = [record for record in evals if record["split"] == split]

@@ -136,6 +136,7 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
         "below 1 DeepSpeed makes a second optimizer, whose moments are out of a checkpoint's reach; use 1.0",
     ),
     (("bf16", "bf16_master_weights_and_grads"), (False,), _MASTER),
+    (("bf16", "bf16_optimizer_states"), (False,), "checkpoints hold fp32 moments; leave it out"),
     (("fp16", "fp16_master_weights_and_grads"), (False,), _MASTER),
     (("compile", "deepcompile"), (False,), "CUDA only, and it rewrites the engine's step; leave it out"),
     (("managed_gradient_accumulation",), (True,), "the training loop relies on it; leave it out"),

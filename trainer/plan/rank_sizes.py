@@ -28,10 +28,12 @@ class Sizes:
 
     @property
     def trained(self) -> tuple[int, ...]:
+        """Elements of every trained parameter, group after group."""
         return tuple(size for group in self.groups for size in group)
 
     @property
     def all(self) -> tuple[int, ...]:
+        """The trained and the frozen ones; what is packed has its own field."""
         return self.trained + self.frozen
 
 

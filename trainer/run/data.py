@@ -23,12 +23,16 @@ class RunData:
     held_out: Mapping[str, tuple[Samples, ...]]  # what is evaluated, by name: `valid`, and the sets of the recipe
 
     @classmethod
-    def open(cls, plan: Plan) -> RunData:
-        """Opens the stores.
+    def open(cls, plan: Plan, ranks: Ranks | None = None) -> RunData:
+        """Opens the stores. Collective over `ranks`, if there are any.
 
         Raises:
-            UserError: one is missing or damaged.
+            UserError: on every rank: one is missing or damaged.
         """
+        return (ranks or Ranks()).together(lambda: cls._opened(plan))
+
+    @classmethod
+    def _opened(cls, plan: Plan) -> RunData:
         recipe = plan.recipe
         train, valid = (tuple(open_samples(recipe, split)) for split in ("train", "valid"))
         sets = {name: tuple(open_stores(recipe, stores)) for name, stores in recipe.eval.sets.items()}
@@ -41,6 +45,7 @@ class RunData:
 
     @property
     def shape(self) -> BatchShape:
+        """How the samples are cut into batches."""
         plan = self.plan
         cut = plan.micro_batch, plan.accumulation, plan.global_batch, plan.seq_len, plan.vocab_size
         return BatchShape(*cut, self._multiple, objective_of(plan.recipe.objective).collate)

@@ -47,6 +47,7 @@ def environment(run: str, hosts: Sequence[Mapping[str, Any]] = ()) -> dict[str, 
 
 
 def versions() -> dict[str, str]:
+    """Of the packages that a result may depend on, as far as they are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -51,6 +51,7 @@ class TrainState:
     skipped: list[tuple[int, int]] = field(default_factory=list)  # samples of bad steps: first, last + 1
 
     def advance(self, output: StepOutput) -> None:
+        """Counts a step that has been taken."""
         self.step += 1
         self.samples_consumed = output.samples[1]
         self.tokens_consumed += output.tokens

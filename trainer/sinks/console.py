@@ -71,11 +71,13 @@ class StepLine:
         self.since = (self.since[0] + rate * seconds, self.since[1] + seconds)
 
     def seconds_left(self, step: int) -> float:
+        """NaN before there is a pace."""
         if self.first is None or step == self.first[0]:
             return math.nan
         return (self.total_steps - step) * (time.monotonic() - self.first[1]) / (step - self.first[0])
 
     def line(self, step: int, loss: float, lr: float, grad_norm: float | None, memory: int) -> None:
+        """Prints a step, on a terminal over the last one; `memory` in bytes."""
         tokens, seconds = self.since
         self.since = (0.0, 0.0)
         norm = "-" if grad_norm is None else f"{grad_norm:.3f}"

@@ -9,6 +9,8 @@ from .base import SinkSettings, measurements
 
 
 class TensorBoard:
+    """Scalars by step; what an earlier process wrote beyond the step resumed from is purged."""
+
     def __init__(self, settings: SinkSettings) -> None:
         from torch.utils.tensorboard import SummaryWriter
 

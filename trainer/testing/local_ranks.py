@@ -1,6 +1,8 @@
 """Ranks of this machine in processes of their own, each made afresh: for checks that try many layouts, and for tests.
 
-They are forked from a server that has imported torch and DeepSpeed already, so that a rank costs 0.1 s and not five.
+On CPUs they are forked from a server that has imported torch and DeepSpeed already, so that a rank costs 0.1 s and not
+five. Where there is an accelerator they are spawned: DeepSpeed asks for it when it is imported, and a process forked
+after that cannot use CUDA.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from ..ranks.ports import free_port
 
-# imported once by the server that ranks are forked from; none of it touches a device
+# imported once by the server that ranks are forked from
 PRELOADED = ("zeropipe.trainer.testing.preload",)
 
 
@@ -43,8 +45,9 @@ class RankGroup:
     """Ranks under way, for callers that interfere with them."""
 
     def __init__(self, world: int, function: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context: Any = multiprocessing.get_context("spawn" if _has_accelerator() else "forkserver")
+        if not _has_accelerator():
+            context.set_forkserver_preload(list(PRELOADED))
         self._pipes: list[Connection] = []
         self._processes = []
         port = free_port()
@@ -92,6 +95,13 @@ class RankGroup:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _has_accelerator() -> bool:
+    """Whether DeepSpeed would look for something else than CPUs. This process may ask: its children are not forked."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.accelerator.is_available()
 
 
 def _rank(sender: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:

@@ -85,6 +85,7 @@ def verdict(plan: Plan, truth: Curve, bounds: Bounds, sabotage: Sabotage | None 
 
 
 def compare(plan: Plan, found: Curve, truth: Curve, bounds: Bounds) -> Verdict:
+    """Losses, gradient norms and weights of a layout against those of one process."""
     losses, norms = _apart(found.losses, truth.losses), _apart(found.norms, truth.norms)
     weights = _weights_apart(found.weights, truth.weights, gradient_noise(plan.model_config))
     difference = _first_difference(losses, norms, weights, found, truth, bounds)
@@ -134,7 +135,7 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
     Raises:
         UserError: as `parity`.
     """
-    first = plan_of(recipe, ds, Layout(world=1, data=1, zero_stage=0), steps)
+    first = plan_in(recipe, ds, Layout(world=1, data=1, zero_stage=0), steps)
     if not objective_of(recipe.objective).uniform:
         raise UserError(f"parity compares losses of tokens that count alike, not the objective {recipe.objective!r}")
     if recipe.adapter != "none":
@@ -146,7 +147,7 @@ def plans_of(recipe: Recipe, ds: Mapping[str, Any], ranks: int, steps: int) -> l
         if layout == first.layout:
             continue
         try:
-            plans.append(plan_of(recipe, ds, layout, steps))
+            plans.append(plan_in(recipe, ds, layout, steps))
         except UserError:  # not legal for this model, or the global batch cannot be shared so
             continue
     return plans
@@ -163,7 +164,7 @@ def _layouts(ranks: int) -> Iterator[Layout]:
                     yield Layout(world, world // model, tensor, sequence, pipeline, stage)
 
 
-def plan_of(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
+def plan_in(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
     """The recipe's plan on another layout, in fp32, without dropout, noise or penalties, with two micro batches or more
     where it can.
     """

@@ -62,6 +62,7 @@ class Passes:
 
     @property
     def both(self) -> float:
+        """All of it, what is computed again included."""
         return self.forward + self.backward + self.again
 
 

@@ -43,6 +43,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
+        """Of a step."""
         return sum(getattr(self, field.name) for field in fields(self)[:8])
 
     @property

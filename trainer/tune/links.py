@@ -32,6 +32,7 @@ class Links:
 
     @property
     def latency(self) -> float:
+        """Seconds that a collective of the group takes however little it carries."""
         link = self.device.near if self.within else self.device.far
         return link.latency * math.ceil(math.log2(self.size)) if self.size > 1 else 0.0
 

@@ -56,6 +56,7 @@ class Found:
 
     @property
     def fitting(self) -> list[Candidate]:
+        """Those whose memory fits the device."""
         return [candidate for candidate in self.candidates if candidate.fits]
 
 

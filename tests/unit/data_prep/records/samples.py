@@ -140,7 +140,7 @@ def prepared(folder: Path, tokenizer: Path, records: Sequence[dict[str, Any]], *
     return TokenStore.open(output)
 
 
-def texts_of(store: TokenStore) -> list[list[tuple[list[int], list[int]]]]:
+def ids_and_masks(store: TokenStore) -> list[list[tuple[list[int], list[int]]]]:
     """Of each record its texts, each as ids and mask of what is learnt."""
     result = []
     for number in range(store.num_documents):

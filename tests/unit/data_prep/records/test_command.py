@@ -19,9 +19,9 @@ import pytest
 from tests.unit.data_prep.records.samples import (
     CHATML,
     conversations,
+    ids_and_masks,
     make_folder,
     prepared,
-    texts_of,
     trl_template,
     write_records,
 )
@@ -46,7 +46,7 @@ def same_files(one: Path, other: Path) -> bool:
     return filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_workers_and_kills_change_no_byte(kind: str, chatml: Path, tmp_path: Path) -> None:
     records = preferences(400) if kind == "dpo" else [{"messages": chat} for chat in conversations(1500)]
     corpus = write_records(tmp_path / "records.jsonl", records + records[:40])
@@ -108,7 +108,7 @@ def test_records_that_are_too_long(
     excess: str, chatml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = 120
-    whole = texts_of(prepared(tmp_path, chatml, preferences(40), kind="dpo"))
+    whole = ids_and_masks(prepared(tmp_path, chatml, preferences(40), kind="dpo"))
     sizes = [[len(ids) for ids, _ in texts] for texts in whole]
     assert any(sum(size) > limit for size in sizes) and any(sum(size) <= limit for size in sizes)
     options = ["--seq-len", str(limit), "--excess", excess]
@@ -131,7 +131,7 @@ def test_records_that_are_too_long(
         cut = [(ids[:size], mask[:size]) for (ids, mask), size in zip(texts, lengths, strict=True)]
         if all(any(mask[1:]) for _, mask in cut):
             expected.append(cut)
-    made = texts_of(store)
+    made = ids_and_masks(store)
     assert len(made) == len(expected)
     assert [sum(len(ids) for ids, _ in texts) for texts in made] == [sum(len(ids) for ids, _ in t) for t in expected]
     name = "longer than --seq-len" if excess == "drop" else "cut to --seq-len"
@@ -309,7 +309,7 @@ def test_merge_of_records(chatml: Path, base: Path, tmp_path: Path, capsys: pyte
     merged = tmp_path / "merged"
     assert main(["merge", str(made["a"].path), str(made["b"].path), "--output", str(merged)]) == 0
     store = TokenStore.open(merged)
-    assert texts_of(store) == texts_of(made["a"]) + texts_of(made["b"])
+    assert ids_and_masks(store) == ids_and_masks(made["a"]) + ids_and_masks(made["b"])
     assert store.records is not None and store.records.longest == max(made[n].records.longest for n in "ab")
     assert main(["verify", str(merged)]) == 0
     capsys.readouterr()

@@ -12,9 +12,9 @@ import pytest
 
 from tests.unit.data_prep.records.samples import (
     conversations,
+    ids_and_masks,
     make_folder,
     prepared,
-    texts_of,
     trl_template,
     write_records,
 )
@@ -40,7 +40,7 @@ SAME = [
 
 def test_every_format_of_a_conversation(chatml: Path, tmp_path: Path) -> None:
     store = prepared(tmp_path, chatml, SAME, kind="auto")
-    texts = texts_of(store)
+    texts = ids_and_masks(store)
     assert store.records.kind == "sft" and store.eod_id is None
     assert all(text == texts[0] for text in texts)
     assert store.manifest.counts == {"Alpaca": 2, "ShareGPT": 2, "kept": 6, "messages": 2, "read": 6}
@@ -80,7 +80,7 @@ def test_every_kind_of_file_at_once(chatml: Path, tmp_path: Path) -> None:
     inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c")]
     command = ["prepare", "--format", "sft", "--tokenizer", str(chatml), "--output", str(tmp_path / "store"), "--quiet"]
     assert main([*command, "--task-size", "20000", "--workers", "0", "--input", *inputs]) == 0
-    texts = texts_of(TokenStore.open(tmp_path / "store"))
+    texts = ids_and_masks(TokenStore.open(tmp_path / "store"))
     assert len(texts) == 2100
     assert texts[:700] == texts[700:1400] == texts[1400:]
 
@@ -95,10 +95,10 @@ def test_keys_that_a_column_only_fills_with_nulls_are_not_there(chatml: Path, ba
         tool = {"type": "function", "function": {"name": "f", "parameters": {key: {} for key in arguments}}}
         records.append({"messages": turns, "tools": json.dumps([tool])})
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "calls.parquet")
-    expected = texts_of(prepared(tmp_path, folder, records))
+    expected = ids_and_masks(prepared(tmp_path, folder, records))
     command = ["prepare", "--format", "sft", "--input", str(tmp_path / "calls.parquet"), "--tokenizer", str(folder)]
     assert main([*command, "--output", str(tmp_path / "rows"), "--workers", "0", "--quiet"]) == 0
-    assert texts_of(TokenStore.open(tmp_path / "rows")) == expected
+    assert ids_and_masks(TokenStore.open(tmp_path / "rows")) == expected
 
 
 def test_tasks_in_which_all_is_bad_leave_nothing(chatml: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from tests.unit.data_prep.records.samples import (
     FAMILIES,
     SPECIAL,
     conversations,
+    ids_and_masks,
     make_folder,
     prepared,
-    texts_of,
     trl_template,
     trl_templates,
     write_records,
@@ -60,7 +60,7 @@ def test_marked_templates_give_what_transformers_gives(
     chats[0][-1]["content"] += " " + SPECIAL[2] + " written by the user"
     store = prepared(tmp_path, folder, [{"messages": chat} for chat in chats])
     reference = tokenizer_of(folder)
-    for chat, ((ids, mask),) in zip(chats, texts_of(store), strict=True):
+    for chat, ((ids, mask),) in zip(chats, ids_and_masks(store), strict=True):
         expected = reference.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
         assert (ids, mask) == (expected["input_ids"], expected["assistant_masks"])
         assert 0 < sum(mask) < len(mask)
@@ -74,8 +74,8 @@ def test_templates_without_markers_give_the_turns_between_prompts(family: str, b
     turns = 1 if family in LAST_ONLY else 3
     chats = conversations(30, system=family not in ROLES_ALTERNATE, most_turns=turns)
     store = prepared(tmp_path, folder, [{"messages": chat} for chat in chats])
-    tight = texts_of(store)
-    loose = texts_of(prepared(tmp_path, folder, [{"messages": chat} for chat in chats], "--train-trailing"))
+    tight = ids_and_masks(store)
+    loose = ids_and_masks(prepared(tmp_path, folder, [{"messages": chat} for chat in chats], "--train-trailing"))
     reference = tokenizer_of(folder)
 
     def rendered(messages: list[dict[str, Any]], prompt: bool = False) -> str:
@@ -137,7 +137,7 @@ def test_tools_and_calls(family: str, variant: str, base: Path, tmp_path: Path) 
     ]
     option = () if variant else ("--train-on", "last_assistant")
     store = prepared(tmp_path, folder, [{"messages": chat, "tools": TOOLS}], *option)
-    (((ids, mask),),) = texts_of(store)
+    (((ids, mask),),) = ids_and_masks(store)
     expected = tokenizer_of(folder).apply_chat_template(
         chat, tools=TOOLS, return_dict=True, return_assistant_tokens_mask=bool(variant)
     )
@@ -151,9 +151,9 @@ def test_what_is_trained_on(base: Path, tmp_path: Path) -> None:
     for template in ("llama3", "llama3_training", "phi3_training"):
         family = template.removesuffix("_training")
         folder = make_folder(base, tmp_path / template, trl_template(template), *FAMILIES[family])
-        every = texts_of(prepared(tmp_path, folder, chats))
-        last = texts_of(prepared(tmp_path, folder, chats, "--train-on", "last_assistant"))
-        whole = texts_of(prepared(tmp_path, folder, chats, "--train-on-inputs"))
+        every = ids_and_masks(prepared(tmp_path, folder, chats))
+        last = ids_and_masks(prepared(tmp_path, folder, chats, "--train-on", "last_assistant"))
+        whole = ids_and_masks(prepared(tmp_path, folder, chats, "--train-on-inputs"))
         for ((ids, mask),), ((same, tail),), ((again, ones),) in zip(every, last, whole, strict=True):
             assert ids == same == again and ones == [1] * len(ids)
             start = len(mask) - mask[::-1].index(1)
@@ -174,7 +174,7 @@ def test_the_templates_that_the_tokenizer_names(base: Path, tmp_path: Path) -> N
     records[1]["tools"] = json.dumps(TOOLS)
     store = prepared(tmp_path, folder, records)
     reference = tokenizer_of(folder)
-    for record, ((ids, mask),) in zip(records, texts_of(store), strict=True):
+    for record, ((ids, mask),) in zip(records, ids_and_masks(store), strict=True):
         expected = reference.apply_chat_template(
             record["messages"],
             tools=TOOLS if "tools" in record else None,
@@ -187,14 +187,14 @@ def test_the_templates_that_the_tokenizer_names(base: Path, tmp_path: Path) -> N
     store = prepared(tmp_path, folder, records, "--chat-template", str(given))
     assert store.tokenizer is not None and template_sources(store.tokenizer) == {"default": given.read_text()}
     expected = tokenizer_of(store.tokenizer).apply_chat_template(records[0]["messages"], return_dict=True)
-    assert texts_of(store)[0][0][0] == expected["input_ids"]
+    assert ids_and_masks(store)[0][0][0] == expected["input_ids"]
 
 
 def test_a_template_that_asks_for_the_date_gets_one_day(base: Path, tmp_path: Path) -> None:
     template = "{{ strftime_now('%d %b %Y') }}" + trl_template("llama3_training")
     folder = make_folder(base, tmp_path / "tokenizer", template, *FAMILIES["llama3"])
     store = prepared(tmp_path, folder, [{"messages": conversations(1)[0]}], "--template-date", "2026-02-03")
-    decoded = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(texts_of(store)[0][0][0])
+    decoded = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids_and_masks(store)[0][0][0])
     assert decoded.startswith("03 Feb 2026") and store.records.settings["date"] == "2026-02-03"
 
 

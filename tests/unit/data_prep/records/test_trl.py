@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.unit.data_prep.records.samples import FAMILIES, conversations, make_folder, prepared, texts_of, trl_template
+from tests.unit.data_prep.records.samples import (
+    FAMILIES,
+    conversations,
+    ids_and_masks,
+    make_folder,
+    prepared,
+    trl_template,
+)
 
 TEXT = ["A short text.", "Ends itself.<|im_end|>", "caf\u00e9 \u65e5\u672c\n\n  def f(x):\n\treturn x", "a" * 300]
 PAIRS = [
@@ -80,7 +87,9 @@ def dpo(folder: Path, records: list[dict[str, Any]], output: Path) -> list[list[
 @pytest.mark.parametrize("family", ["bos", "qwen2_5"])
 def test_plain_text_and_completions(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     for records in ([{"text": text} for text in TEXT], PAIRS):
-        assert texts_of(prepared(tmp_path, folders[family], records)) == sft(folders[family], records, tmp_path / "trl")
+        assert ids_and_masks(prepared(tmp_path, folders[family], records)) == sft(
+            folders[family], records, tmp_path / "trl"
+        )
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3", "gemma", "phi3", "qwen3", "deepseekv3"])
@@ -91,14 +100,16 @@ def test_conversational_completions(
     records = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
     if family != "gemma":
         records += [{"prompt": chat[:-3], "completion": chat[-3:]} for chat in chats if len(chat) > 3]
-    assert texts_of(prepared(tmp_path, folders[family], records)) == sft(folders[family], records, tmp_path / "trl")
+    assert ids_and_masks(prepared(tmp_path, folders[family], records)) == sft(
+        folders[family], records, tmp_path / "trl"
+    )
 
 
 @pytest.mark.parametrize("family", ["bos", "qwen2_5"])
 @pytest.mark.parametrize("records", [PREFERENCES, IMPLICIT])
 def test_plain_preferences(family: str, records: list[Any], folders: dict[str, Path], tmp_path: Path) -> None:
     store = prepared(tmp_path, folders[family], records, kind="dpo")
-    assert texts_of(store) == dpo(folders[family], records, tmp_path / "trl")
+    assert ids_and_masks(store) == dpo(folders[family], records, tmp_path / "trl")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3", "gemma", "phi3", "qwen3"])
@@ -113,7 +124,7 @@ def test_conversational_preferences(family: str, implicit: bool, folders: dict[s
             records.append({"prompt": chat[:-1], "chosen": chat[-1:], "rejected": other})
     store = prepared(tmp_path, folders[family], records, kind="auto")
     assert store.records.kind == "dpo"
-    assert texts_of(store) == dpo(folders[family], records, tmp_path / "trl")
+    assert ids_and_masks(store) == dpo(folders[family], records, tmp_path / "trl")
 
 
 def test_prompts_that_are_no_beginning_are_told(
