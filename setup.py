@@ -10,5 +10,10 @@ ROOMS = sorted(path.parent.as_posix() for top in TOP for path in Path(top).rglob
 setup(
     packages=[f"zeropipe.{room.replace('/', '.')}" for room in ROOMS],
     package_dir={f"zeropipe.{room.replace('/', '.')}": room for room in ROOMS},
-    package_data={"zeropipe.ds_configs": ["*.json"], "zeropipe.recipes": ["*.yaml", "*.json"]},
+    package_data={
+        "zeropipe.ds_configs": ["*.json"],
+        "zeropipe.recipes": ["*.yaml", "*.json"],
+        "zeropipe.trainer.families": ["tried.json"],
+        "zeropipe.trainer.page": ["*.html", "*.css", "*.js", "vendor/*"],
+    },
 )

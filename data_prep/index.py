@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -74,6 +75,17 @@ def read_header(path: Path) -> Header:
     return Header(np.dtype(_DTYPES[code]), sequences, entries)
 
 
+class Index(Protocol):
+    """What a `.bin` holds: lengths int32 [N] in tokens, offsets int64 [N] in bytes, documents int64 [D], the first
+    sequence of each and N at last.
+    """
+
+    header: Header
+    lengths: np.ndarray
+    offsets: np.ndarray
+    documents: np.ndarray
+
+
 class IndexFile:
     """The three arrays of one .idx, memory-mapped: opening reads the header and nothing else.
 
@@ -95,6 +107,48 @@ class IndexFile:
         self.lengths = raw[ends[0] : ends[1]].view("<i4")
         self.offsets = raw[ends[1] : ends[2]].view("<i8")
         self.documents = raw[ends[2] : ends[3]].view("<i8")
+
+
+@dataclass
+class CountedIndex:
+    """An index made whole in memory: every document is one sequence, with its last token."""
+
+    header: Header
+    lengths: np.ndarray
+    offsets: np.ndarray
+    documents: np.ndarray
+
+
+def leaves_ends_out(index: Index, tokens: int) -> bool:
+    """Whether a `.bin` of so many tokens has one more for each document that holds anything than its index tells.
+
+    Megatron-DeepSpeed's `preprocess_data.py --append-eod` writes a token behind each document and does not count it, so
+    that every document begins one token later than its index says for each one before it.
+    """
+    documents, sequences = index.documents, index.header.sequences
+    if not sequences or not len(documents) or documents[0] != 0 or documents[-1] != sequences:
+        return False
+    promised = int(index.offsets[-1]) // index.header.dtype.itemsize + int(index.lengths[-1])
+    return tokens == promised + np.count_nonzero(np.diff(documents))
+
+
+def counted(index: Index, tokens: np.ndarray) -> tuple[CountedIndex, int] | None:
+    """The index with the ends of the documents counted, and the token that is at each; None where the tokens there are
+    not all the same, so that something else is wrong. Empty documents, which have no such token, are left out.
+    """
+    sums = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
+    lengths = np.diff(sums[np.asarray(index.documents)])
+    lengths = lengths[lengths > 0] + 1
+    ends = np.cumsum(lengths)
+    if not len(ends) or ends[-1] != len(tokens):
+        return None
+    end = tokens[-1]
+    for start in range(0, len(ends), _BLOCK):
+        if (tokens[ends[start : start + _BLOCK] - 1] != end).any():
+            return None
+    header = Header(index.header.dtype, len(lengths), len(lengths) + 1)
+    offsets = (ends - lengths) * header.dtype.itemsize
+    return CountedIndex(header, lengths.astype(np.int32), offsets, np.arange(len(lengths) + 1)), int(end)
 
 
 def runs(lengths: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:

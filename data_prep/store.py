@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
-from .index import IndexFile
+from .index import Index, IndexFile, counted, leaves_ends_out
 from .manifest import STORE_MANIFEST, Manifest
 
 # flags of a token in a store of records (`.mask`)
@@ -27,17 +27,25 @@ SAMPLE_BYTES = 4096
 class Shard:
     """One `.bin/.idx` pair, memory-mapped. Positions are tokens from the start of the `.bin`."""
 
-    def __init__(self, prefix: Path, masked: bool = False) -> None:
-        """`masked`: with a `.mask` beside them."""
+    def __init__(self, prefix: Path, masked: bool = False, count_ends: bool = False) -> None:
+        """
+        Args:
+            masked: with a `.mask` beside them.
+            count_ends: where the `.idx` leaves the documents' last tokens out (`leaves_ends_out`), see a whole index.
+        """
         self.prefix = prefix
         self.bin, self.idx = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         if not self.bin.is_file():
             raise UserError(f"{self.bin}: no such file: a pair {self.bin.name} + {self.idx.name} was expected")
-        self.index = IndexFile(self.idx)
+        self.index: Index = IndexFile(self.idx)
         self.dtype = self.index.header.dtype
+        size = self.bin.stat().st_size
+        self.tokens = _mapped(self.bin, self.dtype) if size and not size % self.dtype.itemsize else _none(self.dtype)
+        self.end: int | None = None  # the token behind each document, where the .idx leaves it out
+        if (promised := self._promised()) != size:
+            self._mend(size, promised, count_ends)
+        self.num_tokens = len(self.tokens)
         self.num_documents = max(0, self.index.header.entries - 1)
-        self.num_tokens = self._check_size()
-        self.tokens = _mapped(self.bin, self.dtype) if self.num_tokens else np.empty(0, self.dtype)
         self.flags = self._flags() if masked else None
 
     def _flags(self) -> np.ndarray:
@@ -50,17 +58,25 @@ class Shard:
             )
         return _mapped(path, np.dtype(np.uint8)) if size else np.empty(0, np.uint8)
 
-    def _check_size(self) -> int:
-        """Tokens in the .bin, by its size, which must be where the last sequence ends."""
-        size, promised = self.bin.stat().st_size, 0
-        if self.index.header.sequences:
-            promised = int(self.index.offsets[-1]) + int(self.index.lengths[-1]) * self.dtype.itemsize
-        if size != promised:
+    def _promised(self) -> int:
+        """Bytes of the .bin by the index: where its last sequence ends."""
+        if not self.index.header.sequences:
+            return 0
+        return int(self.index.offsets[-1]) + int(self.index.lengths[-1]) * self.dtype.itemsize
+
+    def _mend(self, size: int, promised: int, count_ends: bool) -> None:
+        """Takes the boundaries from the .bin where that can be, and is asked for; UserError otherwise."""
+        found = counted(self.index, self.tokens) if leaves_ends_out(self.index, len(self.tokens)) else None
+        words = f"{self.bin}: {size} bytes, but {self.idx.name} describes {promised}"
+        if found is None:
+            raise UserError(f"{words}: the file is truncated or damaged; copy or prepare it again")
+        if not count_ends:
             raise UserError(
-                f"{self.bin}: {size} bytes, but {self.idx.name} describes {promised}: the file is truncated or "
-                "damaged; copy or prepare it again"
+                f"{words}: it leaves out the token {found[1]} behind each document, as Megatron-DeepSpeed's "
+                f"preprocess_data.py --append-eod does. `zeropipe prepare --import {self.prefix} --tokenizer FOLDER "
+                "--output STORE` makes a store with the right boundaries, which the .bin tells"
             )
-        return size // self.dtype.itemsize
+        self.index, self.end = found
 
     def read_in_order(self) -> Shard:
         """Tells the system that this shard is about to be read from end to end."""
@@ -101,8 +117,12 @@ class TokenStore:
         self.fingerprint: str = manifest.fingerprint if manifest else sampled_fingerprint(shards)
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenStore:
-        """Opens a store directory, or a bare Megatron prefix. UserError if it is missing, truncated or not a store."""
+    def open(cls, path: str | Path, count_ends: bool = False) -> TokenStore:
+        """Opens a store directory, or a bare Megatron prefix. UserError if it is missing, truncated or not a store.
+
+        Args:
+            count_ends: of a prefix: as for `Shard`.
+        """
         path = Path(path)
         if path.is_dir():
             return cls._open_directory(path)
@@ -112,7 +132,7 @@ class TokenStore:
                 f"{path}: no token store here: expected a directory with {STORE_MANIFEST}, or a Megatron prefix with "
                 f"{prefix.name}.bin and {prefix.name}.idx. Make one with `zeropipe prepare --output {path}`"
             )
-        return cls(prefix, [Shard(prefix)], None)
+        return cls(prefix, [Shard(prefix, count_ends=count_ends)], None)
 
     @classmethod
     def _open_directory(cls, path: Path) -> TokenStore:
@@ -178,6 +198,10 @@ class TokenStore:
         first = bisect_left(range(self.num_documents), start, key=self.document_start)
         last = bisect_left(range(self.num_documents), stop, lo=first, key=self.document_start)
         return np.fromiter((self.document_start(document) for document in range(first, last)), np.int64, last - first)
+
+
+def _none(dtype: np.dtype) -> np.ndarray:
+    return np.empty(0, dtype)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

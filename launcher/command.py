@@ -41,6 +41,7 @@ class Launch:
     bind_cores: bool = False
     sync: bool = False  # files and code that differ on a host are sent there
     verbose: bool = False
+    module: str = "zeropipe.trainer"  # what each rank runs
 
     @property
     def remote(self) -> bool:
@@ -58,7 +59,7 @@ def deepspeed_command(launch: Launch) -> list[str]:
             words += [flag, str(value)]
     if launch.bind_cores:
         words.append("--bind_cores_to_rank")
-    words += ["--module", "zeropipe.trainer"]
+    words += ["--module", launch.module]
     return words + [remote_word(word) if launch.remote else word for word in launch.arguments]
 
 

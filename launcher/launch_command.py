@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data_prep.errors import UserError
+from ..data_prep.errors import EXIT_RANK_FAILED, UserError
 from ..trainer.commands.arguments import add_run_arguments, add_verb
+from ..trainer.keeper.wire import LAUNCH_FOLDER
 from ..trainer.ranks.ports import free_port
 from .command import (
     Launch,
@@ -28,7 +31,9 @@ from .hosts.devices import count_accelerators, cpu_cores, visible_devices
 from .hosts.hostfile import is_this_machine
 from .hosts.selection import select_hosts
 from .hosts.sources import hostfile_text
-from .processes import MARK
+from .supervision.restarts import hosts_that_answer, most_hosts, resume_word
+from .supervision.session import Session
+from .supervision.watch import Patience
 from .ways.arguments import add_way_arguments, print_way
 
 if TYPE_CHECKING:
@@ -51,6 +56,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
     text = "train on this machine or on every host of a hostfile"
     parser = add_verb(verbs, "launch", run, text, __doc__, _EPILOG)
     add_run_arguments(parser)
+    parser.set_defaults(module="zeropipe.trainer")
     add_host_arguments(parser, "hosts to train on; default: this machine")
     parser.add_argument(
         "--devices",
@@ -64,6 +70,12 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--master_port", type=int, metavar="PORT", help="for the ranks to find each other")
     parser.add_argument(
         "--bind_cores_to_rank", action="store_true", help="bind each rank to cores of its own (numactl)"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="go on so often, from the newest checkpoint; else 0"
+    )
+    parser.add_argument(
+        "--min-hosts", type=int, metavar="M", help="go on without hosts that do not answer, if M are left; default: all"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command that would be run")
     text = "send recipe, JSON and ZeroPipe's own code to hosts where they are missing or differ"
@@ -81,8 +93,40 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(launch, files)
         return 0
-    print(launch_summary(launch, plan), flush=True)
-    return start(launch, plan.recipe.output, files)
+    began, whole = time.time(), launch
+    for left in range(args.max_restarts, -1, -1):
+        print(launch_summary(launch, plan), flush=True)
+        session = run_once(launch, plan.recipe.output, files, Patience.of(plan.recipe))
+        if session.code != EXIT_RANK_FAILED or session.asked or not left:
+            return session.code
+        try:
+            launch, plan = again(args, whole, plan, began)
+        except UserError as error:
+            print(f"error: cannot go on: {error}", file=sys.stderr)
+            return EXIT_RANK_FAILED
+        print(f"going on ({left} of {args.max_restarts} restarts left)", file=sys.stderr, flush=True)
+    return EXIT_RANK_FAILED
+
+
+def again(args: argparse.Namespace, whole: Launch, plan: Plan, began: float) -> tuple[Launch, Plan]:
+    """The launch that goes on, from the newest checkpoint, on the hosts of the `whole` that answer, and its plan.
+
+    Raises:
+        UserError: fewer than `--min-hosts` (all, if that is not said) answer, or no plan is legal on what is left.
+    """
+    if (word := resume_word(plan.recipe.output, plan.recipe.resume, began)) is not None:
+        args.overrides = [*(said for said in args.overrides if not said.startswith("resume=")), word]
+    arguments = plan_launch(args).arguments
+    if not whole.remote:
+        return replace(whole, arguments=arguments, master_port=args.master_port or free_port()), plan
+    alive = hosts_that_answer(whole.hosts, whole.ssh_port)
+    least = args.min_hosts or len(whole.hosts)
+    if gone := [host.name for host in whole.hosts if host not in alive]:
+        print(f"{', '.join(gone)}: no answer by ssh", file=sys.stderr)
+    hosts, plan = most_hosts(alive, least, lambda devices: checked_plan(args, devices))
+    left_out = {"selected": whole.selected or hosts != whole.hosts, "devices": sum(host.slots for host in hosts)}
+    address = whole.master_addr if hosts[0] == whole.hosts[0] else None  # it was the first host's
+    return replace(whole, arguments=arguments, hosts=hosts, master_addr=address, **left_out), plan
 
 
 def _files_to_compare(plan: Plan, launch: Launch) -> list[str]:
@@ -108,6 +152,7 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         master_port=args.master_port,
         bind_cores=args.bind_cores_to_rank,
         verbose=args.verbose,
+        module=args.module,
         sync=args.sync,
     )
     given = hosts_of(args, os.environ)
@@ -205,13 +250,17 @@ def _with_hostfile(launch: Launch, folder: Path) -> Launch:
 
 def start(launch: Launch, output: Path, files: Sequence[str] = ()) -> int:
     """Runs the launch and returns its exit code; `files` must be the same on every host."""
-    from .session import Session
+    return run_once(launch, output, files, Patience()).code
 
+
+def run_once(launch: Launch, output: Path, files: Sequence[str], patience: Patience) -> Session:
+    """Runs the launch to its end; raises as `meeting`."""
     with launch_folder(output.absolute() if launch.remote else None) as folder:
         if launch.remote:
             launch = meeting(_with_hostfile(launch, folder), folder, files, output)
-        session = Session(folder, launch.devices, launch.hosts, launch.ssh_port)
-        return session.run(deepspeed_command(launch), child_environment(launch, folder))
+        session = Session(folder, launch.devices, launch.hosts, launch.ssh_port, patience)
+        session.run(deepspeed_command(launch), child_environment(launch, folder))
+        return session
 
 
 @contextmanager
@@ -235,7 +284,7 @@ def child_environment(launch: Launch, folder: Path) -> dict[str, str]:
     """The environment of `deepspeed`: the user's, the ranks' settings, and the mark of this launch."""
     environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK"}}
     environment |= rank_environment(environment, launch, count_accelerators(), cpu_cores())
-    environment[MARK] = str(folder)
+    environment[LAUNCH_FOLDER] = str(folder)
     if launch.device_ids is not None:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include
     if launch.remote:

@@ -61,6 +61,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
         *_records(plan),
         ("batch", _batch(plan)),
+        *_sums(plan),
         ("steps", f"{plan.total_steps:,} = {plan.positions:,} sequence positions{_epochs(plan)}"),
         ("schedule", _schedule(plan)),
         ("optimizer", _optimizer(plan)),
@@ -90,6 +91,19 @@ def _batch(plan: Plan) -> str:
         f"{plan.global_batch} sequences of {plan.seq_len} = micro batch {plan.micro_batch} x accumulation "
         f"{plan.accumulation} x data parallel {plan.layout.data}"
     )
+
+
+def _sums(plan: Plan) -> list[tuple[str, str]]:
+    """What gradients are added up in, where that loses terms: in bf16 by default."""
+    name = plan.precision.name
+    if plan.accumulation == 1 or name not in ("bf16", "fp16"):
+        return []
+    if plan.settings.sum_width > plan.precision.width:
+        return [("gradients", f"in {name}, those of {plan.accumulation} micro batches summed in fp32")]
+    other = "torch_autocast" if name == "fp16" or plan.layout.pipeline > 1 else "data_types.grad_accum_dtype fp32"
+    return [
+        ("gradients", f"{plan.accumulation} micro batches are summed in {name}, which loses terms; exactly: {other}")
+    ]
 
 
 def _epochs(plan: Plan) -> str:

@@ -5,10 +5,11 @@ import os
 import sys
 
 from .commands.train import main
+from .keeper.keeper import under_keeper
 
 if __name__ == "__main__":
     faulthandler.enable()  # a block that a memory-mapped store cannot read is a SIGBUS: say where
-    code = main()
+    code = under_keeper(main)
     # all is written, told and noted: a thread of torch's or DeepSpeed's that is still there when the process is taken
     # down aborts it now and then ("terminate called without an active exception"), after a run that went well
     sys.stdout.flush()

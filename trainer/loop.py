@@ -40,6 +40,7 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
             evaluator, replicas = Evaluator(engine, data, log), Replicas(engine, log)
             state, profile = checkpoints.resume_or_start(checkpoint), Profile(plan, engine.deepspeed, log)
             while not state.done:
+                engine.pulse.step(state.step)
                 with waiting_at_most(waits.timeout):
                     output = engine.train_step(stream, state.step, *stop.look())
                 if output.rewind:

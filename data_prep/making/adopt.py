@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..index import flagged, runs
+from ..index import flagged, runs, write_index
 from ..manifest import FileRecord, Manifest, RecordsInfo, ShardRecord, file_record
 from ..store import Shard, TokenStore
-from ..tokenizer import adopt_tokenizer
+from ..tokenizer import Vocabulary, adopt_tokenizer
 from ..verify import require_whole
 from ..writer import ShardWriter
 from .workspace import Workspace, disk_errors
 
 COPY_TOKENS = 8 << 20
 COPY_DOCUMENTS = 1 << 20
+_MENDED = "whose last token the .idx had left out, found in the .bin"
 
 
 def import_prefixes(
@@ -28,22 +29,27 @@ def import_prefixes(
 ) -> TokenStore:
     """A store of existing Megatron or GPT-NeoX pairs (mmap v1), one shard each, the files unchanged.
 
-    They are hard links where the file system allows it, else copies. Indexes and token ids are checked first.
+    They are hard links where the file system allows it, else copies. Indexes and token ids are checked first. An index
+    that leaves the end-of-document tokens out is replaced by a whole one.
     """
-    shards = [TokenStore.open(prefix).shards for prefix in prefixes]
-    pairs = [shard for group in shards for shard in group]
+    pairs = [shard for prefix in prefixes for shard in TokenStore.open(prefix, count_ends=True).shards]
     if len({shard.dtype for shard in pairs}) > 1:
         kinds = ", ".join(f"{shard.prefix} ({shard.dtype.name})" for shard in pairs)
         raise UserError(f"the files hold tokens of different types: {kinds}; import each into a store of its own")
 
     def make(store: Path) -> Manifest:
         vocabulary = adopt_tokenizer(tokenizer, store / "tokenizer", eod_token) if tokenizer else None
+        mended = sum(shard.num_documents for shard in pairs if shard.end is not None)
         records = []
         for number, shard in enumerate(pairs):
             require_whole(shard, vocabulary.size if vocabulary else None)
             name = f"shard-{number:05d}"
-            for source in (shard.bin, shard.idx):
-                _link(source, store / f"{name}{source.suffix}")
+            _link(shard.bin, store / f"{name}.bin")
+            if shard.end is None:
+                _link(shard.idx, store / f"{name}.idx")
+            else:
+                _require_end(shard, vocabulary)
+                write_index(store / f"{name}.idx", shard.dtype, shard.index.lengths)
             files = [file_record(store / f"{name}{suffix}") for suffix in (".bin", ".idx")]
             records.append(ShardRecord(name, shard.num_documents, shard.num_tokens, files[0], files[1]))
         return Manifest(
@@ -56,10 +62,21 @@ def import_prefixes(
             text_bytes=None,
             shards=records,
             tokenizer=_tokenizer_records(store),
+            counts={_MENDED: mended} if mended else {},
             settings={"import": list(prefixes)},
         )
 
     return _make_store(output, overwrite, make)
+
+
+def _require_end(shard: Shard, vocabulary: Vocabulary | None) -> None:
+    """UserError where the token behind each document is not what the tokenizer ends documents with."""
+    if vocabulary is not None and vocabulary.eod_id != shard.end:
+        raise UserError(
+            f"{shard.bin}: its documents end in the token {shard.end}, the tokenizer's end of document is "
+            f"{vocabulary.eod_token!r} ({vocabulary.eod_id}); name the right one with --eod-token, or take the right "
+            "tokenizer"
+        )
 
 
 def merge(paths: Sequence[str], output: Path, overwrite: bool = False) -> TokenStore:

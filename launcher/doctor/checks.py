@@ -130,7 +130,9 @@ def check_pairs(pairs: Mapping[tuple[str, str], Sequence[float]]) -> Iterator[Fi
     for name in hosts:
         own = [pair for pair in pairs if name in pair]
         if len(own) > 1 and all(pair in slow for pair in own) and len(own) < len(pairs):
-            yield _slow(name, f"slow to every other host: {_speed(min(slow[pair][1] for pair in own))}", speed)
+            rate, longest = min(slow[pair][1] for pair in own), max(slow[pair][0] for pair in own)
+            says = f"slow to every other host: {_speed(rate)}, {1e3 * longest:.2f} ms there and back"
+            yield _slow(name, says, speed)
             slow = {pair: value for pair, value in slow.items() if name not in pair}
     for (low, high), (seconds, rate) in slow.items():
         yield _slow(f"{low} - {high}", f"a slow link: {_speed(rate)}, {1e3 * seconds:.2f} ms there and back", speed)

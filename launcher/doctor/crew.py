@@ -139,7 +139,8 @@ class ProcessLine:
         try:
             await asyncio.wait_for(self._process.wait(), 1)
         except TimeoutError:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                self._process.kill()
             await self._process.wait()
 
 

@@ -19,6 +19,7 @@ from tests.harness import RankFailed, run_ranks
 from tests.saving import save
 from zeropipe.data_prep import durable
 from zeropipe.data_prep.errors import UserError
+from zeropipe.trainer.adapters.bases import base_of
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import HashedFile
 from zeropipe.trainer.checkpoint.loader import load, resolve_resume
@@ -273,6 +274,7 @@ def test_what_cannot_be_read_is_damage_and_the_checkpoint_before_it_is_taken(
     told = f"warning: damaged checkpoint: {newest / file}: cannot be read: {os.strerror(number)}"
     assert capfd.readouterr().err.startswith(told)
     assert Checkpoint.open(tmp_path).path == newest.parent / "step-00000001"  # eval, export, model.init
+    assert base_of(str(tmp_path), 0).init == str(newest.parent / "step-00000001")  # and what an adapter says of it
 
 
 @pytest.mark.parametrize("lost", ["rank-00000.safetensors", "state.json", "manifest.json", ""])

@@ -33,7 +33,7 @@ PATHS: dict[str, tuple[dict, dict, dict, str, str]] = {
     "autocast": (LLAMA, {}, {"torch_autocast": {"enabled": True}}, "text", "modeling.causal:head_token_losses"),
     "documents": (LLAMA, DOCUMENTS, {}, "text", "modeling.attention:_one_after_the_other"),
     "documents by the kernel": (GPT2, DOCUMENTS, {}, "text", "modeling.attention:_in_one_kernel"),
-    "recomputed": (LLAMA, {}, {"activation_checkpointing": {}}, "text", "modeling.attention:sdpa_attention_forward"),
+    "recomputed": (LLAMA, {}, {"activation_checkpointing": {}}, "text", "modeling.causal:head_token_losses"),
     "packed sft": (LLAMA, SFT, {}, "sft", "modeling.attention:_one_after_the_other"),
     "padded sft": (LLAMA, {**SFT, "data": {"packing": "none"}}, {}, "sft", "modeling.cross_entropy:head_token_losses"),
     "neftune": (LLAMA, {"objective": {"type": "sft", "neftune": 5}}, {}, "sft", "data.noise:embedding_noise"),

@@ -97,7 +97,7 @@ def _labels_off_by_one():
 def _norm_counted_twice():
     from zeropipe.trainer.modeling import tensor_parallel
 
-    tensor_parallel._mark = lambda parameter, ranks: setattr(parameter, "model_parallel", True)
+    tensor_parallel.mark = lambda parameter, ranks: setattr(parameter, "model_parallel", True)
 
 
 def _same_dropout_masks():

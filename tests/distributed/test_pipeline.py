@@ -41,8 +41,10 @@ def _seen(config: dict, layout: Layout):
     """Which micro batches' masks each stage builds, and how often."""
     engine = layouts.start(config, layout)
     builder = engine.module._layer_specs[0].module_args[0]
-    built, build = [], builder._attention_inputs
-    builder._attention_inputs = lambda hidden, positions: built.append(positions.tolist()) or build(hidden, positions)
+    built, build = [], builder.outline.run
+    builder.outline.run = lambda hidden, positions, *rest: (
+        built.append(positions.tolist()) or build(hidden, positions, *rest)
+    )
     engine.train_step(layouts.Stream(config, engine.ranks, 2), 0)
     return built
 

@@ -74,7 +74,7 @@ def test_stop_kill_and_finish(tmp_path):
     ranks(tmp_path)[-1].kill()
     output = process.communicate(timeout=90)[0]
     assert process.returncode == 3, output
-    assert re.search(r"error: .*ended without a word", output)
+    assert re.search(r"error: rank \d on \S+ was ended by SIGKILL", output)
     assert ranks(tmp_path) == []
     killed_at = max(e["step"] for e in events(tmp_path))
 

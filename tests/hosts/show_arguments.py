@@ -1,4 +1,4 @@
-"""Stands in for the trainer: each rank writes what it was told into the launch's folder, and leaves its exit note."""
+"""Stands in for the trainer: each rank writes down what it was told, beside the launch's folder, and ends well."""
 
 import json
 import os
@@ -6,9 +6,15 @@ import socket
 import sys
 from pathlib import Path
 
-from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER, note_exit
+from zeropipe.trainer.keeper.keeper import under_keeper
+from zeropipe.trainer.keeper.wire import LAUNCH_FOLDER
 
-folder, rank = Path(os.environ[LAUNCH_FOLDER]), os.environ["RANK"]
-told = {"host": socket.gethostname(), "words": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
-(folder.parent / f"told-{rank}.json").write_text(json.dumps(told))
-note_exit(0)
+
+def show() -> int:
+    folder, rank = Path(os.environ[LAUNCH_FOLDER]), os.environ["RANK"]
+    told = {"host": socket.gethostname(), "words": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
+    (folder.parent / f"told-{rank}.json").write_text(json.dumps(told))
+    return 0
+
+
+os._exit(under_keeper(show))

@@ -55,7 +55,6 @@ def block(config: Mapping[str, Any]) -> list[ParamSpec]:
 TOY = replace(
     LLAMA,
     block=block,
-    block_class="tests.toys.family:ToyLayer",
     feeds={
         "first_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),

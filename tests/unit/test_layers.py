@@ -13,21 +13,31 @@ LAYERS = {"data_prep": (), "trainer": ("data_prep",), "launcher": ("trainer", "d
 # rooms and single files of a package; each imports itself and what stands to its right
 ORDER = {
     "trainer": [
-        "__main__", "commands", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run", "plan",
-        "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "data", "ranks",
-        "recipe",
+        "__main__", "commands", "page", "tune", "testing", "loop", "evaluation", "export", "engine", "metrics", "run",
+        "plan", "objectives", "adapters", "sinks", "modeling", "kernels", "optim", "checkpoint", "families", "anatomy",
+        "data", "ranks", "recipe", "keeper",
     ],
     "launcher": [
-        "__main__", "cli", "doctor_command", "import_command", "init_command", "launch_command", "plan_command",
-        "rehearse_command", "rehearsal", "supervision", "session", "processes", "doctor", "ways", "command", "hosts",
+        "__main__", "cli", "rehearse_command", "rehearsal", "doctor_command", "families_command", "import_command",
+        "init_command", "launch_command", "plan_command", "supervision", "doctor", "ways", "command", "hosts",
         "axolotl",
     ],
 }  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}
-LIGHT_ROOMS = ("recipe", "families", "optim", "sinks", "objectives", "plan", "tune", "commands")  # without HEAVY
+LIGHT_ROOMS = (
+    "keeper",
+    "recipe",
+    "families",
+    "optim",
+    "sinks",
+    "objectives",
+    "plan",
+    "tune",
+    "commands",
+)  # without HEAVY
 LIGHT_FILES = (
     "data.order", "data.splits", "data.ledger", "data.vocabulary", "data.packing", "data.samples",
-    "modeling.partition", "modeling.chunks", "modeling.penalty", "run.exit_notes",
+    "modeling.partition", "modeling.chunks", "modeling.penalty",
 )  # fmt: skip
 OURS = ("zeropipe.", "tests.")
 MOST_MODULES = 14
@@ -91,7 +101,7 @@ def test_imports_go_down_only(top):
         ("launcher/x.py", "from tests.tiny import tiny_store"),
         ("trainer/families/x.py", "from ..plan.memory import rows"),
         ("trainer/loop.py", "from .commands import train"),
-        ("launcher/hosts/x.py", "from ..session import Session"),
+        ("launcher/hosts/x.py", "from ..supervision.session import Session"),
     ],
 )
 def test_a_wrong_import_is_seen(file, statement, monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ def test_it_holds_every_source_and_data_file(wheel):
         f"zeropipe/{path.relative_to(ROOT)}"
         for room in SOURCES
         for path in (ROOT / room).rglob("*")
-        if path.suffix in (".py", ".json", ".yaml")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert len(expected) > 20
     assert {name for name in names if name.startswith("zeropipe/")} == expected

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...data_prep.errors import UserError
 from ..checkpoint.files import MANIFEST
-from ..checkpoint.folder import newest_checkpoint
+from ..checkpoint.folder import newest_checkpoint, step_folders
 from ..ranks.ranks import Ranks
 
 RANDOM = "random"
@@ -52,7 +52,8 @@ def base_of(init: str, seed: int, ranks: Ranks | None = None) -> Base:
 
 
 def _of_checkpoint(folder: Path) -> Base:
-    checkpoint = newest_checkpoint(folder)
+    # the one that its weights will be read from: with others before it, one that is damaged is passed over
+    checkpoint = newest_checkpoint(folder, read=len(step_folders(folder)) > 1)
     return Base(str(checkpoint), json.loads((checkpoint / MANIFEST).read_bytes())["self"])
 
 

@@ -11,8 +11,8 @@ from datetime import timedelta
 
 from ...data_prep.command_line import Parser
 from ...data_prep.errors import EXIT_DONE, EXIT_RANK_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RankFault, UserError
+from ..keeper.kept import say_last
 from ..ranks.variables import adopt_variables
-from ..run.exit_notes import note_exit
 from ..run.quiet import quiet
 from .arguments import DEFAULT_DEEPSPEED_CONFIG, add_run_arguments, add_verb
 
@@ -72,13 +72,10 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
     except Exception as error:
         number = os.environ.get("RANK", "0")
         if any(words in str(error) for words in LOST_PEER):
-            print(f"rank {number} lost another rank, which failed or was killed: see there", file=sys.stderr)
+            say_last(f"rank {number} lost another rank, which failed or was killed: see there", consequence=True)
         else:
-            print(f"rank {number} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        sys.stderr.flush()
-        note_exit(EXIT_RANK_FAILED)
+            say_last(f"rank {number} failed:\n{traceback.format_exc()}")
         os._exit(EXIT_RANK_FAILED)  # a clean shutdown would wait for ranks that may be gone
-    note_exit(code)
     return code
 
 
@@ -92,12 +89,11 @@ def _tell(error: Exception, code: int) -> None:
         from ..ranks.ranks import shut_down
 
         if not same_on_all_ranks(str(error)):
-            print(f"error: {error} (on rank {number})", file=sys.stderr, flush=True)
-            note_exit(code)
+            say_last(f"error: {error} (on rank {number})")
             os._exit(code)
         shut_down()
     if number == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say_last(f"error: {error}")
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.order import key64
 from ..families.registry import family_of
 from ..families.specs import ParamSpec
+from ..keeper.pulse import Pulse
 from ..modeling.build import make_parameter
 from ..modeling.tiles import tile_mlps
 from ..modeling.values import RandomValues
@@ -52,6 +53,7 @@ class Engine(ABC):
     Attributes:
         module: what DeepSpeed trains.
         deepspeed: its engine.
+        pulse: where this rank is, for who looks after it.
     """
 
     module: nn.Module
@@ -65,7 +67,7 @@ class Engine(ABC):
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
         self._agreed: Agreed | None = None  # the next step's batch
-        self.bad_steps, self.pace = BadSteps(plan), Pace(plan, ranks)
+        self.bad_steps, self.pace, self.pulse = BadSteps(plan), Pace(plan, ranks), Pulse.of_this_rank()
 
     @abstractmethod
     def _update(self, batch: StepBatch, step: int, weight: float) -> tuple[Tensor, Any]:
@@ -137,6 +139,7 @@ class Engine(ABC):
         sums, weight, tokens = self._vector(None), 0.0, 0
         for micro in micro_batches:
             losses = self.token_losses(micro)
+            self.pulse.beat()
             if losses is not None:
                 sums += self._vector(self.objective.loss(micro.to(self.ranks.device), losses))
             weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..checkpoint.loader import load, resolve_resume
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CheckpointWriter, SnapshotWriter
 from ..data.batches import BatchStream
+from ..keeper.pulse import SAVING, SET_UP
 from ..metrics.reading import REWIND, skipped_samples
 from ..metrics.record import RunLog
 from ..ranks.last_words import same_on_all_ranks
@@ -44,7 +46,7 @@ class Checkpoints:
         self.writer: CheckpointWriter = SnapshotWriter(
             self.recipe.output, save.every, save.keep, self.plan.total_steps, save.milestone, save.background
         )
-        self._begun: dict[str, tuple[int, dict[str, int]]] = {}  # by a checkpoint's name: its step, what was drawn
+        self._begun: dict[str, tuple[int, dict[str, int], float]] = {}  # by name: step, what was drawn, since when
         self._newest: Path | None = None  # of this run: what it was resumed from, or has published since
         engine.bad_steps.witness = self._keep_capsule
 
@@ -74,7 +76,7 @@ class Checkpoints:
             UserError: on every rank: there is no whole one, or the run went back to this one too often.
         """
         with contextlib.suppress(UserError):  # one that cannot be written is none to go back to
-            self._record(self.writer.wait())
+            self._record(self._wait())
         if self._newest is None:
             raise UserError(
                 f"samples {bad.samples[0]} to {bad.samples[1] - 1}: a bad step (loss {bad.loss}) before the first "
@@ -84,7 +86,8 @@ class Checkpoints:
         assert checkpoint is not None
         self._check_claim()
         state = TrainState(self.plan.total_steps, save_asked=bad.save)
-        self._load(checkpoint, state)
+        with self.engine.pulse.during(SET_UP):
+            self._load(checkpoint, state)
         left_out = self.engine.bad_steps.goes_back(bad, state.step)
         said = (
             f"back to step {state.step}: loss {bad.loss}; samples {left_out[0]} to {left_out[1] - 1} will be left out"
@@ -130,12 +133,20 @@ class Checkpoints:
         if state.stopped or state.save_asked or self.writer.due(state.step):
             self.save(state)
             state.save_asked = False
-        self._record(self.writer.wait() if state.done else self.writer.poll())
+        self._record(self._wait() if state.done else self.writer.poll())
+
+    def _wait(self) -> list[Path]:
+        with self.engine.pulse.during(SAVING, learn=False):
+            return self.writer.wait()
 
     def save(self, state: TrainState) -> None:
         """Begins to save this state, if the run directory is still this run's. Collective; raises as `save_if_due`."""
+        with self.engine.pulse.during(SAVING, learn=False):  # it takes until it is published
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
         self._check_claim()
-        self._begun[step_name(state.step)] = state.step, self.stream.drawn()
+        self._begun[step_name(state.step)] = state.step, self.stream.drawn(), time.monotonic()
         record = {
             "step": state.step,
             "samples_consumed": state.samples_consumed,
@@ -161,11 +172,12 @@ class Checkpoints:
         """What all ranks end for alike (a loss that is no number, say) costs no checkpoint that was begun before it."""
         if self._begun and isinstance(error, UserError) and same_on_all_ranks(str(error), occasion="checkpoints"):
             with contextlib.suppress(UserError):  # the first error is the one to tell
-                self._record(self.writer.wait())
+                self._record(self._wait())
 
     def _record(self, published: Sequence[Path]) -> None:
         for path in published:
-            self._newest, (step, drawn) = path, self._begun.pop(path.name)
+            self._newest, (step, drawn, begun) = path, self._begun.pop(path.name)
+            self.engine.pulse.learn(SAVING, time.monotonic() - begun)
             self.log.event("save", step, path=str(path), drawn=drawn)
 
     def _probe(self) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ class PipelineEngine(Engine):
         self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras
         with hushed():
             builder = Builder(*arguments)
-            self._width = builder.config.hidden_size
+            self._width = builder.width
             costs = layer_seconds(builder, plan.micro_batch, plan.seq_len) if method == "measured" else None
             self._head = StageLoss(builder, self._add_loss, plan.precision.autocast, *self.counting)
             self._stages = Stages(builder, self._head, method, costs)

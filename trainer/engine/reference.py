@@ -103,6 +103,7 @@ def _complete(array: np.ndarray, lacking: Sequence[tuple[Packs, int]], data: Run
         # read before any rank begins: one that cannot must not leave the others waiting
         for batch in ranks.together(lambda rows=rows: list(batches_of(rows, data.shape, ranks))):
             losses = engine.token_losses(batch)
+            engine.pulse.beat()
             if (
                 losses is not None and ranks.tensor == ranks.sequence == 0
             ):  # the others of their groups compute the same

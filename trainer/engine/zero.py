@@ -15,7 +15,7 @@ from ..families.registry import family_of
 from ..kernels.compiled import blocks_of, compile_blocks
 from ..modeling.build import build_model
 from ..modeling.causal import CausalLM
-from ..modeling.tensor_parallel import parallelise
+from ..modeling.derived.words import split_over_ranks
 from ..modeling.values import Values
 from ..objectives.base import LossSum
 from ..plan.plan import Plan
@@ -34,14 +34,16 @@ class ZeroEngine(Engine):
         zero3 = config if plan.layout.zero_stage == 3 else None
         how = self.dtype, ranks, zero3, self._convert, self._packs
         model = build_model(plan.model_config, values, plan.recipe.seed, *how)
-        parallelise(model, family_of(plan.model_config), ranks)
+        split_over_ranks(model, family_of(plan.model_config), ranks)
         self._furnish(model)
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if plan.settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if plan.recipe.compile == "blocks":
             compile_blocks(blocks_of(model))
-        self.module: nn.Module = CausalLM(model, plan.vocab_size, ranks, *self.counting).train()
+        self.module: nn.Module = CausalLM(
+            model, plan.vocab_size, ranks, *self.counting, family=family_of(plan.model_config)
+        ).train()
         if ranks.sequence_size > 1:
             from ..modeling.sequence_parallel import SequenceParallel
 
@@ -62,6 +64,7 @@ class ZeroEngine(Engine):
             with holding_still(self.deepspeed.optimizer) if self._spoilt else nullcontext():
                 self.deepspeed.step()
             sums += self._vector(loss)
+            self.pulse.beat()
         return sums, self.deepspeed.get_global_grad_norm() if norm is None else norm
 
     def _applied(self) -> bool:

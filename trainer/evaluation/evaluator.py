@@ -10,6 +10,7 @@ from ...data_prep.errors import UserError
 from ..data.batches import Batch, evaluation_batches
 from ..data.samples import Samples
 from ..engine.base import Engine
+from ..keeper.pulse import EVALUATION
 from ..metrics.record import RunLog
 from ..run.data import RunData
 from ..run.state import TrainState
@@ -39,6 +40,10 @@ class Evaluator:
         every = self.engine.plan.recipe.eval.every
         if not every or state.stopped or (state.step % every and not state.done):
             return
+        with self.engine.pulse.during(EVALUATION):
+            self._run(state)
+
+    def _run(self, state: TrainState) -> None:
         for name, samples in self.data.held_out.items():
             if not any(map(len, samples)):
                 continue

@@ -1,13 +1,14 @@
-"""The record of a model family: all that the product knows of it. One file a family makes one. Needs no torch.
+"""The written record of a model family: all that the product knows of it. One file a family makes one. Needs no torch.
 
-Most fields are what transformers declares of the family, so that they can be read off there:
+What transformers declares of a family is enough for every layout (`derived.py`). A written record plans without torch,
+draws initial values of its own and names the norms that feed split linears, which saves reductions. Most of its fields
+can be read off there too:
 
     defaults                  fields of the configuration class
     aliases                   its `attribute_map`
     embedding, blocks, norm   keys of `base_model_pp_plan` behind `base_model_prefix`
     styles                    `base_model_tp_plan` without "layers.*."
     block                     shapes of the first block on the meta device
-    block_class, norm_class, rotary_class   types of those modules there
 
 `feeds`, `attention`, `mlp` and the formulas of bytes are ours.
 """
@@ -61,7 +62,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of causal language models. Classes are "module:name", made as the comments say.
+    """A family of causal language models.
 
     Raises:
         ValueError: a column-parallel linear for which no module is named that feeds it.
@@ -71,9 +72,6 @@ class Family:
     embedding: str
     blocks: str
     norm: str  # the last one
-    block_class: str  # (configuration, number of the block)
-    norm_class: str  # (width, eps=…)
-    epsilon: str  # key of the norms' eps
     block: Callable[[Config], list[ParamSpec]]  # of one block, by relative names, unsplit; takes all keys
     styles: Mapping[str, Style]  # of linears, by relative names
     feeds: Mapping[str, tuple[str, ...]]  # module whose output enters split linears → which of them; relative names
@@ -84,13 +82,14 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)  # standard names → the family's own
     extra_keys: frozenset[str] = frozenset()  # that the configuration takes without a field of that name
     positions: str | None = None  # learnt position embeddings, if any
-    rotary_class: str | None = None  # (configuration)
     norm_bias: bool = False
     norm_bytes: int = 0  # kept by the last norm per number, beyond its input and its output
     conv: bool = False  # whether linears are Conv1D
     dropout: Mapping[str, str] = field(default_factory=dict)  # embedding | attention | residual → key
-    freezes_padding: bool = False  # whether the embedding of pad_token_id gets no gradient
-    plain_head: bool = True  # whether the logits are head(hidden) and nothing more: no scale, no cap
+    shape: tuple[float, float] | None = (1.0, 0.0)  # scale and cap of the logits; see `Derived`
+    head: str = "lm_head"
+    pads: bool = True  # whether the vocabulary can be padded
+    by_text: bool = True  # whether all that attention need know of a row is where its texts begin
     # parameters whose gradient is only rounding noise, by relative names → which of their parts
     noise: Mapping[str, int] = field(default_factory=dict)
 

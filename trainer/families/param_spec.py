@@ -9,8 +9,9 @@ from typing import Literal
 # vocab, column, row: cut over tensor ranks; the others are whole on every rank:
 # feeding: of a norm whose output enters a split region, where its gradient must be summed
 # replicated: computes with the whole residual stream, so that its gradient is whole too (row biases, positions)
+# summed: computes with split activations (a norm of each head), so that its gradients on the ranks must be summed
 # unknown: nothing is said of it, which is an error under tensor parallelism
-Kind = Literal["vocab", "column", "row", "feeding", "replicated", "unknown"]
+Kind = Literal["vocab", "column", "row", "feeding", "replicated", "summed", "unknown"]
 Init = Literal["normal", "uniform", "ones", "zeros"]  # uniform: about zero, with the same `std`
 
 

@@ -1,4 +1,4 @@
-"""Model families by transformers' `model_type`. A family without a record trains on the ZeRO stages alone."""
+"""Model families by transformers' `model_type`: those that are written down, and what is derived of the others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..recipe.registry import Registry
+from .derived import Derived
+from .deriving import derived
 from .family import Family
 
 FAMILIES: Registry[Family] = Registry(
@@ -13,6 +15,8 @@ FAMILIES: Registry[Family] = Registry(
 )
 
 
-def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The record of a configuration's family, if there is one."""
-    return FAMILIES.get(config.get("model_type"))
+def family_of(config: Mapping[str, Any]) -> Family | Derived | None:
+    """The record of a configuration's family; None where transformers, which all but a few are derived from, is not
+    installed or builds no causal LM from it. The first derivation in a process imports torch.
+    """
+    return FAMILIES.get(config.get("model_type")) or derived(config)

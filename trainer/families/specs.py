@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...data_prep.errors import UserError
+from .derived import Derived
 from .param_spec import ParamSpec, Split
 from .registry import FAMILIES, family_of
 
-__all__ = ["ParamSpec", "Split", "gradient_noise", "padded_vocab", "parameter_seed", "parameter_table"]
+__all__ = ["ParamSpec", "Split", "gradient_noise", "padded_vocab", "parameter_seed", "parameter_table", "trained_vocab"]
 
 VOCAB_MULTIPLE = 128  # the vocabulary is padded to a multiple of this times the tensor parallel size
 
@@ -29,6 +30,13 @@ def padded_vocab(vocab_size: int, tensor: int = 1) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def trained_vocab(config: Mapping[str, Any], tensor: int = 1) -> int:
+    """The vocabulary as the model of a configuration is trained with it: padded, where that is possible."""
+    family = family_of(config)
+    pads = not isinstance(family, Derived) or family.pads
+    return padded_vocab(config["vocab_size"], tensor) if pads else config["vocab_size"]
+
+
 def parameter_table(config: Mapping[str, Any], tensor: int = 1) -> list[ParamSpec]:
     """The parameters of a model, in Hugging Face's order, tied ones once.
 
@@ -37,13 +45,13 @@ def parameter_table(config: Mapping[str, Any], tensor: int = 1) -> list[ParamSpe
         tensor: tensor parallel size, which the padding of the vocabulary depends on.
 
     Raises:
-        UserError: the family has no record (such a model trains on every ZeRO stage, but only there).
+        UserError: the family has no record, and none can be derived.
     """
     family = family_of(config)
     if family is None:
         raise UserError(
-            f"model.config.model_type: no parameter table for {config.get('model_type', '')!r}; "
-            f"there are tables for {', '.join(FAMILIES)}"
+            f"model.config.model_type: no parameter table for {config.get('model_type', '')!r}: without torch and "
+            f"transformers there are tables for {', '.join(FAMILIES)}"
         )
     return family.table(config, padded_vocab(config["vocab_size"], tensor))
 

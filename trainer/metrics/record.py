@@ -15,11 +15,11 @@ from typing import Any
 
 from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError
+from ..keeper.wire import LAUNCH_FOLDER
 from ..objectives.registry import objective_of
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.environment import describe_host, environment
-from ..run.exit_notes import LAUNCH_FOLDER
 from ..run.guard import StopRequest, claim, record_configuration
 from ..run.state import StepOutput, TrainState
 from ..sinks.base import Sink, SinkSettings
@@ -117,7 +117,14 @@ class RunLog:
     def _start(self, event: str, step: int, message: str | None, fields: Mapping[str, Any]) -> None:
         plan = self.plan
         facts = {"total_steps": plan.total_steps, "layout": vars(plan.layout), "hosts": self.hosts}
-        record = {"kind": "event", "event": event, "step": step, **fields, **facts}
+        planned = {
+            "positions": plan.positions,
+            "memory": None if plan.memory is None else plan.memory.peak,
+            "model_config": plan.model_config,
+            "seq_len": plan.seq_len,
+            "computes_in": plan.precision.products,
+        }
+        record = {"kind": "event", "event": event, "step": step, **fields, **facts, "planned": planned}
         settings = SinkSettings(self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record))
         self.directory.mkdir(parents=True, exist_ok=True)
         claim(self.directory, self.run)

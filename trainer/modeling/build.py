@@ -11,7 +11,6 @@ drawn, which can only be done whole, one rank draws, by turns, and sends the oth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...data_prep.errors import UserError
-from ..families.registry import family_of
-from ..families.specs import ParamSpec, padded_vocab, parameter_seed, parameter_table
+from ..anatomy.skeleton import filled, materialise_buffers, skeleton, unset
+from ..families.registry import FAMILIES, family_of
+from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
@@ -54,16 +53,18 @@ def build_model(
     Raises:
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
-    model, specs = _skeleton(config, ranks.tensor_size)
-    _materialise_buffers(model, ranks.device)
-    drawn = RandomValues(seed) if family_of(config) is not None else _OwnValues(model, seed)
+    model, specs = model_and_specs(config, ranks.tensor_size)
+    materialise_buffers(model, ranks.device)
+    fill, turns = values, None
+    if fill is None:
+        drawn = drawn_values(config, seed)
+        fill, turns = put_off(drawn), dealt(specs.values(), drawn.unit, ranks.replicas)
     maker = _Maker(dtype, ranks, packs, None if zero3_config is None else Cut.of(ranks, zero3_config))
-    turns = None if values is not None else dealt(specs.values(), drawn.unit, ranks.replicas)
     made: dict[str, nn.Parameter] = {}
     for prefix, module in list(_named_modules(model)):
         fresh = [specs[f"{prefix}{name}"] for name in module._parameters if f"{prefix}{name}" in specs]
         for spec in fresh:
-            parameter = maker.make(spec, values or put_off(drawn), None if turns is None else turns[spec.name])
+            parameter = maker.make(spec, fill, None if turns is None else turns[spec.name])
             made[spec.name] = module._parameters[spec.name.removeprefix(prefix)] = parameter
         if not fresh:
             continue
@@ -77,23 +78,13 @@ def build_model(
     return model
 
 
-def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[str, ParamSpec]]:
-    """The model on the meta device, its vocabulary padded where the family has a table, and its parameters by name."""
-    from transformers import AutoConfig, AutoModelForCausalLM, initialization
-
+def model_and_specs(config: Mapping[str, Any], tensor: int) -> tuple[Any, dict[str, ParamSpec]]:
+    """The model on the meta device, its vocabulary padded where that is possible, and its parameters by name."""
     family, trained = family_of(config), dict(config)
     if family is not None:
-        trained["vocab_size"] = padded_vocab(config["vocab_size"], tensor)
-    try:
-        hf_config = AutoConfig.for_model(**trained)
-        hf_config.use_cache = False
-        with torch.device("meta"), initialization.no_init_weights():
-            attention = None if family is None else BY_TEXT  # None: the best of those that it can do
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
-        raise UserError(f"model.config: transformers cannot build a causal LM from it: {error}") from error
+        trained["vocab_size"] = trained_vocab(config, tensor)
+    model = skeleton(trained, BY_TEXT if family is not None and family.by_text else None)
     use_kernels(model)
-    model.tie_weights()
     if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}
     else:
@@ -110,38 +101,13 @@ def _skeleton(config: Mapping[str, Any], tensor: int) -> tuple[nn.Module, dict[s
 
 def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
     """Every parameter of a model by name, tied ones once; of any family that transformers knows."""
-    return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else _skeleton(config, 1)[1]
+    return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else model_and_specs(config, 1)[1]
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module, parents first, with what its parameters' names begin with."""
     for name, module in model.named_modules():
         yield (f"{name}." if name else ""), module
-
-
-def _materialise_buffers(model: Any, device: torch.device) -> None:
-    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration.
-
-    Of the whole model at once, while the parameters are on the meta device and cost nothing: some are their parent's.
-    """
-    buffers = {(module, name): b for module in model.modules() for name, b in module._buffers.items() if b is not None}
-    for (module, name), buffer in buffers.items():
-        module._buffers[name] = _unset(buffer)
-    with torch.random.fork_rng(devices=[]):
-        model.initialize_weights()
-    for (module, name), _ in buffers.items():
-        module._buffers[name] = _filled(module._buffers[name], name, model).to(device)
-
-
-def _unset(like: Tensor) -> Tensor:
-    """On the CPU; where nothing sets it, `_filled` sees it."""
-    return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
-
-
-def _filled(tensor: Tensor, name: str, model: nn.Module) -> Tensor:
-    if tensor.is_floating_point() and tensor.isnan().any():
-        raise UserError(f"model.config: transformers' {type(model).__name__} draws no initial value for {name}")
-    return tensor
 
 
 def make_parameter(
@@ -251,7 +217,7 @@ class _OwnValues:
     def __call__(self, spec: ParamSpec) -> Tensor:
         if spec.name not in self._drawn:
             self._drawn = self._draw(*self._block_of(spec.name))
-        return _filled(self._drawn.pop(spec.name), spec.name, self._model)
+        return filled(self._drawn.pop(spec.name), spec.name, self._model)
 
     def unit(self, name: str) -> str:
         """What is drawn together with a parameter: its block."""
@@ -272,7 +238,7 @@ class _OwnValues:
         """Values of all parameters of a block that are on the meta device yet; the block stays as it is."""
         kept = {name: p for name, p in block.named_parameters() if p.is_meta}
         owners = {name: block.get_submodule(name.rpartition(".")[0]) for name in kept}
-        drawn = {name: nn.Parameter(_unset(p), requires_grad=False) for name, p in kept.items()}
+        drawn = {name: nn.Parameter(unset(p), requires_grad=False) for name, p in kept.items()}
         try:
             for name, owner in owners.items():
                 owner._parameters[name.rpartition(".")[2]] = drawn[name]
@@ -290,3 +256,12 @@ class _OwnValues:
             self._initialise(f"{path}{name}.", child, inner)
         torch.manual_seed(parameter_seed(self._seed, path))
         inner._init_weights(module)
+
+
+def drawn_values(config: Mapping[str, Any], seed: int) -> RandomValues | _OwnValues:
+    """Initial values that follow from the seed and the names alone: a written record's, or else transformers' own."""
+    if config["model_type"] in FAMILIES:
+        return RandomValues(seed)
+    model = skeleton(config)  # its own: of the true vocabulary, and all of it on the meta device
+    materialise_buffers(model, torch.device("cpu"))
+    return _OwnValues(model, seed)

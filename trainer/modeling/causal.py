@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..families.derived import Derived
+from ..families.family import Family
 from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
 from .attention import text_lengths
@@ -22,6 +25,7 @@ class CausalLM(nn.Module):
         ranks: each tensor-parallel rank holds some columns of the logits.
         penalty: on every token in training.
         uniform, sparse: whether all tokens count alike, and whether many places carry no label.
+        family: its record; None: that of the registry, if there is one.
     """
 
     def __init__(
@@ -32,10 +36,12 @@ class CausalLM(nn.Module):
         penalty: Penalty = NO_PENALTY,
         uniform: bool = False,
         sparse: bool = False,
+        family: Family | Derived | None = None,
     ) -> None:
         super().__init__()
         self.penalty, self.uniform, self.sparse = penalty, uniform, sparse
         self.model: Any = model
+        self.family: Any = family or FAMILIES.get(self.model.config.model_type)
         self.vocab_size = vocab_size
         self.ranks: Any = ranks
 
@@ -51,21 +57,18 @@ class CausalLM(nn.Module):
         Returns:
             fp32 [batch, time], or logits [batch, time, vocab_size] in fp32.
         """
-        family = FAMILIES.get(self.model.config.model_type)
+        family = self.family
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if family is not None:  # of others, transformers knows what its mask must be
+        if family is not None and family.by_text:  # of others, transformers knows what its mask must be
             inputs["attention_mask"] = text_lengths(position_ids)
         inputs["position_ids"] = None if position_ids is None else position_ids.to(input_ids.device, non_blocking=True)
         if labels is None:
             return whole_logits(self.model(**inputs).logits, self.vocab_size, self.ranks)
-        scoring = Scoring(
-            self.vocab_size,
-            self.model.config.vocab_size,
-            self.ranks,
-            self.penalty if self.training else NO_PENALTY,
-        )
-        if family is None or not family.plain_head:
+        columns = self.model.config.get_text_config().vocab_size
+        scoring = Scoring(self.vocab_size, columns, self.ranks, self.penalty if self.training else NO_PENALTY)
+        if family is None or family.shape is None:
             return token_losses(self.model(**inputs).logits, labels, scoring)
+        scoring = replace(scoring, scale=family.shape[0], cap=family.shape[1])
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.model.get_output_embeddings()
         return head_token_losses(head, hidden, labels, scoring, self.uniform, self.sparse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Scoring:
     columns: int  # with it, of all tensor ranks together
     ranks: Ranks
     penalty: Penalty = NO_PENALTY
+    scale: float = 1.0  # what the scores are of `head(hidden)`: `shaped`
+    cap: float = 0.0
 
     def losses_and_slope(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Nats of every label [tokens], 0 for IGNORE, and their gradients with respect to this rank's logits.
@@ -36,6 +38,8 @@ class Scoring:
         Args:
             scores: fp32 [tokens, columns] logits; the slope takes their place.
         """
+        if self.cap or self.scale != 1:
+            return self._shaped_losses_and_slope(scores, labels)
         smoothing, width, split = self.penalty.label_smoothing, scores.shape[1], self.ranks.tensor_size > 1
         first = self.ranks.tensor * width
         real = max(0, min(width, self.size - first))
@@ -60,6 +64,19 @@ class Scoring:
             scores[:, :real] -= (smoothing / self.size * kept)[:, None]
         scores[torch.arange(len(column), device=column.device), column] -= here * (1 - smoothing)
         return losses * kept, scores
+
+    def _shaped_losses_and_slope(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = shaped(scores, self.scale, self.cap)
+        inner = self.scale * (1 - (logits / self.cap).square()) if self.cap else self.scale
+        losses, slope = replace(self, scale=1.0, cap=0.0).losses_and_slope(logits, labels)
+        return losses, slope.mul_(inner)
+
+
+def shaped(scores: Tensor, scale: float, cap: float) -> Tensor:
+    """Logits from `head(hidden)`: scaled, and bent so that none is beyond the cap (0: there is none)."""
+    if cap:
+        return cap * torch.tanh(scores * (scale / cap))
+    return scores if scale == 1 else scores * scale
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -162,7 +179,7 @@ def head_token_losses(
         whole = torch.zeros(len(targets), dtype=losses.dtype, device=losses.device)
         return whole.index_copy(0, kept, losses).view(labels.shape)
     targets = targets.to(hidden.device, non_blocking=True)
-    if uniform and torch.is_grad_enabled():
+    if uniform and head.bias is None and torch.is_grad_enabled():
         return _inside(head, flat, lambda x, weight: _HeadCrossEntropy.apply(x, weight, targets, scoring)).view(
             labels.shape
         )

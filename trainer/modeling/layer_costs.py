@@ -40,15 +40,15 @@ def step_seconds(stages: list[float], micro_batches: int) -> float:
 
 def _run(builder: Builder, kind: str, spec: LayerSpec, micro_batch: int, seq_len: int) -> Callable[[], None]:
     """A layer's forward and backward pass on input of the right shape."""
-    ranks, config = builder.ranks, builder.config
+    ranks = builder.ranks
     layer: Any = spec.build().to(ranks.device)
     if kind == "Head" and builder.tied:
         layer = functools.partial(spec.forward_fn, layer)  # type: ignore[attr-defined]
     shape = micro_batch, seq_len
     ids = torch.randint(builder.vocab_size, shape, device=ranks.device)
-    scoring = Scoring(builder.vocab_size, config.vocab_size, ranks)
+    scoring = Scoring(builder.vocab_size, builder.columns, ranks)
     positions = torch.arange(seq_len, device=ranks.device).expand(shape).contiguous()
-    hidden = torch.randn(*shape, config.hidden_size, dtype=builder.dtype, device=ranks.device, requires_grad=True)
+    hidden = torch.randn(*shape, builder.width, dtype=builder.dtype, device=ranks.device, requires_grad=True)
 
     def run() -> None:
         if kind == "Embedding":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pkgutil import resolve_name
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +16,20 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
 
+from ..anatomy.outline import Call, Outline
+from ..anatomy.skeleton import materialise_buffers
 from ..data.noise import with_noise
-from ..families.registry import FAMILIES
-from ..families.specs import ParamSpec, padded_vocab, parameter_table
-from ..kernels.dropout import Dropout
-from ..kernels.swap import use_kernels
+from ..families.registry import family_of
+from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
-from .attention import BY_TEXT, text_lengths
-from .build import make_parameter
-from .cross_entropy import Scoring, head_token_losses
+from .attention import text_lengths
+from .build import drawn_values, make_parameter, model_and_specs
+from .cross_entropy import Scoring, head_token_losses, shaped
+from .derived.words import split_over_ranks
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
-from .tensor_parallel import parallelise
-from .values import RandomValues, Values, put_off
+from .values import Values, put_off
 
 Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
 
@@ -50,66 +49,80 @@ class Builder:
         convert: Callable[[nn.Module], nn.Module] = lambda module: module,
         packs: Callable[[ParamSpec], bool] = lambda spec: False,
     ) -> None:
-        """Arguments as `build_model`; `checkpointing` recomputes the blocks' activations; `adapt` gets every part."""
-        self.adapt, self.convert, self.packs = adapt, convert, packs
-        self.family = FAMILIES[config["model_type"]]
-        self.specs = {spec.name: spec for spec in parameter_table(config, ranks.tensor_size)}
-        self.values, self.dtype, self.ranks = values or put_off(RandomValues(seed)), dtype, ranks
-        self.vocab_size, self.checkpointing = config["vocab_size"], checkpointing
-        trained = {**config, "vocab_size": padded_vocab(config["vocab_size"], ranks.tensor_size)}
-        self.config: Any = AutoConfig.for_model(**trained, use_cache=False)
-        self.config._attn_implementation = BY_TEXT  # None or "eager" would not be causal in a bare block
-        self.tied = bool(self.config.tie_word_embeddings)
-        self._rotary: Any = None
-        self._memo: tuple[Tensor, int, dict[str, Any]] | None = None
+        """Arguments as `build_model`; `checkpointing`: blocks compute again in backward; `adapt` gets every part."""
+        self.adapt, self.convert, self.packs, family = adapt, convert, packs, family_of(config)
+        assert family is not None and family.blocks is not None and family.norm is not None, "plans refuse it"
+        self.family, self.blocks, self.last_norm = family, family.blocks, family.norm
+        self._model, self.specs = model_and_specs(config, ranks.tensor_size)
+        materialise_buffers(self._model, ranks.device)
+        self.values, self.dtype, self.ranks = values or put_off(drawn_values(config, seed)), dtype, ranks
+        self.vocab_size, self.shape, self.checkpointing = (
+            config["vocab_size"],
+            family.shape or (1.0, 0.0),
+            checkpointing,
+        )
+        self.config: Any = self._model.config.get_text_config()
+        self.columns, self.width = self._model.get_input_embeddings().weight.shape
+        self.tied = f"{family.head}.weight" not in self.specs
+        self.outline = Outline(self._model, self.blocks, family.embedding, self.last_norm)
+        # what has weights before the blocks, beside the embedding
+        self.before = [name for name in self.outline.outside if any(s.startswith(f"{name}.") for s in self.specs)]
+        self._memo: tuple[Tensor, int, list[Call]] | None = None
 
-    def make(self, name: str, construct: Callable[[], nn.Module]) -> nn.Module:
+    def make(self, name: str) -> nn.Module:
         """A part of the model, called `name` by Hugging Face, with its values and its share of the tensor ranks."""
-        with torch.device("meta"):
-            holder = nn.Sequential(construct())  # so that the part itself can be replaced
-        use_kernels(holder)
+        holder = nn.Sequential(self._model.get_submodule(name))  # so that the part itself can be replaced
         for path, module in list(holder[0].named_modules()):
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
-                    made = make_parameter(spec, self.values, self.dtype, self.ranks, self.packs(spec))
-                    module._parameters[key] = made
+                    module._parameters[key] = make_parameter(
+                        spec, self.values, self.dtype, self.ranks, self.packs(spec)
+                    )
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
-        parallelise(holder, self.family, self.ranks)
+        split_over_ranks(holder, self.family, self.ranks, name)
         self.adapt(holder[0])
         return holder[0]
 
-    def attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        """Mask and rotary tables of a micro batch; made anew only when the positions are others."""
-        if self._memo is None or self._memo[0] is not positions or self._memo[1] != positions._version:
-            self._memo = positions, positions._version, self._attention_inputs(hidden, positions)
-        return self._memo[2]
+    def begin(self, hidden: Tensor, positions: Tensor, training: bool) -> Tensor:
+        """What goes into the first block, from what came out of the embedding."""
+        calls = self._run(hidden, positions, training)
+        self._keep(positions, calls)
+        return calls[0].hidden
 
-    def _attention_inputs(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        mask = text_lengths(positions)
-        if self.family.rotary_class is None:
-            return {"attention_mask": mask}
-        if self._rotary is None:  # kept out of the model: DeepSpeed would cast its frequencies to bfloat16
-            self._rotary = resolve_name(self.family.rotary_class)(self.config).to(hidden.device)
-        return {"attention_mask": mask, "position_embeddings": self._rotary(hidden, position_ids=positions)}
+    def inputs_of(self, layer: int, hidden: Tensor, positions: Tensor) -> Call:
+        """Masks, rotary tables and what else a block reads; made anew only when the positions are others."""
+        if self._memo is None or self._memo[0] is not positions or self._memo[1] != positions._version:
+            with torch.no_grad():
+                self._keep(positions, self._run(hidden, positions, False))
+        assert self._memo is not None
+        return self._memo[2][layer]
+
+    def _keep(self, positions: Tensor, calls: list[Call]) -> None:
+        """Without the hidden states, which would keep the graph that made them."""
+        self._memo = positions, positions._version, [replace(call, hidden=positions) for call in calls]
+
+    def _run(self, hidden: Tensor, positions: Tensor, training: bool) -> list[Call]:
+        mask = text_lengths(positions) if self.family.by_text else None
+        return self.outline.run(hidden, positions, mask, training)[0]
 
     def layers(self) -> list[LayerSpec]:
         """The whole model as layers, none of them made yet."""
         embedding = functools.partial(TiedLayerSpec, "embedding", Embedding, self, tied_weight_attr="table.weight")
         first = [embedding() if self.tied else LayerSpec(Embedding, self)]
-        if self.family.positions is not None:
+        if self.before:
             first.append(LayerSpec(Positions, self))
         blocks = [LayerSpec(Block, self, layer) for layer in range(self.config.num_hidden_layers)]
         head = embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
         return [*first, *blocks, LayerSpec(Norm, self), head]
 
-    def layer_names(self) -> list[str]:
-        """Hugging Face's name of every layer's part."""
+    def layer_names(self) -> list[list[str]]:
+        """Hugging Face's names of every layer's parts."""
         family = self.family
-        first = [family.embedding, *([family.positions] if family.positions is not None else [])]
-        blocks = [f"{family.blocks}.{layer}" for layer in range(self.config.num_hidden_layers)]
-        return [*first, *blocks, family.norm, family.embedding if self.tied else "lm_head"]
+        first = [[family.embedding], *([self.before] if self.before else [])]
+        blocks = [[f"{self.blocks}.{layer}"] for layer in range(self.config.num_hidden_layers)]
+        return [*first, *blocks, [self.last_norm], [family.embedding if self.tied else family.head]]
 
     def layer_kinds(self) -> list[str]:
         """What every layer is. A tied head is an embedding to DeepSpeed, and a head to us."""
@@ -117,62 +130,58 @@ class Builder:
 
     def layer_sizes(self) -> list[int]:
         """Parameters of every layer."""
-        names = self.layer_names()
-        return [sum(spec.numel for spec in self.specs.values() if spec.name.startswith(name + ".")) for name in names]
+        inside = [tuple(f"{name}." for name in names) for names in self.layer_names()]
+        return [sum(spec.numel for spec in self.specs.values() if spec.name.startswith(names)) for names in inside]
 
 
 class Embedding(nn.Module):
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        config, family = builder.config, builder.family
-        padding = config.pad_token_id if family.freezes_padding else None
-        make = functools.partial(nn.Embedding, config.vocab_size, config.hidden_size, padding)
-        self.table = builder.make(family.embedding, make)
+        self.table = builder.make(builder.family.embedding)
+        self.begin = None if builder.before else builder.begin  # else the next layer does
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Carried:
         ids, positions, *noise = inputs  # noise in training alone, if at all
         hidden = self.table(ids)
-        return (with_noise(hidden, *noise) if noise else hidden), positions
+        hidden = with_noise(hidden, *noise) if noise else hidden
+        return hidden if self.begin is None else self.begin(hidden, positions, self.training), positions
 
 
 class Positions(nn.Module):
+    """What has weights between embedding and blocks: learnt positions, norms."""
+
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        config, family = builder.config, builder.family
-        make = functools.partial(nn.Embedding, config.max_position_embeddings, config.hidden_size)
-        assert family.positions is not None
-        self.table = builder.make(family.positions, make)
-        self.drop = Dropout(getattr(config, family.dropout["embedding"]) if "embedding" in family.dropout else 0.0)
+        self.parts = nn.ModuleList(builder.make(name) for name in builder.before)
+        for name, part in zip(builder.before, self.parts, strict=True):
+            builder.outline.install(name, part)
+        self.begin = builder.begin
 
     def forward(self, inputs: Carried) -> Carried:
         hidden, positions = inputs
-        return self.drop(hidden + self.table(positions)), positions
+        return self.begin(hidden, positions, self.training), positions
 
 
 class Block(nn.Module):
     def __init__(self, builder: Builder, layer: int) -> None:
         super().__init__()
-        family = builder.family
-        make = functools.partial(resolve_name(family.block_class), builder.config, layer)
-        self.block: Any = builder.make(f"{family.blocks}.{layer}", make)
-        self.attention_inputs = builder.attention_inputs
+        self.block: Any = builder.make(f"{builder.blocks}.{layer}")
+        self.layer, self.inputs_of = layer, builder.inputs_of
         if builder.checkpointing:
             self.block.gradient_checkpointing = True
             self.block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     def forward(self, inputs: Carried) -> Carried:
         hidden, positions = inputs
-        return self.block(hidden, position_ids=positions, **self.attention_inputs(hidden, positions)), positions
+        call = self.inputs_of(self.layer, hidden, positions)
+        output = self.block(hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output, positions
 
 
 class Norm(nn.Module):
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        config, family = builder.config, builder.family
-        make = functools.partial(
-            resolve_name(family.norm_class), config.hidden_size, eps=getattr(config, family.epsilon)
-        )
-        self.norm = builder.make(family.norm, make)
+        self.norm = builder.make(builder.last_norm)
 
     def forward(self, inputs: Carried) -> Tensor:
         return self.norm(inputs[0])
@@ -181,8 +190,7 @@ class Norm(nn.Module):
 class Head(nn.Module):
     def __init__(self, builder: Builder) -> None:
         super().__init__()
-        config = builder.config
-        self.linear = builder.make("lm_head", lambda: nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self.linear = builder.make(builder.family.head)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden)
@@ -231,13 +239,13 @@ class StageLoss:
         """This tensor rank's columns of all logits [batch, time, columns]."""
         assert self.head is not None
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.head(hidden)
+            return shaped(self.head(hidden), *self.builder.shape)
 
     def token_losses(self, hidden: Tensor, labels: Tensor, penalty: Penalty = NO_PENALTY) -> Tensor:
         """Nats of every label [batch, time]."""
         assert self.head is not None
         builder = self.builder
-        scoring = Scoring(builder.vocab_size, builder.config.vocab_size, builder.ranks, penalty)
+        scoring = Scoring(builder.vocab_size, builder.columns, builder.ranks, penalty, *builder.shape)
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.autocast):
             return head_token_losses(self.head, hidden, labels, scoring, self.uniform, self.sparse)
 
@@ -264,13 +272,11 @@ class Stages(PipelineModule):
         sizes = builder.layer_sizes() if costs is None else costs
         self.bounds = stage_bounds(method, builder.layer_kinds(), sizes, ranks.pipeline_size)
         self.before_forward: Callable[[int], None] = lambda micro: None  # seeds dropout
-        self.micro = 0
-        self.device = ranks.device
+        self.micro, self.device = 0, ranks.device
         shape = {"num_pp": ranks.pipeline_size, "num_dp": ranks.data_size}
+        topology: Any = PipeDataParallelTopology(**shape)
         if ranks.tensor_size > 1:
-            topology: Any = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
-        else:
-            topology = PipeDataParallelTopology(**shape)
+            topology = PipeModelDataParallelTopology(**shape, num_mp=ranks.tensor_size)
         super().__init__(builder.layers(), topology=topology, loss_fn=loss)
         assert self.stage_id == ranks.pipeline, "DeepSpeed orders the ranks differently"
         if self.is_last:

@@ -31,13 +31,13 @@ class SplitRandomness:
         self.shared: tuple[Tensor, Tensor | None] | None = None
 
     def between(self, first: nn.Module, last: nn.Module) -> None:
-        """From the output of `first` to the input of `last`, while the module trains."""
+        """From the output of `first` to the input of `last`, while the module trains; of several, the earliest."""
         first.register_forward_hook(lambda _module, _inputs, _output: self.enter())
         last.register_forward_pre_hook(lambda _module, _inputs: self.leave())
 
     @uncompiled
     def enter(self) -> None:
-        if not self.module.training:
+        if not self.module.training or self.shared is not None:
             return
         seed = int(torch.randint(SEEDS, ()))  # advances the shared generator alike on every rank
         accelerator: Any = get_accelerator()

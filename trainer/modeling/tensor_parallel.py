@@ -46,7 +46,8 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        if not x.is_meta:  # where nothing but shapes is asked for
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
@@ -55,12 +56,12 @@ class _Reduce(torch.autograd.Function):
 
 
 @uncompiled
-def _fork(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def fork(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return _Fork.apply(x, group)  # type: ignore[return-value]
 
 
 @uncompiled
-def _reduce(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def reduce(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return _Reduce.apply(x, group)  # type: ignore[return-value]
 
 
@@ -77,7 +78,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         part = x @ self.weight if self.transposed else F.linear(x, self.weight)
-        total = _reduce(part, self.group)
+        total = reduce(part, self.group)
         return total if self.bias is None else total + self.bias
 
 
@@ -97,7 +98,7 @@ class VocabParallelEmbedding(nn.Module):
         rows = look_up((ids - self.first).masked_fill(elsewhere, 0), self.weight)
         if self.padding_idx is not None:
             rows = torch.where(frozen[..., None], rows.detach(), rows)
-        return _reduce(rows.masked_fill(elsewhere[..., None], 0), self.group)
+        return reduce(rows.masked_fill(elsewhere[..., None], 0), self.group)
 
 
 def parallelise(module: nn.Module, family: Family | None, ranks: Ranks) -> None:
@@ -114,7 +115,7 @@ def parallelise(module: nn.Module, family: Family | None, ranks: Ranks) -> None:
         return
     for parameter in module.parameters():
         _check_accounted(parameter.spec)  # type: ignore[attr-defined]
-        _mark(parameter, ranks)
+        mark(parameter, ranks)
     assert family is not None
     blocks = []
     for path, child in list(module.named_modules()):
@@ -125,7 +126,7 @@ def parallelise(module: nn.Module, family: Family | None, ranks: Ranks) -> None:
                 blocks.append(path.removesuffix(family.attention.query))
     for block in blocks:
         for name in family.feeds:
-            _fork_output(module.get_submodule(block + name), ranks)
+            fork_output(module.get_submodule(block + name), ranks)
         _localise_heads(module, block, family, ranks)
 
 
@@ -137,13 +138,13 @@ def _check_accounted(spec: ParamSpec) -> None:
         )
 
 
-def _fork_output(norm: nn.Module, ranks: Ranks) -> None:
+def fork_output(norm: nn.Module, ranks: Ranks) -> None:
     group = ranks.tensor_group
 
-    def fork(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
-        return _fork(output, group)
+    def forked(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
+        return fork(output, group)
 
-    norm.register_forward_hook(fork)
+    norm.register_forward_hook(forked)
 
 
 def _spec(module: nn.Module) -> ParamSpec:
@@ -159,7 +160,7 @@ def _convert(module: nn.Module, path: str, child: nn.Module, spec: ParamSpec, ra
     elif isinstance(child, Conv1D):
         child.nf = spec.local_shape(ranks.tensor, ranks.tensor_size)[1]
     elif spec.kind == "feeding" and spec.layer is None:  # the last norm feeds the head
-        _fork_output(child, ranks)
+        fork_output(child, ranks)
 
 
 def _localise_heads(module: nn.Module, block: str, family: Family, ranks: Ranks) -> None:
@@ -184,7 +185,7 @@ def _localise_heads(module: nn.Module, block: str, family: Family, ranks: Ranks)
         SplitRandomness(attention, ranks).between(value, output)
 
 
-def _mark(parameter: nn.Parameter, ranks: Ranks) -> None:
+def mark(parameter: nn.Parameter, ranks: Ranks) -> None:
     spec: ParamSpec = parameter.spec  # type: ignore[attr-defined]
     if spec.dim is None:
         return

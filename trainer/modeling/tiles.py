@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..families.derived import Derived
 from ..families.family import Family
 
 
-def tile_mlps(module: nn.Module, family: Family | None, tokens: int) -> None:
+def tile_mlps(module: nn.Module, family: Family | Derived | None, tokens: int) -> None:
     """Has every MLP in a model or a block compute `tokens` at a time, and again in the backward pass.
 
     The sums over tokens in the weights' gradients are then of several sums, and dropout inside draws other numbers.

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..families.registry import FAMILIES
+from ..families.derived import Derived
+from ..families.family import Family
+from ..families.registry import family_of
 from ..modeling.chunks import chunk_rows
 from ..recipe.precision import Precision
 
@@ -39,11 +41,14 @@ def activation_bytes(
         padded_vocab: columns of the whole output embedding.
         uniform: as `head_token_losses`.
     """
-    family = FAMILIES[model["model_type"]]
+    family = family_of(model)
+    assert family is not None
     width = family.value(model, "hidden_size")
-    block = round(family.block_bytes(family.complete(model), precision, tensor))
+    block = round(_block_bytes(model, family, precision, tensor))
     tile = 0
-    if layers and family.mlp_bytes is not None and 0 < mlp_tile < tokens:  # of one MLP at a time
+    if (
+        layers and isinstance(family, Family) and family.mlp_bytes is not None and 0 < mlp_tile < tokens
+    ):  # of one MLP at a time
         mlp = round(family.mlp_bytes(family.complete(model), precision, tensor))
         block, tile = block - mlp, mlp_tile * mlp
     if checkpointing:  # a block's input stays; one block at a time is computed again
@@ -55,6 +60,14 @@ def activation_bytes(
         total += tokens * width * (2 * precision.stream + family.norm_bytes + cast)  # the last norm, the head's input
         total += head_bytes(tokens, padded_vocab, precision, tensor, uniform)
     return total
+
+
+def _block_bytes(model: Mapping[str, Any], family: Family | Derived, precision: Precision, tensor: int) -> float:
+    if isinstance(family, Family):
+        return family.block_bytes(family.complete(model), precision, tensor)
+    from ..modeling.derived.shapes import block_bytes
+
+    return block_bytes(model, precision, tensor)
 
 
 def head_bytes(tokens: int, padded_vocab: int, precision: Precision, tensor: int = 1, uniform: bool = True) -> int:

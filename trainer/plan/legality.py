@@ -9,10 +9,11 @@ from ...data_prep.errors import UserError
 from ..adapters.base import rows_of
 from ..adapters.qlora import Qlora
 from ..adapters.registry import adapter_of
-from ..families.registry import FAMILIES
+from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
 from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
+from .family_layouts import divisors, family_pipeline, family_sequence, family_tensor
 from .layout import Layout
 from .model_config import longest_sequence
 from .settings import Settings, section_of
@@ -58,7 +59,11 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
     refusals = [*_precision(settings, layout), *_offload(layout), *_hpz(settings, layout)]
     refusals += [*_pipeline(settings, layout, model)]
     refusals += [*_optimizer(recipe, settings, layout)]
-    refusals += [*_tensor(layout, model), *_sequence(recipe, layout, model), *_adapter(recipe, settings, layout, model)]
+    refusals += [
+        *family_tensor(layout, model),
+        *family_sequence(recipe, layout, model),
+        *_adapter(recipe, settings, layout, model),
+    ]
     if not refusals:
         refusals += [*_groups(recipe, settings, layout, model)]
     if recipe.mlp_tile and getattr(FAMILIES.get(model["model_type"]), "mlp", None) is None:
@@ -117,7 +122,7 @@ def _hpz(settings: Settings, layout: Layout) -> Iterator[str]:
     if layout.zero_stage != 3:
         yield f"{key} {size} with ZeRO-{layout.zero_stage}: needs zero_optimization.stage 3; or leave it out"
     if layout.world % size:
-        yield f"{key} {size} does not divide the {layout.world} ranks; sizes that do: {_divisors(layout.world)}"
+        yield f"{key} {size} does not divide the {layout.world} ranks; sizes that do: {divisors(layout.world)}"
     if layout.tensor > 1:
         yield f"{key} {size} with tensor parallel {layout.tensor}: its groups would mix pieces; leave one of them out"
 
@@ -162,54 +167,7 @@ def _pipeline(settings: Settings, layout: Layout, model: Mapping[str, Any]) -> I
     for key, on in (("wall_clock_breakdown", settings.json.get("wall_clock_breakdown")), ("flops_profiler", profiled)):
         if on:
             yield f"{key} with a pipeline: DeepSpeed starts a timer twice and fails; leave it out"
-    family = FAMILIES.get(model["model_type"])
-    if family is None:
-        yield f"pipeline of model_type {model['model_type']!r}: there are stages for {', '.join(FAMILIES)}"
-        return
-    layers = family.value(model, "num_hidden_layers")
-    if layout.pipeline > layers:
-        yield f"pipeline {layout.pipeline} is more stages than the model has layers ({layers}); use at most {layers}"
-
-
-def _tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
-    if layout.tensor == 1:
-        return
-    family = FAMILIES.get(model["model_type"])
-    if family is None:
-        yield f"tensor parallel of model_type {model['model_type']!r}: there are tables for {', '.join(FAMILIES)}"
-        return
-    heads = family.value(model, "num_attention_heads")
-    if heads % layout.tensor:
-        yield f"tensor parallel {layout.tensor} does not divide the {heads} heads; sizes that do: {_divisors(heads)}"
-    kv_heads = family.value(model, "num_key_value_heads") or heads
-    if kv_heads % layout.tensor and layout.tensor % kv_heads:
-        yield f"tensor parallel {layout.tensor} neither divides nor is a multiple of the {kv_heads} key-value heads"
-    table = parameter_table(model)
-    inner_sizes = {spec.parts[0] for spec in table if spec.kind == "column" and spec.tensor and spec.tensor.grain == 1}
-    for inner in sorted(inner_sizes):
-        if inner % layout.tensor:
-            yield f"tensor parallel {layout.tensor} does not divide the {inner} units of the MLP"
-    if unknown := next((spec.name for spec in table if spec.kind == "unknown"), None):
-        yield f"tensor parallel of {model['model_type']}: its record does not say whether {unknown} feeds split linears"
-
-
-def _sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
-    size = layout.sequence
-    if size == 1:
-        return
-    if layout.pipeline > 1:
-        yield f"sequence parallel {size} with pipeline {layout.pipeline}: DeepSpeed cannot; set one of them to 1"
-    if recipe.data.seq_len % size:
-        yield f"sequence parallel {size} does not divide data.seq_len {recipe.data.seq_len}"
-    family = FAMILIES.get(model["model_type"])
-    heads = (family.value(model, "num_attention_heads") if family else model.get("num_attention_heads")) or size
-    among = f" of each of {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
-    heads //= layout.tensor
-    if heads % size:
-        yield f"sequence parallel {size} does not divide the {heads} heads{among}; sizes that do: {_divisors(heads)}"
-    kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
-    if kv_heads % size and size % kv_heads:
-        yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+    yield from family_pipeline(layout, model)
 
 
 def _qlora(settings: Settings) -> Iterator[str]:
@@ -224,6 +182,9 @@ def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[
     adapter = adapter_of(recipe.adapter)
     if adapter is None:
         return
+    if layout.tensor > 1 and model["model_type"] not in FAMILIES:
+        family = model["model_type"]
+        yield f"an adapter with tensor parallel {layout.tensor} of model_type {family!r}: untried; set it to 1"
     if layout.tensor > 1 and not adapter.splits:
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
     if isinstance(adapter, Qlora):
@@ -242,7 +203,7 @@ def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[
 
 def _groups(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     """The optimizer's groups of parameters, and learning rates of their own."""
-    known, rows = model["model_type"] in FAMILIES, rows_of(adapter_of(recipe.adapter))
+    known, rows = family_of(model) is not None, rows_of(adapter_of(recipe.adapter))
     table = parameter_table(model, layout.tensor) if known else []
     trained = [spec for spec in rows(table) if spec.trained]
     own = isinstance(recipe.adapter, dict) and recipe.adapter.get("lr_ratio", 1) != 1
@@ -277,7 +238,3 @@ def _replicas(recipe: Recipe, layout: Layout) -> Iterator[str]:
         yield "check_replicas with ZeRO-3: each weight is on one rank, without copies; check_replicas=0"
     elif layout.world == layout.pipeline:
         yield f"check_replicas on {layout}: no rank holds a copy of another's weights; check_replicas=0"
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)

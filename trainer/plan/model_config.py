@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
     if base:
         _same_shapes(recipe.model.init, base, config)
         _check_weights(Path(recipe.model.init), config)
-    if (family := family_of(config)) is not None:
+    if isinstance(family := family_of(config), Family):
         _shape_is_possible(config, family)
     return config
 
@@ -78,11 +79,16 @@ def _known_to_transformers(model_type: Any) -> None:
     if not isinstance(model_type, str):
         raise UserError(f"model.config.model_type: must be text, got {model_type!r}")
     folders = model_folders()
-    if folders and model_type not in FAMILIES and not folders_for(model_type):
+    if folders and model_type not in FAMILIES and not folders_for(model_type) and not _registered(model_type):
         raise UserError(
             f"model.config.model_type: transformers has no {model_type!r}"
             + (did_you_mean(model_type, FAMILIES) or did_you_mean(model_type, folders))
         )
+
+
+def _registered(model_type: str) -> bool:
+    """Whether somebody has registered a configuration class of this name with transformers in this process."""
+    return "transformers" in sys.modules and model_type in sys.modules["transformers"].CONFIG_MAPPING
 
 
 def _checked(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:

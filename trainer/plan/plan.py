@@ -16,8 +16,8 @@ from ..adapters.registry import adapter_of
 from ..data.samples import Packs, Samples, samples_of
 from ..data.splits import Part, SplitName, open_split, whole_part
 from ..data.vocabulary import vocabulary_of
-from ..families.registry import FAMILIES
-from ..families.specs import padded_vocab, parameter_table
+from ..families.registry import family_of
+from ..families.specs import parameter_table, trained_vocab
 from ..objectives.registry import objective_of
 from ..recipe.errors import explain
 from ..recipe.precision import Precision
@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, ds: Mapping[str, Any], devices: int) -> Plan:
         global_batch=global_batch,
         seq_len=recipe.data.seq_len,
         vocab_size=model["vocab_size"],
-        padded_vocab_size=padded_vocab(model["vocab_size"], layout.tensor),
+        padded_vocab_size=trained_vocab(model, layout.tensor),
         model_config=model,
         samples=samples,
         records=sum(len(own.lengths) for own in packs),
@@ -169,7 +169,7 @@ def _stores(recipe: Recipe, parts: Sequence[Part]) -> list[TokenStore]:
 
 def _parameters(recipe: Recipe, model: Mapping[str, Any], layout: Layout) -> tuple[int | None, int]:
     """Trained and frozen ones."""
-    if model["model_type"] not in FAMILIES:
+    if family_of(model) is None:
         return None, 0
     rows = rows_of(adapter_of(recipe.adapter))(parameter_table(model, layout.tensor))
     trained = sum(spec.numel for spec in rows if spec.trained)

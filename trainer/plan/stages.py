@@ -36,9 +36,11 @@ def layers_of(table: Sequence[ParamSpec]) -> list[Layer]:
         else:
             (after if blocks else before).append(spec)
     head = [spec for spec in after if spec.kind == "vocab"] or [replace(before[0], name=before[0].name + " (tied)")]
+    others = [spec for spec in before if spec.kind != "vocab"]
     norm = [spec for spec in after if spec.kind != "vocab"]
     return [
-        *(Layer("Embedding" if spec.kind == "vocab" else "Positions", (spec,)) for spec in before),
+        *(Layer("Embedding", (spec,)) for spec in before if spec.kind == "vocab"),
+        *([Layer("Positions", tuple(others))] if others else []),
         *(Layer("Block", tuple(blocks[index])) for index in sorted(blocks)),
         Layer("Norm", tuple(norm)),
         Layer("Head", tuple(head)),

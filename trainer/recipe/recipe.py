@@ -78,6 +78,9 @@ class Parallel(_Section):
     """Minutes that a rank waits for the others in a step before the run ends."""
     setup_timeout: float = Field(default=60.0, gt=0)
     """Minutes that it waits while the run is set up, evaluated or saved: the slowest disk may be that much behind."""
+    patience: float = Field(default=120.0, gt=0)
+    """Seconds after which a rank under `launch` counts as hung, if it takes five times its longest step (evaluation,
+    save) so far, or `timeout`; or `setup_timeout`, for set-up and for the first of each."""
 
     @model_validator(mode="after")
     def _expression_is_one(self) -> Parallel:

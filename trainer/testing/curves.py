@@ -14,10 +14,11 @@ from ..adapters.merged import initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
-from ..families.registry import FAMILIES, family_of
+from ..families.derived import Derived
+from ..families.registry import family_of
 from ..families.specs import parameter_table
-from ..modeling.build import build_model
-from ..modeling.values import RandomValues, all_of, merge_slices
+from ..modeling.build import build_model, drawn_values
+from ..modeling.values import all_of, merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, init_distributed
 from ..run.data import RunData
@@ -60,7 +61,7 @@ def plain_model(plan: Plan) -> Any:
     values, parameters = initial_values(plan.recipe.model.init), dict(model.named_parameters())
     with torch.no_grad():
         if family_of(plan.model_config) is not None:
-            values = values or RandomValues(plan.recipe.seed)
+            values = values or drawn_values(plan.model_config, plan.recipe.seed)
             drawn = {spec.name: all_of(values, spec) for spec in parameter_table(plan.model_config)}
         else:
             ours = build_model(plan.model_config, values, plan.recipe.seed, torch.float32, Ranks())
@@ -91,9 +92,12 @@ def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
         output = engine.train_step(stream, step)
         curve.losses.append(output.loss)
         curve.norms.append(float("nan") if output.grad_norm is None else output.grad_norm)
+        if step == 0:
+            curve.first, curve.torn_at_once = whole_weights(engine)
     stream.close()
     weights, curve.torn = whole_weights(engine)
     curve.weights = weights if ranks.is_main else {}
+    curve.first = curve.first if ranks.is_main else {}
     return curve
 
 
@@ -127,15 +131,19 @@ def whole_weights(engine: Engine) -> tuple[dict[str, np.ndarray], list[str]]:
 
 def masks_differ(config: dict, tensor: int, sabotage: Sabotage | None = None) -> bool:
     """Whether tensor ranks drop different attention probabilities where their heads are alike. Collective."""
-    from ..modeling.tensor_parallel import RowParallelLinear, parallelise
+    from ..modeling.derived.words import split_over_ranks
+    from ..modeling.tensor_parallel import RowParallelLinear
 
     quiet()
     if sabotage is not None:
         sabotage()
     ranks = init_distributed(tensor)
-    family = FAMILIES[config["model_type"]]
+    family = family_of(config)
+    assert family is not None
+    if "attention" not in family.dropout or (isinstance(family, Derived) and not family.splits_heads):
+        return True  # nothing is dropped by heads of one rank
     model = build_model({**config, family.dropout["attention"]: 0.5}, None, 0, torch.float32, ranks).train()
-    parallelise(model, family, ranks)
+    split_over_ranks(model, family, ranks)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
     seen: list[Tensor] = []

@@ -89,6 +89,8 @@ def compare(plan: Plan, found: Curve, truth: Curve, bounds: Bounds) -> Verdict:
     losses, norms = _apart(found.losses, truth.losses), _apart(found.norms, truth.norms)
     weights = _weights_apart(found.weights, truth.weights, gradient_noise(plan.model_config))
     difference = _first_difference(losses, norms, weights, found, truth, bounds)
+    if difference is not None and (name := _first_apart(found, truth)):
+        difference += f"; {plan.model_config['model_type']}'s {name} is the first apart"
     return Verdict(plan.layout, max(losses), max(norms), weights, difference)
 
 
@@ -101,6 +103,8 @@ def _first_difference(
             return f"step {step + 1}: loss {found.losses[step]:.8g}, one process {truth.losses[step]:.8g}"
         if not norms[step] <= bounds.norm:
             return f"step {step + 1}: gradient norm {found.norms[step]:.8g}, one process {truth.norms[step]:.8g}"
+        if step == 0 and found.torn_at_once:
+            return f"step 1: ranks hold unlike copies of {', '.join(found.torn_at_once)}"
     if not weights <= bounds.weights:
         return f"step {len(losses)}: weights are {weights:.1e} of their norm away"
     if found.torn:
@@ -108,6 +112,19 @@ def _first_difference(
     if found.masks_differ is False:
         return "step 1: tensor ranks drop the same attention probabilities"
     return None
+
+
+def _first_apart(found: Curve, truth: Curve) -> str | None:
+    """The parameter that is furthest from the truth after the first step; None where none is beyond rounding."""
+    if found.torn_at_once:
+        return found.torn_at_once[0]
+    apart = {
+        name: float(np.linalg.norm(found.first[name] - weight) / (np.linalg.norm(weight) or 1.0))
+        for name, weight in truth.first.items()
+        if name in found.first
+    }
+    name = max(apart, key=lambda name: apart[name], default=None)
+    return name if name is not None and apart[name] > 1e-5 else None
 
 
 def _apart(found: Sequence[float], truth: Sequence[float]) -> list[float]:

@@ -20,8 +20,10 @@ class Curve:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # final ones, by Hugging Face's names
+    first: dict[str, np.ndarray] = field(default_factory=dict)  # weights after the first step
     noise: dict[str, slice] = field(default_factory=dict)  # elements of weights that are not to be compared
     torn: list[str] = field(default_factory=list)  # weights of which ranks hold copies that are not the same
+    torn_at_once: list[str] = field(default_factory=list)  # and those of the first step
     masks_differ: bool | None = None  # whether tensor ranks drop different things; None: there are no such ranks
 
 
@@ -57,8 +59,14 @@ def train_plainly(
         optimizer.step()
         optimizer.zero_grad()
         curve.losses.append(loss.item())
-    curve.weights = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
+        if not curve.first:
+            curve.first = _copied(model)
+    curve.weights = _copied(model)
     return curve
+
+
+def _copied(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}
 
 
 def decayed_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:

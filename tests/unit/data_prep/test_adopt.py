@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.unit.data_prep.samples import documents_of, megatron_files, random_documents, write_jsonl, write_prefix
@@ -55,6 +57,80 @@ def test_merging_writes_one_pair(
     assert (tmp_path / "merged/shard-00000.bin").read_bytes() == binary
     assert (tmp_path / "merged/shard-00000.idx").read_bytes() == index
     assert len(store.shards) == 1 and not verify(store.path)
+
+
+def write_uncounted(prefix: Path, documents: list[list[list[int]]], eod: int) -> Path:
+    """The pair that Megatron-DeepSpeed's `preprocess_data.py --append-eod` makes of documents of sentences:
+    the tokens of a document go into the .bin with the end-of-document token, the lengths of its sentences into the
+    .idx without it.
+    An empty document has neither.
+    """
+    sizes: list[int] = []
+    ends, binary = [0], b""
+    for sentences in documents:
+        tokens = [token for sentence in sentences for token in sentence]
+        if tokens:
+            tokens.append(eod)
+        binary += np.array(tokens, np.uint16).tobytes()
+        sizes += [len(sentence) for sentence in sentences if sentence]
+        ends.append(len(sizes))
+    pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64) * 2]).astype(np.int64)
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(sizes), len(ends))
+    index = header + np.array(sizes, np.int32).tobytes() + pointers.tobytes() + np.array(ends, np.int64).tobytes()
+    prefix.with_name(f"{prefix.name}.bin").write_bytes(binary)
+    prefix.with_name(f"{prefix.name}.idx").write_bytes(index)
+    return prefix
+
+
+SENTENCES = [[[5, 6], [7]], [[8]], [[]], [[9, 10, 11], [12, 13], [14]], [[]], [[15, 16]]]
+WHOLE = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 14, 0], [15, 16, 0]]
+
+
+def test_an_index_that_leaves_the_ends_of_documents_out_is_made_whole(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture
+) -> None:
+    prefix = write_uncounted(tmp_path / "drifted", SENTENCES, eod=0)
+    words = ["prepare", "--import", str(prefix), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "store")]
+    assert main(words) == 0
+    said = "documents: 4 whose last token the .idx had left out, found in the .bin"
+    assert said in capsys.readouterr().out
+    store = TokenStore.open(tmp_path / "store")
+    assert documents_of(store) == WHOLE and not verify(store.path)
+    binary, index = megatron_files(WHOLE, 1000)
+    assert Path(f"{prefix}.bin").read_bytes() == (store.path / "shard-00000.bin").read_bytes() == binary
+    assert (store.path / "shard-00000.idx").read_bytes() == index
+
+
+def test_many_documents_are_made_whole_together_with_others(tmp_path: Path, prefixes: tuple[Path, Path]) -> None:
+    documents = [[token or 1 for token in document] for document in random_documents(500, 3)]
+    drifted = write_uncounted(tmp_path / "drifted", [[document] for document in documents], eod=0)
+    store = import_prefixes([str(drifted), str(prefixes[0])], tmp_path / "store", None, None)
+    assert documents_of(store) == [*([*document, 0] for document in documents), *random_documents(40, 1)]
+
+
+def test_elsewhere_the_cure_is_named(tmp_path: Path) -> None:
+    prefix = write_uncounted(tmp_path / "drifted", SENTENCES, eod=0)
+    with pytest.raises(UserError, match=r"32 bytes, but drifted\.idx describes 24: it leaves out the token 0 behind"):
+        TokenStore.open(prefix)
+    with pytest.raises(UserError, match=rf"`zeropipe prepare --import {prefix} --tokenizer FOLDER --output"):
+        merge([str(prefix)], tmp_path / "merged")
+
+
+def test_only_what_is_at_every_end_is_taken_for_it(tmp_path: Path, tokenizer: Path) -> None:
+    other = write_uncounted(tmp_path / "other", SENTENCES, eod=3)
+    with pytest.raises(UserError, match=r"other\.bin: its documents end in the token 3, the tokenizer's end .* \(0\)"):
+        import_prefixes([str(other)], tmp_path / "store", tokenizer, None)
+    prefix = write_uncounted(tmp_path / "damaged", SENTENCES, eod=0)
+    content = bytearray(Path(f"{prefix}.bin").read_bytes())
+    content[2 * 5] ^= 1  # the end of the second document
+    Path(f"{prefix}.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.bin: 32 bytes, .* 24: the file is truncated or damaged"):
+        import_prefixes([str(prefix)], tmp_path / "store", None, None)
+    short = write_uncounted(tmp_path / "short", SENTENCES, eod=0)
+    Path(f"{short}.bin").write_bytes(Path(f"{short}.bin").read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"short\.bin: 30 bytes, .* 24: the file is truncated or damaged"):
+        import_prefixes([str(short)], tmp_path / "store", None, None)
+    assert not (tmp_path / "store").exists()
 
 
 def test_merging_stores_keeps_what_they_know(tmp_path: Path, tokenizer: Path) -> None:

@@ -7,7 +7,7 @@ from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher import cli, launch_command
 from zeropipe.launcher.hosts.devices import count_accelerators, visible_devices
 from zeropipe.launcher.hosts.hostfile import Host
-from zeropipe.launcher.processes import MARK
+from zeropipe.trainer.keeper.wire import LAUNCH_FOLDER
 
 
 def planned(monkeypatch, *words: str, accelerators: int = 0, visible: str = "") -> launch_command.Launch:
@@ -119,11 +119,11 @@ def test_the_environment_of_a_launch(monkeypatch, hostfile, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     launch = planned(monkeypatch, "demo", "--hostfile", "hostfile")
     environment = launch_command.child_environment(launch, tmp_path)
-    assert environment[MARK] == str(tmp_path)
+    assert environment[LAUNCH_FOLDER] == str(tmp_path)
     assert not {"RANK", "LOCAL_RANK"} & set(environment)
     assert "BatchMode=yes" in environment["PDSH_SSH_ARGS_APPEND"]
     carried = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
-    assert f"{MARK}={tmp_path}" in carried
+    assert f"{LAUNCH_FOLDER}={tmp_path}" in carried
     assert "OMP_NUM_THREADS=1" in carried
 
 

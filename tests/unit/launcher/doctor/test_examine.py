@@ -11,7 +11,7 @@ from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.doctor import probe, quick
 from zeropipe.launcher.doctor.agent import REPLY
 from zeropipe.launcher.doctor.case import Case, Examination
-from zeropipe.launcher.doctor.crew import Crew, Silence, local_crew, reason_of_end
+from zeropipe.launcher.doctor.crew import Crew, ProcessLine, Silence, local_crew, reason_of_end
 from zeropipe.launcher.doctor.examine import examine
 from zeropipe.launcher.doctor.report import doctor_report, examination_json
 from zeropipe.launcher.hosts.hostfile import Host
@@ -145,3 +145,20 @@ def test_this_machine_alone(monkeypatch, tmp_path):
     assert found.fatal == []
     assert found.port is not None
     assert "1 host is ready" in doctor_report(found)
+
+
+def test_an_agent_that_ends_while_it_is_closed(monkeypatch):
+    """The process has gone between the wait that gave up and the kill."""
+
+    async def close() -> None:
+        line = await ProcessLine.open("n1", ["sleep", "60"])
+        real = line._process.kill
+
+        def kill() -> None:
+            real()
+            raise ProcessLookupError
+
+        monkeypatch.setattr(line._process, "kill", kill)
+        await line.close()
+
+    asyncio.run(close())

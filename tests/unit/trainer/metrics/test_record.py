@@ -18,12 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.tiny import tiny_recipe
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.evaluation.evaluate import EvalResult
+from zeropipe.trainer.keeper.wire import LAUNCH_FOLDER
 from zeropipe.trainer.metrics.reading import read_lines, read_metrics
 from zeropipe.trainer.metrics.record import RunLog
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.ranks.ranks import Ranks
+from zeropipe.trainer.recipe.precision import PRECISIONS
 from zeropipe.trainer.recipe.recipe import Recipe
-from zeropipe.trainer.run.exit_notes import LAUNCH_FOLDER
 from zeropipe.trainer.run.guard import StopRequest
 from zeropipe.trainer.run.state import StepOutput, TrainState
 from zeropipe.trainer.sinks.console import StepLine, duration
@@ -45,7 +46,8 @@ def open_log(
 ) -> RunLog:
     sections = {"log": {"every": every}, "duration": {"steps": steps}, **sections}
     recipe = Recipe.model_validate(tiny_recipe(Path("none"), directory, **sections))
-    shape = {"global_batch": 4, "seq_len": 16, "precision": "bf16", "parameters": 1_500_000, "deepspeed": {}}
+    shape = {"global_batch": 4, "seq_len": 16, "precision": PRECISIONS["bf16"], "parameters": 1_500_000}
+    shape |= {"deepspeed": {}, "positions": steps * 64, "memory": None, "model_config": {}}
     plan = SimpleNamespace(total_steps=steps, layout=Layout(world=world, data=world), **shape)
     plan.recipe = recipe
     ranks = Ranks() if main else Ranks(rank=1)

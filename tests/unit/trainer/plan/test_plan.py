@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.tiny import GPT2, LLAMA, VOCAB, folder_of_zeros, plan_of, tiny_json, tiny_recipe, tiny_store, write_pair
+from tests.unit.data_prep.test_adopt import write_uncounted
 from zeropipe.data_prep.errors import UserError
 from zeropipe.data_prep.manifest import Manifest, file_record
 from zeropipe.launcher.cli import main
@@ -354,6 +355,13 @@ def test_stores_that_do_not_fit(store: Path, tmp_path: Path):
     assert "its train split is shorter than one sample of 64 + 1 tokens" in message
 
 
+def test_a_prefix_whose_index_leaves_the_ends_out_is_refused_with_the_cure(tmp_path: Path):
+    prefix = write_uncounted(tmp_path / "drifted_text_document", [[[1, 2, 3]]] * 9, eod=0)
+    message = refusal(lambda: plan_of(tiny_recipe(prefix, tmp_path), {}, 1))
+    assert f"{prefix}.bin: 72 bytes, but drifted_text_document.idx describes 54" in message
+    assert f"`zeropipe prepare --import {prefix} --tokenizer FOLDER --output STORE`" in message
+
+
 def hugging_face_folder(path: Path, **config: Any) -> Path:
     return folder_of_zeros(path, {**GPT2, "vocab_size": VOCAB, "eos_token_id": 7, **config})
 
@@ -487,3 +495,18 @@ def test_validation_stores_are_checked_too(store: Path, tmp_path: Path):
     assert "different tokenizers" in refusal(lambda: plan_of(recipe, {}, 1))
     recipe["data"]["valid"] = [{"store": str(tmp_path / "gone")}]
     assert "gone: no token store here" in refusal(lambda: plan_of(recipe, {}, 1))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"bf16": {"enabled": True}}, "2 micro batches are summed in bf16, which loses terms; exactly: data_types"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "2 micro batches summed in fp32"),
+        ({}, None),
+    ],
+)
+def test_it_says_what_gradients_are_summed_in(extra, said, store, tmp_path, capsys):
+    paths = write_pair(tmp_path, tiny_recipe(store, tmp_path / "run"), tiny_json("zero2", **extra))
+    assert main(["plan", str(paths[0]), "--deepspeed_config", str(paths[1]), "--devices", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed if said else "summed" not in printed

@@ -1,0 +1,102 @@
+"""The report page in a real browser: Debian's chromium, driven by Playwright, without a display."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.page.runs import write_whole_run
+from zeropipe.trainer.page.page import write_page
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (scripts/system_packages.sh)")
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1400, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    runs = [write_whole_run(folder / name, 200, rate) for name, rate in (("one", 3e-4), ("two", 1e-4))]
+    write_page(runs, folder / "page.html")
+    return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield own
+        own.close()
+
+
+def opened(browser: Any, page_file: Path, theme: str, size: dict[str, int]) -> tuple[Any, list[str]]:
+    page = browser.new_context(viewport=size, color_scheme=theme, offline=True).new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    return page, said
+
+
+@pytest.mark.parametrize(("theme", "size"), [("light", DESK), ("dark", PHONE)], ids=["light-desk", "dark-phone"])
+def test_it_is_whole_and_open_to_all(browser, page_file, theme, size):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page, said = opened(browser, page_file, theme, size)
+    page.get_by_text("Perplexity as a table").click()
+    assert page.locator("#charts section").count() == 9
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "wider than the screen"
+    drawn = """zeropipe.charts.map(({plot}) => { const c = plot.ctx.canvas;
+        return new Set(new Uint32Array(plot.ctx.getImageData(0, 0, c.width, c.height).data.buffer)).size > 5; })"""
+    assert page.evaluate(drawn) == [True] * 9
+    found = Axe().run(page).response["violations"]
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
+    assert page.locator("#answers td").first.inner_text() == "</script><b>A" and page.locator("#answers b").count() == 0
+    assert said == []
+
+
+def test_it_is_worked_with_mouse_and_keys(browser, page_file):
+    page, said = opened(browser, page_file, "light", DESK)
+    scale = "[zeropipe.charts[1].plot.scales.x.min, zeropipe.charts[1].plot.scales.x.max]"
+    assert page.evaluate(scale) == [1, 200] or page.evaluate(scale) == [10, 200]
+    box = page.locator("#charts .u-over").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 50, steps=4)
+    page.mouse.up()
+    low, high = page.evaluate(scale)
+    assert 45 < low < 56 and 95 < high < 106, "every figure follows the zoom of one"
+    chart = page.locator("#charts .plot").first
+    chart.focus()
+    page.keyboard.press("ArrowRight")
+    assert "train" in page.locator("#charts .at").first.inner_text()
+    page.keyboard.press("+")
+    assert page.evaluate("zeropipe.charts[0].plot.scales.x.max") < high
+    page.keyboard.press("Escape")
+    assert page.evaluate("zeropipe.charts[0].plot.scales.x.max") == 200
+    page.select_option("#axis", "tokens")
+    assert page.evaluate("zeropipe.charts[0].plot.scales.x.max") == pytest.approx(200 * 250, rel=1e-3)
+    page.select_option("#axis", "hours")
+    assert page.evaluate("zeropipe.charts[0].plot.scales.x.max") == pytest.approx(200 * 0.5 / 3600, rel=1e-3)
+    page.select_option("#axis", "step")
+    before = page.evaluate("Math.max(...zeropipe.charts[0].plot.data[1])")
+    page.locator("#smooth").fill("0.9")
+    assert before == 99 and page.evaluate("Math.max(...zeropipe.charts[0].plot.data[1])") < 30
+    page.locator("#log").check()
+    assert page.evaluate("zeropipe.charts[0].plot.scales.y.distr") == 3
+    page.get_by_role("checkbox", name="two").uncheck()
+    shown = "zeropipe.charts[0].plot.series.filter((s, n) => n && s.show).length"
+    assert page.evaluate(shown) == 2, "the other run's two lines"
+    page.get_by_text("Loss as a table").click()
+    assert page.locator("#charts section").first.locator("table").count() == 4
+    assert (
+        page.locator("#recipe tr.differs").count() == 1
+        and "optimizer.lr" in page.locator("#recipe tr.differs").inner_text()
+    )
+    assert said == []

@@ -1,0 +1,58 @@
+"""`zeropipe report RUN [RUN …] --html FILE`: one page that opens anywhere, without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from ...data_prep.durable import write_durably
+from ...data_prep.errors import UserError, as_user_error
+from .collect import collect
+
+_POINTS = 1500  # of a line, where one run is shown
+_ALL_POINTS = 6000  # of the lines of all runs together
+_MOST_RUNS = 20
+
+
+def write_page(runs: Sequence[str | Path], file: Path) -> int:
+    """Writes the page; returns its size in bytes.
+
+    Raises:
+        UserError: a run has no record, or the file cannot be written.
+    """
+    if len(runs) > _MOST_RUNS:
+        raise UserError(f"{len(runs)} runs on one page: {_MOST_RUNS} at most, or nobody can tell them apart")
+    points = max(200, min(_POINTS, _ALL_POINTS // len(runs)))
+    found = [collect(run, points) for run in runs]
+    page = page_of({"runs": found}).encode()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, page)
+    except OSError as error:
+        raise as_user_error(error, "the page cannot be written", file) from error
+    return len(page)
+
+
+def page_of(data: object) -> str:
+    """The page with its data inside."""
+    # in a script element only "</" and "<!--" could end or open something
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    page = _asset("page.html")
+    parts = {
+        "/*UPLOT_CSS*/": _asset("vendor/uPlot.min.css"),
+        "/*PAGE_CSS*/": _asset("page.css"),
+        "/*UPLOT_JS*/": _asset("vendor/uPlot.iife.min.js"),
+        "/*PAGE_JS*/": _asset("page.js"),
+        "/*DATA*/": text,
+    }
+    for mark, content in parts.items():
+        before, _, after = page.partition(mark)
+        page = before + content + after
+    return page
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__ or "").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,106 @@
+"""What a model family has no layout for: refused before the launch, with the sizes that would do or the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..families.derived import Axis, Derived
+from ..families.family import Family
+from ..families.registry import FAMILIES, family_of
+from ..families.specs import parameter_table
+from ..recipe.recipe import Recipe
+from .layout import Layout
+
+
+def family_pipeline(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of pipeline stages."""
+    family = family_of(model)
+    if (refusal := _refused("pipeline", model, family)) is not None or family is None:
+        yield f"pipeline {layout.pipeline} of model_type {model['model_type']!r}: {refusal}; set parallel.pipeline to 1"
+        return
+    layers = family.value(model, "num_hidden_layers")
+    if layout.pipeline > layers:
+        yield f"pipeline {layout.pipeline} is more stages than the model has layers ({layers}); use at most {layers}"
+
+
+def family_tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of a split over tensor ranks."""
+    if layout.tensor == 1:
+        return
+    family = family_of(model)
+    if (refusal := _refused("tensor", model, family)) is not None or family is None:
+        yield f"tensor parallel {layout.tensor} of model_type {model['model_type']!r}: {refusal}; set it to 1"
+        return
+    if isinstance(family, Derived):
+        yield from _derived_split(layout, model, family)
+        return
+    heads = family.value(model, "num_attention_heads")
+    if heads % layout.tensor:
+        yield f"tensor parallel {layout.tensor} does not divide the {heads} heads; sizes that do: {divisors(heads)}"
+    kv_heads = family.value(model, "num_key_value_heads") or heads
+    if kv_heads % layout.tensor and layout.tensor % kv_heads:
+        yield f"tensor parallel {layout.tensor} neither divides nor is a multiple of the {kv_heads} key-value heads"
+    table = parameter_table(model)
+    inner_sizes = {spec.parts[0] for spec in table if spec.kind == "column" and spec.tensor and spec.tensor.grain == 1}
+    for inner in sorted(inner_sizes):
+        if inner % layout.tensor:
+            yield f"tensor parallel {layout.tensor} does not divide the {inner} units of the MLP"
+    if unknown := next((spec.name for spec in table if spec.kind == "unknown"), None):
+        yield f"tensor parallel of {model['model_type']}: its record does not say whether {unknown} feeds split linears"
+
+
+def _refused(axis: Axis, model: Mapping[str, Any], family: Family | Derived | None) -> str | None:
+    """Why a family has no layout on an axis; None where it has one."""
+    if family is None:
+        return f"nothing is derived of it without torch and transformers; there are records of {', '.join(FAMILIES)}"
+    return family.refusals.get(axis) if isinstance(family, Derived) else None
+
+
+def _derived_split(layout: Layout, model: Mapping[str, Any], family: Derived) -> Iterator[str]:
+    """Whether every split part of a derived table can be shared out, and its blocks then run."""
+    size, lacking = layout.tensor, {}
+    for spec in parameter_table(model, size):
+        if spec.tensor is None or spec.kind == "vocab":
+            continue
+        for part in spec.parts:
+            units = part // spec.tensor.grain
+            copied = spec.tensor.grain > 1 and units == family.sizes["num_key_value_heads"] and size % units == 0
+            if units % size and not copied:
+                lacking.setdefault(family.relative(spec) or spec.name, units)
+    for name, units in lacking.items():
+        yield f"tensor parallel {size} does not divide the {units} units of {name}; sizes that do: {divisors(units)}"
+    if lacking:
+        return
+    from ..modeling.derived.shapes import shapes_fit
+
+    if problem := shapes_fit(dict(model), size):
+        yield f"tensor parallel {size} of model_type {model['model_type']!r}: split as transformers says, {problem}"
+
+
+def family_sequence(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of a split over sequence ranks."""
+    size = layout.sequence
+    if size == 1:
+        return
+    if layout.pipeline > 1:
+        yield f"sequence parallel {size} with pipeline {layout.pipeline}: DeepSpeed cannot; set one of them to 1"
+    if recipe.data.seq_len % size:
+        yield f"sequence parallel {size} does not divide data.seq_len {recipe.data.seq_len}"
+    family = family_of(model)
+    if refusal := family is not None and _refused("sequence", model, family):
+        yield f"sequence parallel {size} of model_type {model['model_type']!r}: {refusal}; set it to 1"
+        return
+    heads = (family.value(model, "num_attention_heads") if family else model.get("num_attention_heads")) or size
+    among = f" of each of {layout.tensor} tensor-parallel ranks" if layout.tensor > 1 else ""
+    heads //= layout.tensor
+    if heads % size:
+        yield f"sequence parallel {size} does not divide the {heads} heads{among}; sizes that do: {divisors(heads)}"
+    kv_heads = max(1, (model.get("num_key_value_heads") or heads * layout.tensor) // layout.tensor)
+    if kv_heads % size and size % kv_heads:
+        yield f"sequence parallel {size} neither divides nor is a multiple of the {kv_heads} key-value heads{among}"
+
+
+def divisors(number: int) -> str:
+    """In words, for messages."""
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
