@@ -56,14 +56,10 @@ class Builder:
         self._model, self.specs = model_and_specs(config, ranks.tensor_size)
         materialise_buffers(self._model, ranks.device)
         self.values, self.dtype, self.ranks = values or put_off(drawn_values(config, seed)), dtype, ranks
-        self.vocab_size, self.shape, self.checkpointing = (
-            config["vocab_size"],
-            family.shape or (1.0, 0.0),
-            checkpointing,
-        )
+        self.vocab_size, self.shape = config["vocab_size"], family.shape or (1.0, 0.0)
         self.config: Any = self._model.config.get_text_config()
         self.columns, self.width = self._model.get_input_embeddings().weight.shape
-        self.tied = f"{family.head}.weight" not in self.specs
+        self.tied, self.checkpointing = f"{family.head}.weight" not in self.specs, checkpointing
         self.outline = Outline(self._model, self.blocks, family.embedding, self.last_norm)
         # what has weights before the blocks, beside the embedding
         self.before = [name for name in self.outline.outside if any(s.startswith(f"{name}.") for s in self.specs)]
@@ -76,9 +72,8 @@ class Builder:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
-                    module._parameters[key] = make_parameter(
-                        spec, self.values, self.dtype, self.ranks, self.packs(spec)
-                    )
+                    made = make_parameter(spec, self.values, self.dtype, self.ranks, self.packs(spec))
+                    module._parameters[key] = made
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
         split_over_ranks(holder, self.family, self.ranks, name)
@@ -104,8 +99,7 @@ class Builder:
         self._memo = positions, positions._version, [replace(call, hidden=positions) for call in calls]
 
     def _run(self, hidden: Tensor, positions: Tensor, training: bool) -> list[Call]:
-        mask = text_lengths(positions) if self.family.by_text else None
-        return self.outline.run(hidden, positions, mask, training)[0]
+        return self.outline.run(hidden, positions, text_lengths(positions) if self.family.by_text else None, training)[0]
 
     def layers(self) -> list[LayerSpec]:
         """The whole model as layers, none of them made yet."""
