@@ -31,7 +31,7 @@ from tests.distributed.torch_engine import GPT2, PlainEngine
 from zeropipe.trainer.checkpoint.boxes import pieces
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import CheckpointManifest, Digest, box_tensor
-from zeropipe.trainer.checkpoint.index import INDEX, Index, rows_of_rank
+from zeropipe.trainer.checkpoint.index import INDEX, BoxIndex, rows_of_rank
 from zeropipe.trainer.checkpoint.loader import load, newest_shared
 from zeropipe.trainer.checkpoint.safetensors_writer import FileTensor
 from zeropipe.trainer.checkpoint.sharing import reading_shares
@@ -132,7 +132,7 @@ class Reading:
     files: int  # that it opens
 
 
-def reading(index: Index, config: Mapping[str, Any], layout: Layout, rank: int) -> Reading:
+def reading(index: BoxIndex, config: Mapping[str, Any], layout: Layout, rank: int) -> Reading:
     """Counts with the product's own index."""
     nbytes, examined, boxes, files = 0, 0, 0, set[str]()
     for own in layout.held(config, rank):
@@ -151,7 +151,7 @@ def reading(index: Index, config: Mapping[str, Any], layout: Layout, rank: int) 
 class Stored:
     """A checkpoint of a layout: its index, and what its ranks tell of it."""
 
-    index: Index
+    index: BoxIndex
     keys: int  # boxes of all files
     told: int  # bytes of the most that a rank tells of where its boxes are
     share: int  # bytes of the most that a rank writes
@@ -166,8 +166,8 @@ def stored_by(config: Mapping[str, Any], layout: Layout, folder: Path) -> Stored
         ranks.append(rows_of_rank(rank, tensors, shapes))
         keys, share = keys + len(tensors), max(share, sum(tensor.nbytes for tensor in tensors))
         told = max(told, len(pickle.dumps(ranks[-1])))
-    Index.of(ranks).write(folder / INDEX)
-    return Stored(Index.open(folder, list), keys, told, share, (folder / INDEX).stat().st_size)
+    BoxIndex.of(ranks).write(folder / INDEX)
+    return Stored(BoxIndex.open(folder, list), keys, told, share, (folder / INDEX).stat().st_size)
 
 
 def initial_values(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]:

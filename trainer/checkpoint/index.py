@@ -44,7 +44,7 @@ class BoxRows(NamedTuple):
     columns: np.ndarray
 
 
-class Index:
+class BoxIndex:
     """Finds boxes. `columns` gives those of one parameter as in `BoxRows`, which may be a view of a file.
 
     Args:
@@ -61,7 +61,7 @@ class Index:
         self.shapes, self._kinds, self._reach, self._columns = shapes, kinds, reach, columns
 
     @classmethod
-    def open(cls, folder: Path, rank_files: Callable[[], Sequence[str]]) -> Index:
+    def open(cls, folder: Path, rank_files: Callable[[], Sequence[str]]) -> BoxIndex:
         """That of a checkpoint; `rank_files` names its files, in case it has none."""
         path = folder / INDEX
         if not path.is_file():
@@ -74,7 +74,7 @@ class Index:
         return cls(shapes, kinds, reach, lambda name: file.get_tensor(name).numpy())
 
     @classmethod
-    def of(cls, ranks: Sequence[Mapping[str, BoxRows]]) -> Index:
+    def of(cls, ranks: Sequence[Mapping[str, BoxRows]]) -> BoxIndex:
         """What the ranks wrote, put together."""
         kinds = sorted({kind for rows in ranks for own in rows.values() for kind in own.kinds})
         merged: dict[str, list[BoxRows]] = {}

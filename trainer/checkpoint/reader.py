@@ -18,7 +18,7 @@ from ...data_prep.errors import UserError
 from .boxes import Box, Shape
 from .files import STATE, CheckpointManifest
 from .folder import newest_checkpoint
-from .index import Index, StoredBox
+from .index import BoxIndex, StoredBox
 
 MASTER = "master"
 _OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may map
@@ -105,8 +105,8 @@ class Checkpoint:
         return tensor
 
     @functools.cached_property
-    def _index(self) -> Index:
-        return Index.open(self.path, lambda: CheckpointManifest.read(self.path).rank_files)
+    def _index(self) -> BoxIndex:
+        return BoxIndex.open(self.path, lambda: CheckpointManifest.read(self.path).rank_files)
 
     def _stored(self, spot: StoredBox) -> Tensor:
         """A stored box, mapped."""

@@ -27,7 +27,7 @@ from .deepspeed_scalars import read_scalars
 from .deepspeed_state import Live
 from .files import PROBE, STATE, Digest, read_back, write_bytes, write_rank
 from .folder import CHECKPOINTS, begin, clear_leftovers, partial_path, prune, publish, surplus
-from .index import INDEX, Index, rows_of_rank
+from .index import INDEX, BoxIndex, rows_of_rank
 from .safetensors_writer import FileTensor
 from .snapshot import HeldRange, Share, Snapshot, live_tensors, shares
 
@@ -234,7 +234,7 @@ class SnapshotWriter:
         """What rank 0 adds when all have written; and which checkpoints are to go now."""
         partial = partial_path(self._folder, step)
         files[STATE] = write_bytes(partial / STATE, record)
-        files[INDEX] = Index.of([pickle.loads(rows) for rows in self._rows.values()]).write(partial / INDEX)
+        files[INDEX] = BoxIndex.of([pickle.loads(rows) for rows in self._rows.values()]).write(partial / INDEX)
         if probe is not None:
             files[PROBE] = write_bytes(partial / PROBE, safetensors.torch.save(dict(probe)))
         path = publish(self._folder, step, files, milestone=bool(self._milestone and step % self._milestone == 0))

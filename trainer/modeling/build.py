@@ -28,7 +28,7 @@ from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
-from .values import Cut, RandomValues, Values, dealt, kept, put_off
+from .values import Cut, RandomValues, Values, dealt, piece_of_rank, put_off
 
 
 def build_model(
@@ -120,7 +120,7 @@ def make_parameter(
             DeepSpeed sends it to the others when its engine is made.
     """
     filled = everywhere or ranks.replica == 0
-    return _parameter(spec, kept(values(spec), spec, dtype, ranks, None if filled else []))
+    return _parameter(spec, piece_of_rank(values(spec), spec, dtype, ranks, None if filled else []))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Maker:
             return make_parameter(spec, values, self.dtype, self.ranks, everywhere=self.packs(spec))
         if by is not None:
             return _drawn_share(spec, values, self.dtype, self.cut, by)
-        return _parameter(spec, kept(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec)))
+        return _parameter(spec, piece_of_rank(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec)))
 
 
 def _parameter(spec: ParamSpec, data: Tensor) -> nn.Parameter:
@@ -156,14 +156,14 @@ def _drawn_share(spec: ParamSpec, draw: Values, dtype: torch.dtype, cut: Cut, by
     """What this rank keeps of a parameter under ZeRO-3, in its place; replica `by` draws it whole. Collective."""
     ranks, draws = cut.ranks, cut.ranks.replica == by
     if ranks.replicas == 1 or cut.secondary > 1:  # with a second copy a rank keeps more than its share
-        data = kept(draw(spec), spec, dtype, ranks, None if draws else [])
+        data = piece_of_rank(draw(spec), spec, dtype, ranks, None if draws else [])
         if ranks.replicas > 1:
             dist.broadcast(data.view(-1).view(torch.uint8), group_src=by, group=ranks.replica_group)
         return _parameter(spec, data)
-    data, parts = kept(draw(spec), spec, dtype, ranks, []), None
+    data, parts = piece_of_rank(draw(spec), spec, dtype, ranks, []), None
     own = data.new_empty(cut.share(data.numel()))
     if draws:
-        whole = kept(draw(spec), spec, dtype, ranks).flatten()
+        whole = piece_of_rank(draw(spec), spec, dtype, ranks).flatten()
         padded = F.pad(whole, (0, len(own) * ranks.replicas - len(whole)))
         parts = [part.view(torch.uint8) for part in padded.split(len(own))]
     dist.scatter(own.view(torch.uint8), parts, group_src=by, group=ranks.replica_group)

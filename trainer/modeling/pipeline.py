@@ -99,17 +99,17 @@ class Builder:
         self._memo = positions, positions._version, [replace(call, hidden=positions) for call in calls]
 
     def _run(self, hidden: Tensor, positions: Tensor, training: bool) -> list[Call]:
-        return self.outline.run(hidden, positions, text_lengths(positions) if self.family.by_text else None, training)[0]
+        mask = text_lengths(positions) if self.family.by_text else None
+        return self.outline.run(hidden, positions, mask, training)[0]
 
     def layers(self) -> list[LayerSpec]:
         """The whole model as layers, none of them made yet."""
         embedding = functools.partial(TiedLayerSpec, "embedding", Embedding, self, tied_weight_attr="table.weight")
         first = [embedding() if self.tied else LayerSpec(Embedding, self)]
-        if self.before:
-            first.append(LayerSpec(Positions, self))
+        first += [LayerSpec(Positions, self)] if self.before else []
         blocks = [LayerSpec(Block, self, layer) for layer in range(self.config.num_hidden_layers)]
-        head = embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
-        return [*first, *blocks, LayerSpec(Norm, self), head]
+        last = LayerSpec(Norm, self), embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
+        return [*first, *blocks, *last]
 
     def layer_names(self) -> list[list[str]]:
         """Hugging Face's names of every layer's parts."""

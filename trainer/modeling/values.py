@@ -47,7 +47,7 @@ class _PutOff:
         return self._make()[index]
 
 
-def kept(
+def piece_of_rank(
     full: Any, spec: ParamSpec, dtype: torch.dtype, ranks: Ranks, ranges: Sequence[tuple[int, int]] | None = None
 ) -> Tensor:
     """This tensor-parallel rank's piece of a parameter, on the device that trains, zero where it is padded.
@@ -163,7 +163,7 @@ class FolderValues:
 
 
 def merge_slices(pieces: list[Tensor], spec: ParamSpec) -> Tensor:
-    """The whole parameter in Hugging Face's shape from every tensor rank's piece: the inverse of `kept`."""
+    """The whole parameter in Hugging Face's shape from every tensor rank's piece: the inverse of `piece_of_rank`."""
     if spec.dim is None:
         return pieces[0]
     full = pieces[0].new_empty(spec.padded_shape)

@@ -81,10 +81,10 @@ def test_a_rank_opens_what_it_reads_and_no_header_is_scanned(run, monkeypatch):
 def test_without_an_index_it_is_read_from_the_headers(run):
     """As checkpoints of earlier versions are."""
     (step,) = (run / "checkpoints").glob("step-*")
-    with_index = checkpoint_index.Index.open(step, list)
+    with_index = checkpoint_index.BoxIndex.open(step, list)
     files = [path.name for path in sorted(step.glob("rank-*"))]
     (step / checkpoint_index.INDEX).unlink()
-    scanned = checkpoint_index.Index.open(step, lambda: files)
+    scanned = checkpoint_index.BoxIndex.open(step, lambda: files)
     assert scanned.shapes == with_index.shapes
     for spec in TABLE:
         assert scanned.kinds(spec.name) == with_index.kinds(spec.name) == ["exp_avg", "exp_avg_sq", "master"]
