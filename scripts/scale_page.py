@@ -56,6 +56,7 @@ engine/replicas.py | each `check_replicas` steps | largest and smallest checksum
 engine/zero.py | step | ZeRO-0 with tensor ranks: the gradient's norm | 2 log tensor |
 engine/pipeline.py | save, evaluation | activations from stage to stage, logits back | 2 + log stages |
 modeling/tensor_parallel.py | step | activations, over tensor ranks | 2 log tensor a layer |
+modeling/derived/words.py | step | the same in derived families; columns, where a layer is cut so | tensor - 1 a layer |
 modeling/cross_entropy.py | step | sums over tensor ranks | 2 log tensor |
 modeling/sequence_parallel.py | step | heads for tokens, over sequence ranks | sequence - 1 a layer |
 testing/curves.py | parity alone | weights, to compare | N - 1 |
