@@ -39,7 +39,7 @@ def pairings(hosts: int) -> list[list[tuple[int, int]]]:
 
 
 def measure(place: dict[str, str]) -> dict[str, Any]:
-    """Seconds and bytes a second, of this rank; `pairs`: of the first rank of each host, by the other host's number."""
+    """Seconds and bytes a second, of this rank; `pairs`: of each host's first rank, by the number of a later host."""
     import torch
     import torch.distributed as dist
 
@@ -78,7 +78,8 @@ def measure(place: dict[str, str]) -> dict[str, Any]:
 
 
 def _pairs(first: list[int], values: int, device: Any) -> dict[str, list[float]]:
-    """Round-trip seconds of a small message and bytes a second of large ones, with every host it is paired with."""
+    """Round-trip seconds of a small message and bytes a second of large ones, with every host it is paired with and
+    comes before."""
     import torch
     import torch.distributed as dist
 
@@ -100,7 +101,8 @@ def _pairs(first: list[int], values: int, device: Any) -> dict[str, list[float]]
                     float(data[0])  # waits for the device
                     turns.append(time.perf_counter() - began)
                 times.append(min(turns))  # what the link can do, whatever else keeps the hosts busy
-            found[str(high if starts else low)] = [times[0], 2 * 4 * values / times[1]]
+            if starts:  # there and back: the other one is done when its answer has gone into a buffer
+                found[str(high)] = [times[0], 2 * 4 * values / times[1]]
     return found
 
 

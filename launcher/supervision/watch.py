@@ -6,13 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data_prep.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 from ...trainer.keeper.pulse import PHASES, SET_UP, STEP
 from ...trainer.keeper.wire import SILENCE_SECONDS, Word
-from ...trainer.recipe.recipe import Recipe
 from .switchboard import Switchboard
+
+if TYPE_CHECKING:
+    from ...trainer.recipe.recipe import Recipe
 
 FROZEN_SECONDS = 6.0  # stopped by a signal for so long: for good
 BEGIN_SECONDS = 60.0  # after the first rank, for the others to begin

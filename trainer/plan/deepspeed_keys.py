@@ -143,7 +143,11 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
     (("gradient_allreduce_op",), ("mean",), "the step would depend on the number of ranks; use mean"),
     (("data_efficiency", "enabled"), (False,), "it draws samples in an order of its own; leave it out"),
     (("hybrid_engine", "enabled"), (False,), "for generating between steps; use eval.prompts or `zeropipe generate`"),
-    (("autotuning", "enabled"), (False,), "it restarts runs of its own; `zeropipe tune` finds layout and micro batch"),
+    (
+        ("autotuning", "enabled"),
+        (False,),
+        "it restarts runs of its own; use `zeropipe tune` for layout and micro batch",
+    ),
     (("expert_parallel",), (), "it replaces modules that checkpoints go by; use zero_optimization.stage 3"),
     (("weight_quantization",), (), "for inference; use adapter qlora to train on weights in four bits"),
     (("use_data_before_expert_parallelism",), (False,), "there is no expert parallelism here; leave it out"),

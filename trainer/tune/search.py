@@ -95,7 +95,7 @@ def base_plan(recipe: Recipe, ds: Mapping[str, Any]) -> Plan:
     """The run on one device, whose model, data and global batch every layout has.
 
     Raises:
-        UserError: the family has no table of parameters; or as `make_plan`.
+        UserError: nothing is known of the family's work; or as `make_plan`.
     """
     alone = Layout(world=1, data=1, zero_stage=1)
     json = {key: value for key, value in json_for(ds, alone, 1, False, None).items() if key != OWNED[1]}
@@ -106,11 +106,11 @@ def base_plan(recipe: Recipe, ds: Mapping[str, Any]) -> Plan:
             "tune keeps the global batch, whatever the layout: state batch.global (sequences of one step) in the recipe"
         )
     plan = make_plan(with_pipeline(recipe, 1), json, 1)
-    if plan.memory is None:
-        family = plan.model_config["model_type"]
+    family = plan.model_config["model_type"]
+    if family not in FAMILIES:
         raise UserError(
-            f"tune cannot count the work of model_type {family!r}: it has no table of parameters; there are tables for "
-            f"{', '.join(FAMILIES)}. Such a model trains on the ZeRO stages: try them with --deepspeed_config"
+            f"tune cannot count the work of model_type {family!r}: it can for {', '.join(FAMILIES)}. Such a model "
+            "trains all the same, on the layouts that `zeropipe plan` takes: try them with --deepspeed_config"
         )
     return plan
 
