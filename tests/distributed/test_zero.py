@@ -260,8 +260,8 @@ def _stop_at_once(recipe, ds):
 
     real = loop.build_engine
 
-    def build(*arguments):
-        engine = real(*arguments)
+    def build(*arguments, **options):
+        engine = real(*arguments, **options)
         if engine.ranks.rank == 1:  # one rank alone is asked: all must stop at the same step
             os.kill(os.getpid(), signal.SIGTERM)
         return engine
