@@ -37,6 +37,7 @@ check: setup
 
 verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
+	$(BIN)/python -m scripts.scale docs/scale.md
 
 bench: setup
 	$(BIN)/python scripts/bench.py docs/performance.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .checkpoint.loader import resolve_resume
 from .engine.build import build_engine
 from .engine.checkpoints import Checkpoints
 from .engine.reference import with_reference
@@ -32,11 +33,12 @@ def train(plan: Plan, ranks: Ranks) -> TrainState:
         stop,
     ):
         data = RunData.open(plan, ranks)
-        engine = build_engine(plan, ranks)
+        checkpoint = resolve_resume(plan.recipe.output, plan.recipe.resume, ranks)
+        engine = build_engine(plan, ranks, resumes=checkpoint is not None)
         data = with_reference(data, engine)
         with data.stream(ranks) as stream, Checkpoints(engine, data, stream, log) as checkpoints:
             evaluator, replicas = Evaluator(engine, data, log), Replicas(engine, log)
-            state, profile = checkpoints.resume_or_start(), Profile(plan, engine.deepspeed, log)
+            state, profile = checkpoints.resume_or_start(checkpoint), Profile(plan, engine.deepspeed, log)
             while not state.done:
                 engine.pulse.step(state.step)
                 with waiting_at_most(waits.timeout):

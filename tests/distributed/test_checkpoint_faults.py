@@ -385,6 +385,7 @@ def test_every_file_is_on_the_disk_before_the_name_is_given(tmp_path, monkeypatc
     assert events == [
         "sync rank-00000.safetensors",
         "sync state.json",
+        "sync index.safetensors",
         "sync manifest.json",
         "sync .step-00000001.partial",
         "rename .step-00000001.partial step-00000001",

@@ -25,7 +25,7 @@ from zeropipe.trainer.export.load import load_model
 from zeropipe.trainer.export.peft_adapter import export_adapter
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.metrics.reading import read_metrics
-from zeropipe.trainer.modeling.build import RandomValues
+from zeropipe.trainer.modeling.values import RandomValues
 from zeropipe.trainer.testing.curves import plain_model, whole_batch
 from zeropipe.trainer.testing.plain import Curve, train_plainly
 

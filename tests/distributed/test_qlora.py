@@ -124,7 +124,7 @@ def packed_bits(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[int, bool]:
 
     from zeropipe.trainer.adapters.quantised import QuantisedLinear, round_trip
     from zeropipe.trainer.engine.build import build_engine
-    from zeropipe.trainer.modeling.build import RandomValues
+    from zeropipe.trainer.modeling.values import RandomValues
     from zeropipe.trainer.ranks.ranks import join_world
     from zeropipe.trainer.run.data import RunData
     from zeropipe.trainer.run.quiet import quiet

@@ -248,9 +248,9 @@ def _evaluate_on_other_data(recipe: dict, ds: dict) -> str:
 BAD_DISK = """
 import os, sys
 from zeropipe.trainer.commands.train import main
-from zeropipe.trainer.modeling import build
+from zeropipe.trainer.modeling import values
 
-real, reads = build.safe_open, []
+real, reads = values.safe_open, []
 
 def safe_open(file, framework):
     reads.append(file)
@@ -258,7 +258,7 @@ def safe_open(file, framework):
         raise OSError(5, "Input/output error", str(file))
     return real(file, framework)
 
-build.safe_open = safe_open
+values.safe_open = safe_open
 code = main(sys.argv[1:])
 sys.stderr.flush()
 os._exit(code)

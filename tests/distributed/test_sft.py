@@ -29,7 +29,7 @@ from tests.unit.trainer.data.test_samples import raw_records
 from zeropipe.data_prep.store import TRAINED
 from zeropipe.trainer.data.samples import Packs, open_samples, sample_order
 from zeropipe.trainer.families.specs import parameter_table
-from zeropipe.trainer.modeling.build import RandomValues
+from zeropipe.trainer.modeling.values import RandomValues
 
 pytestmark = pytest.mark.distributed
 STEPS, SEED, BATCH, SEQ, CLIP = 20, 1234, 8, 32, 0.3

@@ -14,9 +14,9 @@ from zeropipe.trainer.families.registry import family_of
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.modeling.build import build_model
 from zeropipe.trainer.modeling.cross_entropy import Scoring, token_losses
-from zeropipe.trainer.modeling.slices import local_slice, merge_slices
 from zeropipe.trainer.modeling.split_randomness import SplitRandomness
 from zeropipe.trainer.modeling.tensor_parallel import RowParallelLinear, parallelise
+from zeropipe.trainer.modeling.values import merge_slices, piece_of_rank
 from zeropipe.trainer.ranks.ranks import Ranks, init_distributed
 
 pytestmark = pytest.mark.distributed
@@ -166,7 +166,9 @@ def test_slices_put_together_are_the_whole():
         for size in (1, 2, 4):
             for spec in parameter_table(config, size):
                 whole = reference.values(spec)
-                pieces = [local_slice(whole, spec, rank, size) for rank in range(size)]
+                pieces = [
+                    piece_of_rank(whole, spec, whole.dtype, Ranks(tensor=n, tensor_size=size)) for n in range(size)
+                ]
                 assert [tuple(piece.shape) for piece in pieces] == [
                     spec.local_shape(rank, size) for rank in range(size)
                 ]

@@ -32,7 +32,7 @@ from zeropipe.trainer.checkpoint.reader import Checkpoint
 from zeropipe.trainer.data.ledger import digest, sample_ids
 from zeropipe.trainer.data.order import SampleOrder, Source
 from zeropipe.trainer.families.specs import parameter_table
-from zeropipe.trainer.modeling.build import RandomValues
+from zeropipe.trainer.modeling.values import RandomValues
 
 pytestmark = pytest.mark.distributed
 STEPS, SEED, BATCH, SEQ, CLIP = 20, 1234, 8, 32, 0.3
@@ -260,8 +260,8 @@ def _stop_at_once(recipe, ds):
 
     real = loop.build_engine
 
-    def build(*arguments):
-        engine = real(*arguments)
+    def build(*arguments, **options):
+        engine = real(*arguments, **options)
         if engine.ranks.rank == 1:  # one rank alone is asked: all must stop at the same step
             os.kill(os.getpid(), signal.SIGTERM)
         return engine

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zeropipe.trainer.families.specs import ParamSpec, parameter_seed
-from zeropipe.trainer.modeling.slices import local_slice
+from zeropipe.trainer.modeling.values import piece_of_rank
 from zeropipe.trainer.ranks.ranks import Ranks
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -58,7 +58,7 @@ class PlainEngine:
         return p
 
     def _local(self, spec: ParamSpec, kind: str, version: int) -> Tensor:
-        return local_slice(known(spec, kind, version), spec, self.ranks.tensor, self.ranks.tensor_size).clone()
+        return piece_of_rank(known(spec, kind, version), spec, torch.float32, self.ranks)
 
     def wrong(self, version: int) -> list[str]:
         """Tensors that are not, bit for bit, this rank's slice of the known ones."""

@@ -35,6 +35,9 @@ class Scale:
         name = spec.name.removesuffix("weight") + "scale"
         return [ParamSpec(name, spec.shape[:1], "replicated", init="ones", layer=spec.layer)]
 
+    def packs(self, spec: ParamSpec) -> bool:
+        return False
+
     def convert(self, module: nn.Module, compute: torch.dtype) -> nn.Module:
         return module
 

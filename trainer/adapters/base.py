@@ -49,6 +49,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def packs(self, spec: ParamSpec) -> bool:
+        """Whether `convert` makes something else of a parameter, so that every rank needs all of its values."""
+        ...
+
     def inject(self, module: nn.Module, make: Make) -> None:
         """Puts its parameters into a model or a part of one, whose own are frozen and carry `.spec`.
 

@@ -42,21 +42,19 @@ def base_of(init: str, seed: int, ranks: Ranks | None = None) -> Base:
     if init == RANDOM:
         return Base(RANDOM, _digest({"seed": seed}))
     folder = Path(init).absolute()
+    ranks = ranks or Ranks()
     if not (folder / "config.json").is_file():
-        # the one that its weights will be read from: with others before it, one that is damaged is passed over
-        several = len(step_folders(folder)) > 1
-
-        def newest(reads: bool) -> Path | None:
-            return newest_checkpoint(folder, read=several) if reads else None
-
-        checkpoint = newest(True) if ranks is None else ranks.of_main(ranks.together(lambda: newest(ranks.is_main)))
-        assert checkpoint is not None
-        return Base(str(checkpoint), json.loads((checkpoint / MANIFEST).read_bytes())["self"])
+        return ranks.of_main(ranks.together(lambda: _of_checkpoint(folder) if ranks.is_main else None))
     files = sorted(folder.glob("*.safetensors"))
-    if ranks is None:
-        return Base(str(folder), _digest(_hashes(files)))
     mine = ranks.together(lambda: _hashes(files[ranks.rank :: ranks.world]), "cannot read the base", folder)
-    return Base(str(folder), _digest({name: sha for part in ranks.gather_objects(mine) for name, sha in part.items()}))
+    found = {name: sha for part in ranks.gather_on_main(mine) for name, sha in part.items()}
+    return ranks.of_main(Base(str(folder), _digest(found)))
+
+
+def _of_checkpoint(folder: Path) -> Base:
+    # the one that its weights will be read from: with others before it, one that is damaged is passed over
+    checkpoint = newest_checkpoint(folder, read=len(step_folders(folder)) > 1)
+    return Base(str(checkpoint), json.loads((checkpoint / MANIFEST).read_bytes())["self"])
 
 
 def locate(recorded: Base, moved: str | Path | None, what: str) -> str:

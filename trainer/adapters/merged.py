@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ...data_prep.errors import UserError
+from ..checkpoint.loader import newest_shared
 from ..checkpoint.reader import Checkpoint
-from ..modeling.build import FolderValues, RandomValues, Values, model_specs
+from ..modeling.build import model_specs
+from ..modeling.values import FolderValues, RandomValues, Values, all_of
+from ..ranks.ranks import Ranks
 from .base import Adapter
 from .bases import Base, locate
 from .qlora import Onto, Qlora
@@ -51,19 +55,23 @@ class MergedWeights:
             return self._checkpoint.read(name)
         return self._adapter.merge(self._specs[name], self._read, self._stored)
 
+    def part(self, name: str) -> Any:
+        """The tensor, of which is read what it is asked for by an index, where no adapter is folded into it."""
+        return self._checkpoint.part(name) if self._adapter is None else self.read(name)
+
     def lost(self) -> float | None:
         """Norm of what quantisation takes from the weights that it packs, over their norm; None where there is none."""
         if not isinstance(self._adapter, Qlora):
             return None
         gone = whole = 0.0
         for spec in filter(self._adapter.packs, self._specs.values()):
-            weight = self._base(spec).float()
+            weight = all_of(self._base, spec).float()
             gone += float((self._adapter.quantised(spec, weight) - weight).square().sum())
             whole += float(weight.square().sum())
         return (gone / whole) ** 0.5
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name) if name in self._stored else self._base(self._specs[name]).float()
+        return self._checkpoint.read(name) if name in self._stored else all_of(self._base, self._specs[name]).float()
 
 
 def base_values(checkpoint: Checkpoint, moved: str | Path | None = None) -> Values:
@@ -77,16 +85,18 @@ def base_values(checkpoint: Checkpoint, moved: str | Path | None = None) -> Valu
     return initial_values(init) or RandomValues(checkpoint.state["seed"])
 
 
-def initial_values(init: str) -> Values | None:
+def initial_values(init: str, ranks: Ranks | None = None) -> Values | None:
     """The values of `model.init`: None (random), a Hugging Face folder's, or those of a run's newest checkpoint.
+    Collective where `ranks` are given, which share the reading that verifies a checkpoint.
 
     Raises:
         UserError: nothing there to read, or it is damaged.
     """
     if init == "random":
         return None
-    folder = Path(init)
-    if (folder / "config.json").is_file():
-        return FolderValues(folder)
-    weights = MergedWeights(Checkpoint.open(folder))
-    return lambda spec: weights.read(spec.name)
+    folder, ranks = Path(init), ranks or Ranks()
+    if ranks.together(lambda: (folder / "config.json").is_file()):
+        return ranks.together(lambda: FolderValues(folder))
+    checkpoint = newest_shared(folder, ranks, "model.init: ")
+    weights = ranks.together(lambda: MergedWeights(checkpoint))
+    return lambda spec: weights.part(spec.name)

@@ -114,8 +114,7 @@ def _holding(live: Live, name: str, p: Parameter, wrapped: Mapping[Parameter, _F
         start, stop, flat = 0, p.numel(), _FlatRange(p, 0, p.numel())
     replica, replicas = 0, 1
     if not _partitioned(p):  # every data-parallel rank holds it whole
-        replica = ranks.data * ranks.sequence_size + ranks.sequence
-        replicas = ranks.data_size * ranks.sequence_size
+        replica, replicas = ranks.replica, ranks.replicas
     views = flat.views(base_optimizer(engine).state) if flat is not None else {}
     local_shape = spec.local_shape(ranks.tensor, ranks.tensor_size)
     return Holding(name, spec, p, start, stop, replica, replicas, local_shape, views)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -117,14 +117,31 @@ def write_rank(
         OSError: the disk is full, or the folder cannot be written.
     """
     files = {}
-    for index, group in enumerate(in_groups(tensors, _FILE_LIMIT)):
-        file_name = f"rank-{rank:05d}{f'-{index}' if index else ''}.safetensors"
-        names = dict.fromkeys(parse_key(tensor.key)[1] for tensor in group)
-        metadata = {"shapes": json.dumps({name: list(shapes[name]) for name in names})}
-        with HashedFile(folder / file_name) as file:
+    for part, (group, metadata) in enumerate(tensor_groups(tensors, shapes)):
+        with HashedFile(folder / rank_file(rank, part)) as file:
             write_safetensors(file, group, metadata)
-            files[file_name] = file.finish()
+            files[rank_file(rank, part)] = file.finish()
     return files
+
+
+def tensor_groups(
+    tensors: Sequence[FileTensor], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Sequence[FileTensor], dict[str, str]]]:
+    """A rank's boxes file by file, each with its metadata."""
+    for group in in_groups(tensors, _FILE_LIMIT):
+        names = dict.fromkeys(parse_key(tensor.key)[1] for tensor in group)
+        yield group, {"shapes": json.dumps({name: list(shapes[name]) for name in names})}
+
+
+def rank_file(rank: int, part: int) -> str:
+    """Name of a rank's file number `part`."""
+    return f"rank-{rank:05d}{f'-{part}' if part else ''}.safetensors"
+
+
+def rank_of_file(name: str) -> tuple[int, int]:
+    """Rank and part of a name that `rank_file` gave."""
+    rank, _, part = name.removeprefix("rank-").removesuffix(".safetensors").partition("-")
+    return int(rank), int(part or 0)
 
 
 @dataclass(frozen=True)

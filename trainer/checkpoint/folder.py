@@ -21,11 +21,10 @@ from .files import (
     MANIFEST,
     STATE,
     CheckpointManifest,
-    DamagedError,
     Digest,
-    digest_problems,
     size_problems,
 )
+from .sharing import problems_of
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -95,7 +94,7 @@ def publish(folder: Path, step: int, files: Mapping[str, Digest], milestone: boo
             f"{folder}: rank 0 does not see what other ranks wrote ({missing[0]}): "
             "the output folder must be shared by all hosts"
         )
-    sequence = 1 + max((item.sequence or 0 for item in ls(folder)), default=0)
+    sequence = 1 + max((_sequence(step) or 0 for step in step_folders(folder)), default=0)
     CheckpointManifest(step, sequence, files, milestone).write(partial)
     publish_folder(partial, path, _replaced_path(folder, path.name))  # what is there: of a run resumed from before
     write_durably(folder / LATEST, f"{path.name}\n")
@@ -116,11 +115,19 @@ def step_folders(path: str | Path) -> list[Path]:
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
 
     def age(step: Path) -> tuple[float, str]:
-        item = inspect(step)
+        sequence = _sequence(step)
         # one without a readable manifest counts as newest, so that it is reported and not skipped in silence
-        return (item.sequence if item.sequence is not None else float("inf"), step.name)
+        return (sequence if sequence is not None else float("inf"), step.name)
 
     return sorted(found, key=age, reverse=True)
+
+
+def _sequence(step: Path) -> int | None:
+    """As its manifest says; None where that cannot be read."""
+    try:
+        return CheckpointManifest.read(step).sequence
+    except UserError:
+        return None
 
 
 def _is_renamed(path: Path) -> bool:
@@ -150,24 +157,6 @@ def verify_checkpoints(path: str | Path) -> dict[Path, list[str]]:
     return {p: problems_of(p) for p in reversed(step_folders(path))}
 
 
-def problems_of(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
-    """What is wrong with one checkpoint; of the digests, the share of one of several readers.
-
-    Raises:
-        UserError: a newer version of zeropipe wrote it.
-    """
-    try:
-        manifest = CheckpointManifest.read(path)
-    except DamagedError as error:
-        return [str(error)]
-    problems = size_problems(path, manifest.files)
-    if problems:
-        return problems
-    # the largest are dealt out first
-    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))[reader::readers]
-    return digest_problems(path, {name: manifest.files[name] for name in names}, manifest.hash)
-
-
 def steps_in_sight(path: Path) -> list[Path]:
     """`step_folders`, looked for again where `latest` names one that is not among them."""
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
@@ -179,12 +168,6 @@ def steps_in_sight(path: Path) -> list[Path]:
             return False
 
     return retried(lambda: step_folders(path), lost)
-
-
-def lasting_problems(path: Path, reader: int = 0, readers: int = 1) -> list[str]:
-    """`problems_of`, once what is missing has been looked for again: passing over a checkpoint rolls a run back."""
-    retried(lambda: inspect(path).problem, failed=lambda problem: problem is not None)
-    return problems_of(path, reader, readers)
 
 
 def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
@@ -199,7 +182,7 @@ def newest_checkpoint(path: str | Path, read: bool = False) -> Path:
         raise UserError(f"{path}: no checkpoint here (expected a run directory, its checkpoints/, or a step-… folder)")
     damaged: list[str] = []
     for step in steps:
-        problems = lasting_problems(step) if read else list(filter(None, [inspect(step).problem]))
+        problems = problems_of(step) if read else list(filter(None, [inspect(step).problem]))
         if not problems:
             for line in damaged if read else []:
                 print(f"warning: damaged checkpoint: {line}; taking {step.name}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from ..ranks.ranks import Ranks
 from .boxes import Box, Piece, Shape, pieces
 from .deepspeed_scalars import write_scalars
 from .deepspeed_state import Holding, Live, create_state, holdings, kinds_of, refresh_model, whole_states
-from .folder import CHECKPOINTS, clear_leftovers, lasting_problems, steps_in_sight
+from .folder import CHECKPOINTS, clear_leftovers, steps_in_sight
 from .reader import Checkpoint
+from .sharing import reading_shares
 
 _DOING = "cannot read the checkpoint"
 
@@ -68,8 +69,7 @@ def _check_model(checkpoint: Checkpoint, live: Live) -> None:
     """Refuses a checkpoint of other parameters, before anything is touched. Collective."""
     ranks = live.ranks
     mine = {name: p.spec.shape for name, p in live.parameters}  # type: ignore[attr-defined]
-    gathered = ranks.gather_objects(list(mine)) if ranks.pipeline_size > 1 else [list(mine)]
-    wanted = {name for names in gathered for name in names}
+    wanted = {name for names in ranks.gather_over_stages(list(mine)) for name in names}
     own_kinds = kinds_of((p for _, p in live.parameters), checkpoint.state["engine"]["kinds"])
     trained = {name: own_kinds(p) for name, p in live.parameters if p.requires_grad}
 
@@ -112,9 +112,13 @@ def _refuse_untrained(checkpoint: Checkpoint, trained: Mapping[str, Sequence[str
 
 
 def _shared_problems(path: Path, ranks: Ranks) -> list[str]:
-    """What is wrong with a checkpoint; the ranks share the reading and all get the same answer. Collective."""
-    problems = ranks.together(lambda: lasting_problems(path, ranks.rank, ranks.world), _DOING, path)
-    return list(dict.fromkeys(text for of_rank in ranks.gather_objects(problems) for text in of_rank))
+    """What is wrong with a checkpoint; the ranks share the reading and all get the same answer. Collective.
+
+    Rank 0 alone looks at the manifest and at every file's size.
+    """
+    dealt = ranks.together(lambda: reading_shares(path, ranks.world) if ranks.is_main else None, _DOING, path)
+    own = ranks.deal(dealt)
+    return ranks.union(ranks.together(own.problems, _DOING, path))
 
 
 def resolve_resume(output: Path, resume: str, ranks: Ranks) -> Checkpoint | None:
@@ -130,28 +134,41 @@ def resolve_resume(output: Path, resume: str, ranks: Ranks) -> Checkpoint | None
     """
     if resume == "never":
         return None
-    root = Path(output) if resume == "auto" else Path(resume)
+    if resume != "auto":
+        return newest_shared(Path(resume), ranks, "resume: ")
+    folder = output / CHECKPOINTS  # this run's own; another's may be alive
+    ranks.together(lambda: clear_leftovers(folder) if ranks.is_main else None, _DOING, output)
+    return newest_shared(output, ranks, "resume: ", or_none=True)
 
-    def look() -> list[Path]:
-        if resume == "auto":  # this run's own folder; another's may be alive
-            clear_leftovers(root / CHECKPOINTS)
-        return steps_in_sight(root)
 
-    found = ranks.together(lambda: look() if ranks.is_main else [], _DOING, root)
-    candidates: list[Path] = ranks.gather_objects(found)[0]
-    if not candidates and resume != "auto":
-        raise UserError(f"resume: {root} holds no checkpoint (expected a run directory or a step-… folder)")
+@overload
+def newest_shared(root: Path, ranks: Ranks, what: str, or_none: Literal[False] = False) -> Checkpoint: ...
+@overload
+def newest_shared(root: Path, ranks: Ranks, what: str, or_none: bool) -> Checkpoint | None: ...
+def newest_shared(root: Path, ranks: Ranks, what: str, or_none: bool = False) -> Checkpoint | None:
+    """The newest whole checkpoint at `root`, every byte of it verified, for which the ranks share the reading.
+
+    Collective.
+
+    Args:
+        what: begins the messages: which key of the recipe names it.
+        or_none: whether there may be no checkpoint at all.
+
+    Raises:
+        UserError: on every rank: there are checkpoints but none is whole, or none.
+    """
+    candidates = ranks.of_main(ranks.together(lambda: steps_in_sight(root) if ranks.is_main else None, _DOING, root))
+    if not candidates and not or_none:
+        raise UserError(f"{what}{root} holds no checkpoint (expected a run directory or a step-… folder)")
     damaged: list[str] = []
     for path in candidates:
         problems = _shared_problems(path, ranks)
         if not problems:
             for line in damaged if ranks.is_main else []:
-                print(f"warning: damaged checkpoint: {line}; resuming from {path.name}", file=sys.stderr, flush=True)
+                print(f"warning: damaged checkpoint: {line}; {what}taking {path.name}", file=sys.stderr, flush=True)
             return ranks.together(lambda path=path: Checkpoint(path), _DOING, path)
         damaged.append("; ".join(problems))
     if damaged:
-        raise UserError(
-            f"resume: no whole checkpoint in {root}: {'; '.join(damaged)}. "
-            "Restore one, or start afresh with resume: never"
-        )
+        advice = "Restore one" + (", or start afresh with resume: never" if what == "resume: " else "")
+        raise UserError(f"{what}no whole checkpoint in {root}: {'; '.join(damaged)}. {advice}")
     return None

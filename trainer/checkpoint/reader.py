@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...data_prep.errors import UserError
 from .boxes import Box, Shape
-from .files import STATE, CheckpointManifest, parse_key
+from .files import STATE, CheckpointManifest
 from .folder import newest_checkpoint
+from .index import BoxIndex, StoredBox
 
 MASTER = "master"
-_OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may open
+_OPEN_FILES = 64  # of a checkpoint at a time: thousands of ranks write more files than a process may map
 
 
 class Checkpoint:
     """One checkpoint, read tensor by tensor; memory is that of one tensor. Needs no engine and no process group.
 
-    Its files' headers are read when a tensor is first asked for, and only once: pass the object on, not its path.
+    Its index is opened when a tensor is first asked for, and of its files those that hold what is asked for: pass the
+    object on, not its path.
     """
 
     def __init__(self, path: Path) -> None:
+        """The checkpoint at `path`, of which the manifest has been compared with the files, as far as it is to be."""
         self.path = path
-        self._manifest = CheckpointManifest.read(path)
-        self.step = self._manifest.step
         self.state: dict[str, Any] = json.loads((path / STATE).read_bytes())
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self.step: int = self.state["step"]
+        self._open: OrderedDict[str, np.memmap] = OrderedDict()
 
     find = staticmethod(newest_checkpoint)
 
@@ -48,14 +51,14 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Hugging Face's parameter names, tied ones once, sorted."""
-        return sorted(self._shapes)
+        return sorted(self._index.shapes)
 
     def shape(self, name: str) -> Shape:
-        return self._shapes[name]
+        return self._index.shapes[name]
 
     def kinds(self, name: str) -> list[str]:
         """What is stored of a parameter: master, and the moments if it is trained."""
-        return sorted(self._boxes[name])
+        return self._index.kinds(name)
 
     def read(self, name: str, kind: str = MASTER) -> Tensor:
         """The whole fp32 tensor, on the CPU.
@@ -63,12 +66,15 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint holds no such tensor, or not all of it.
         """
-        if kind not in self._boxes.get(name, {}):
-            raise UserError(f"{self.path}: holds no {kind} of {name!r}")
-        tensor = torch.empty(self._shapes[name], dtype=torch.float32)
-        whole = Box.whole(self._shapes[name])
-        self.read_into(name, kind, whole, lambda box: tensor[box.slices])
-        return tensor
+        return self._read(name, kind, Box.whole(self._shape_of(name, kind)))
+
+    def part(self, name: str, kind: str = MASTER) -> TensorPart:
+        """The tensor, of which is read what is asked for.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return TensorPart(self._shape_of(name, kind), functools.partial(self._read, name, kind))
 
     def read_into(self, name: str, kind: str, wanted: Box, target: Callable[[Box], Tensor]) -> None:
         """Copies what is stored of a box into the tensors that `target` gives for the boxes that it is stored in.
@@ -77,48 +83,49 @@ class Checkpoint:
             UserError: not all of it is stored.
         """
         missing = wanted.numel
-        for box, file, key in self._boxes[name][kind]:
-            common = box.intersect(wanted)
+        for spot in self._index.spots(name, kind, wanted):
+            common = spot.box.intersect(wanted)
             if common is None:
                 continue
-            inside = common.moved(box.offset, (0,) * len(box.offset))
-            stored = self._file(file)
-            whole = inside.shape == box.shape
-            values = stored.get_tensor(key) if whole else stored.get_slice(key)[inside.slices]
-            target(common).copy_(values)
+            inside = common.moved(spot.box.offset, (0,) * len(spot.box.offset))
+            target(common).copy_(self._stored(spot)[inside.slices])
             missing -= common.numel
         if missing:
             raise UserError(f"{self.path}: {missing} elements of {kind} of {name!r} are not stored")
 
-    @cached_property
-    def _index(self) -> tuple[dict[str, Shape], dict[str, dict[str, list[tuple[Box, str, str]]]]]:
-        """Shape by name; and by name and kind, the stored boxes, each with its file and its key in it."""
-        shapes: dict[str, Shape] = {}
-        boxes: dict[str, dict[str, list[tuple[Box, str, str]]]] = {}
-        for file in self._manifest.rank_files:
-            stored = self._file(file)
-            shapes |= {name: tuple(shape) for name, shape in json.loads(stored.metadata()["shapes"]).items()}
-            for key in stored.keys():  # noqa: SIM118 (not a mapping)
-                kind, name, offset = parse_key(key)
-                box = Box(offset, tuple(stored.get_slice(key).get_shape()))
-                boxes.setdefault(name, {}).setdefault(kind, []).append((box, file, key))
-        return shapes, boxes
+    def _shape_of(self, name: str, kind: str) -> Shape:
+        if name not in self._index.shapes or kind not in self.kinds(name):
+            raise UserError(f"{self.path}: holds no {kind} of {name!r}")
+        return self.shape(name)
 
-    @property
-    def _shapes(self) -> dict[str, Shape]:
-        return self._index[0]
+    def _read(self, name: str, kind: str, wanted: Box) -> Tensor:
+        tensor = torch.empty(wanted.shape, dtype=torch.float32)
+        here = (0,) * len(wanted.shape)
+        self.read_into(name, kind, wanted, lambda box: tensor[box.moved(wanted.offset, here).slices])
+        return tensor
 
-    @property
-    def _boxes(self) -> dict[str, dict[str, list[tuple[Box, str, str]]]]:
-        return self._index[1]
+    @functools.cached_property
+    def _index(self) -> BoxIndex:
+        return BoxIndex.open(self.path, lambda: CheckpointManifest.read(self.path).rank_files)
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
+    def _stored(self, spot: StoredBox) -> Tensor:
+        """A stored box, mapped."""
+        if spot.file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
-            try:
-                self._open[name] = safetensors.safe_open(self.path / name, framework="pt")
-            except safetensors.SafetensorError as error:
-                raise UserError(f"{self.path / name}: damaged: {error}") from None
-        self._open.move_to_end(name)
-        return self._open[name]
+            self._open[spot.file] = np.memmap(self.path / spot.file, np.uint8, "c")  # torch warns of what is read-only
+        self._open.move_to_end(spot.file)
+        own = self._open[spot.file][spot.position : spot.position + 4 * spot.box.numel]
+        return torch.from_numpy(own.view(np.float32)).view(spot.box.shape)
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """A tensor of a checkpoint that is read when it is indexed, and then no more than the slices ask for."""
+
+    shape: Shape
+    read: Callable[[Box], Tensor]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        ranges = [own.indices(extent) for own, extent in zip(index, self.shape, strict=True)]
+        return self.read(Box(tuple(a for a, _, _ in ranges), tuple(b - a for a, b, _ in ranges)))

@@ -7,16 +7,22 @@ tensor is written.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}  # code, bytes of an element
+_TYPES = {
+    "float32": ("F32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "int64": ("I64", 8),
+}  # code, bytes of an element
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,18 @@ def write_safetensors(file: ByteSink, tensors: Sequence[FileTensor], metadata: M
         assert tuple(value.shape) == tensor.shape, (tensor, value.shape)
         file.write(value.reshape(-1).view(torch.uint8).numpy().data)
         del value  # before the next one is read
+
+
+def positions(tensors: Sequence[FileTensor], metadata: Mapping[str, str]) -> list[int]:
+    """At which byte of the file that `write_safetensors` would write each tensor begins."""
+    sizes = (tensor.nbytes for tensor in tensors)
+    return list(itertools.accumulate(sizes, initial=len(_header(tensors, metadata))))[:-1]
+
+
+def safetensors_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """A file's header, and at which byte its tensors begin."""
+    length = int.from_bytes(file.read(8), "little")
+    return json.loads(file.read(length)), 8 + length
 
 
 def _header(tensors: Iterable[FileTensor], metadata: Mapping[str, str]) -> bytes:

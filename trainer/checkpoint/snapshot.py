@@ -67,10 +67,8 @@ def shares(live: Live, known: dict[HeldRange, Sequence[Piece]] | None = None) ->
 
 def _written_elsewhere(held: Sequence[Holding], ranks: Ranks) -> set[str]:
     """Parameters that an earlier pipeline stage holds too (tied embeddings), and writes."""
-    if ranks.pipeline_size == 1:
-        return set()
-    stages = ranks.gather_objects((ranks.pipeline, [holding.name for holding in held]))
-    return {name for stage, names in stages if stage < ranks.pipeline for name in names}
+    stages = ranks.gather_over_stages([holding.name for holding in held])
+    return {name for names in stages[: ranks.pipeline] for name in names}
 
 
 def live_tensors(own: Iterable[Share]) -> list[FileTensor]:

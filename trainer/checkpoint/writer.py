@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from .deepspeed_scalars import read_scalars
 from .deepspeed_state import Live
 from .files import PROBE, STATE, Digest, read_back, write_bytes, write_rank
 from .folder import CHECKPOINTS, begin, clear_leftovers, partial_path, prune, publish, surplus
+from .index import INDEX, BoxIndex, rows_of_rank
 from .safetensors_writer import FileTensor
 from .snapshot import HeldRange, Share, Snapshot, live_tensors, shares
 
@@ -107,6 +109,8 @@ class SnapshotWriter:
         self._problem: UserError | None = None  # why the last save failed
         self._failures, self._told_slow, self._cleared = 0, False, False
         self._verified: Path | None = None  # the newest that has been read back
+        self._told = b""  # where this rank's boxes are in its files; told when it changes, which it does once
+        self._rows: dict[int, bytes] = {}  # rank 0: what every rank told
 
     def due(self, step: int) -> bool:
         again = self._problem is not None
@@ -186,8 +190,11 @@ class SnapshotWriter:
         yield _done()  # no rank writes, and takes memory bandwidth, while another one copies
         writing = self._thread.submit(self._write, step, tensors, shapes)
         yield writing
-        written = ranks.together(writing.result, _DOING, self._folder)
-        files = {name: digest for of_rank in ranks.gather_on_main(written) for name, digest in of_rank.items()}
+        written, rows = ranks.together(writing.result, _DOING, self._folder)
+        told = ranks.gather_on_main((written, None if self._told == rows else rows))
+        self._told = rows
+        files = {name: digest for own, _ in told for name, digest in own.items()}
+        self._rows |= {rank: rows for rank, (_, rows) in enumerate(told) if rows is not None}
         publishing = self._on_main(self._publish, step, files, record, probe)
         yield publishing
         path, doomed = ranks.of_main(ranks.together(publishing.result, _DOING, self._folder))
@@ -210,10 +217,12 @@ class SnapshotWriter:
 
     def _write(
         self, step: int, tensors: list[FileTensor] | UserError, shapes: Mapping[str, Sequence[int]]
-    ) -> dict[str, Digest]:
+    ) -> tuple[dict[str, Digest], bytes]:
+        """Digests of what it writes, and where it all is."""
         if isinstance(tensors, UserError):
             raise tensors
-        return write_rank(begin(self._folder, step), self._ranks.rank, tensors, shapes)
+        written = write_rank(begin(self._folder, step), self._ranks.rank, tensors, shapes)
+        return written, pickle.dumps(rows_of_rank(self._ranks.rank, tensors, shapes))
 
     def _on_main(self, work: Any, *arguments: Any) -> Future[Any]:
         """Work that rank 0 does for all."""
@@ -225,6 +234,7 @@ class SnapshotWriter:
         """What rank 0 adds when all have written; and which checkpoints are to go now."""
         partial = partial_path(self._folder, step)
         files[STATE] = write_bytes(partial / STATE, record)
+        files[INDEX] = BoxIndex.of([pickle.loads(rows) for rows in self._rows.values()]).write(partial / INDEX)
         if probe is not None:
             files[PROBE] = write_bytes(partial / PROBE, safetensors.torch.save(dict(probe)))
         path = publish(self._folder, step, files, milestone=bool(self._milestone and step % self._milestone == 0))

@@ -85,7 +85,8 @@ def _tell(error: Exception, code: int) -> None:
     """
     number = os.environ.get("RANK", "0")
     if "torch" in sys.modules:  # else this process has joined no others
-        from ..ranks.ranks import same_on_all_ranks, shut_down
+        from ..ranks.last_words import same_on_all_ranks
+        from ..ranks.ranks import shut_down
 
         if not same_on_all_ranks(str(error)):
             say_last(f"error: {error} (on rank {number})")

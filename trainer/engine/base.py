@@ -21,8 +21,9 @@ from ..data.order import key64
 from ..families.registry import family_of
 from ..families.specs import ParamSpec
 from ..keeper.pulse import Pulse
-from ..modeling.build import RandomValues, make_parameter
+from ..modeling.build import make_parameter
 from ..modeling.tiles import tile_mlps
+from ..modeling.values import RandomValues
 from ..objectives.base import LossSum, Objective
 from ..objectives.registry import objective_of
 from ..optim.groups import RATE, parameter_groups
@@ -167,6 +168,10 @@ class Engine(ABC):
         compute = getattr(torch, self.plan.precision.products)
         return module if self.adapter is None else self.adapter.convert(module, compute)
 
+    def _packs(self, spec: ParamSpec) -> bool:
+        """Whether that needs all of a parameter's values."""
+        return self.adapter is not None and self.adapter.packs(spec)
+
     def _furnish(self, module: nn.Module) -> None:
         """Puts into a model, or a block of one, what the recipe adds to it: tiles in its MLPs, and its adapter, whose
         parameters begin as their specs say."""
@@ -176,7 +181,7 @@ class Engine(ABC):
 
         def make(spec: ParamSpec, values: Tensor | None = None) -> nn.Parameter:
             source = drawn if values is None else lambda _: values
-            parameter = make_parameter(spec, source, self.dtype, self.ranks)
+            parameter = make_parameter(spec, source, self.dtype, self.ranks, everywhere=True)
             parameter.requires_grad, parameter.injected = spec.trained, True  # type: ignore[attr-defined]
             return parameter
 

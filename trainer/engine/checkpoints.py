@@ -21,7 +21,7 @@ from ..data.batches import BatchStream
 from ..keeper.pulse import SAVING, SET_UP
 from ..metrics.reading import REWIND, skipped_samples
 from ..metrics.record import RunLog
-from ..ranks.ranks import same_on_all_ranks
+from ..ranks.last_words import same_on_all_ranks
 from ..run.data import RunData
 from ..run.guard import check_claim
 from ..run.state import StepOutput, TrainState
@@ -50,14 +50,13 @@ class Checkpoints:
         self._newest: Path | None = None  # of this run: what it was resumed from, or has published since
         engine.bad_steps.witness = self._keep_capsule
 
-    def resume_or_start(self) -> TrainState:
-        """Loads the checkpoint that `recipe.resume` names, or starts at step 0. Collective.
+    def resume_or_start(self, checkpoint: Checkpoint | None) -> TrainState:
+        """Loads the checkpoint to resume from, or starts at step 0. Collective.
 
         Raises:
-            UserError: on every rank: no whole checkpoint where there should be one, or one of another run.
+            UserError: on every rank: it is one of another run.
         """
         state = TrainState(self.plan.total_steps)
-        checkpoint = resolve_resume(self.recipe.output, self.recipe.resume, self.ranks)
         if checkpoint is None:
             self.log.start("start", 0)
             return state
@@ -120,11 +119,10 @@ class Checkpoints:
 
     def _skipped_before(self, state: TrainState) -> list[tuple[int, int]]:
         """What the checkpoint holds, and what the run's record tells of steps beyond it. Collective."""
-        found: list[tuple[int, int]] | None = None
+        found: list[tuple[int, int]] = []
         if self.ranks.is_main and self.engine.bad_steps.leaves_out:
             found = skipped_samples(self.recipe.output)
-        (beyond, *_) = self.ranks.gather_objects(found)
-        return [*state.skipped, *(beyond or [])]
+        return [*state.skipped, *self.ranks.of_main(found)]
 
     def save_if_due(self, state: TrainState) -> None:
         """Saves where a checkpoint is due, and records those that were published meanwhile. Collective.

@@ -7,7 +7,7 @@ import torch
 from ..checkpoint.boxes import pieces
 from ..checkpoint.deepspeed_state import holdings
 from ..checkpoint.reader import MASTER
-from ..modeling.build import Values
+from ..modeling.values import Values
 from .base import Engine
 
 

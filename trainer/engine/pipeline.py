@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, StepBatch
 from ..kernels.compiled import compile_blocks
-from ..modeling.build import Values
 from ..modeling.cross_entropy import whole_logits
 from ..modeling.layer_costs import layer_seconds, step_seconds
 from ..modeling.partition import stage_costs
 from ..modeling.pipeline import Block, Builder, StageLoss, Stages
+from ..modeling.values import Values
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks
 from ..run.quiet import hushed
@@ -43,6 +43,7 @@ class PipelineEngine(Engine):
             recomputes,
             self._furnish,
             self._convert,
+            self._packs,
         )
         self._step, self._steps_run = 0, 0
         self._sums, self._extras = self._vector(None), ()  # of the step; names of the batches' extras

@@ -18,7 +18,7 @@ from ..checkpoint.folder import CHECKPOINTS
 from ..checkpoint.loader import load, resolve_resume
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.order import key64
-from ..modeling.build import Values
+from ..modeling.values import Values
 from ..plan.deepspeed_json import load_pair
 from ..plan.plan import Plan, make_plan
 from ..ranks.ranks import Ranks
@@ -65,7 +65,7 @@ def open_replay(capsule: Capsule, run: Path, ranks: Ranks, output: Path) -> tupl
     plan = _plan(run, output)
     if (plan.micro_batch, plan.recipe.seed) != (capsule.micro_batch, capsule.seed):
         raise UserError(f"{run}: its recipe or JSON has changed since the bad step: another micro batch or seed")
-    engine = ReplayEngine(plan, ranks, initial_values(plan.recipe.model.init), capsule.data_parallel)
+    engine = ReplayEngine(plan, ranks, initial_values(plan.recipe.model.init, ranks), capsule.data_parallel)
     if (run / FILE).exists():  # of preferences: what the model gave before training
         shutil.copy(run / FILE, output / FILE)
     stream = with_reference(RunData.open(plan), engine).stream(ranks)

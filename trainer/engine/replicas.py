@@ -36,7 +36,8 @@ class Replicas:
             return
         ranks, sums = self._engine.ranks, self._checksums()
         if not self._keys:
-            self._keys = sorted({key for keys in ranks.gather_objects(list(sums)) for key in keys})
+            told = ranks.gather_on_main(list(sums) if ranks.replica == 0 else [])
+            self._keys = ranks.of_main(sorted({key for keys in told for key in keys}))
         mine = torch.tensor([sums.get(key, ABSENT) for key in self._keys], dtype=torch.int64)
         # the complement turns the order round, so that one maximum finds the smallest, too
         row = torch.cat([mine, torch.where(mine == ABSENT, ABSENT, ~mine)]).to(ranks.device)
@@ -47,7 +48,8 @@ class Replicas:
             self._agreed = state.step
             return
         found = ranks.gather_objects({key: sums[key] for key in unlike if key in sums})
-        raise RankFault(self._told(state.step, unlike, found))
+        hosts = [host["host"] for host in ranks.of_main(self._log.hosts)]
+        raise RankFault(self._told(state.step, unlike, found, hosts))
 
     def _checksums(self) -> dict[KEY, int]:
         """Of each parameter, or part of one, of which this rank holds the whole."""
@@ -56,12 +58,11 @@ class Replicas:
         values = torch.stack([checksum(p.data) for _, p in named]).tolist()  # waits for the device once
         return dict(zip(keys, values, strict=True))
 
-    def _told(self, step: int, unlike: list[KEY], found: list[Mapping[KEY, int]]) -> str:
+    def _told(self, step: int, unlike: list[KEY], found: list[Mapping[KEY, int]], hosts: list[str]) -> str:
         name, part = unlike[0]
         held = {rank: sums[name, part] for rank, sums in enumerate(found) if (name, part) in sums}
         (most, count), *_ = Counter(held.values()).most_common()
         odd = [rank for rank, value in held.items() if value != most]
-        hosts = [host["host"] for host in self._log.hosts]
         more = f" and {len(unlike) - 1} more parameters" if len(unlike) > 1 else ""
         if count * 2 > len(held):
             which = " and ".join(f"rank {rank} on {hosts[rank]}" for rank in odd[:3])

@@ -13,9 +13,10 @@ from ..data.batches import Batch, StepBatch
 from ..data.noise import noisy
 from ..families.registry import family_of
 from ..kernels.compiled import blocks_of, compile_blocks
-from ..modeling.build import Values, build_model
+from ..modeling.build import build_model
 from ..modeling.causal import CausalLM
 from ..modeling.derived.words import split_over_ranks
+from ..modeling.values import Values
 from ..objectives.base import LossSum
 from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
@@ -31,7 +32,8 @@ class ZeroEngine(Engine):
         config = runtime_config(plan, ranks)
         self._spoilt = False  # a gradient that is no number was taken away at stage 0
         zero3 = config if plan.layout.zero_stage == 3 else None
-        model = build_model(plan.model_config, values, plan.recipe.seed, self.dtype, ranks, zero3, self._convert)
+        how = self.dtype, ranks, zero3, self._convert, self._packs
+        model = build_model(plan.model_config, values, plan.recipe.seed, *how)
         split_over_ranks(model, family_of(plan.model_config), ranks)
         self._furnish(model)
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]

@@ -20,6 +20,7 @@ from ..adapters.merged import base_values
 from ..adapters.registry import adapter_of
 from ..checkpoint.reader import Checkpoint
 from ..modeling.build import model_specs
+from ..modeling.values import all_of
 from ..run.directory import run_precision, tokenizer_folder
 from .huggingface import BOUNDS, Exported, copy_tokenizer, read_probe, verify_logits
 from .load import build_plain, pick_device, torch_dtype
@@ -81,7 +82,7 @@ def load_with_peft(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, bas
     specs, values = model_specs(checkpoint.state["model_config"]), base_values(checkpoint, base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(adapter.seen(specs[name], values(specs[name]).float()))
+            parameter.copy_(adapter.seen(specs[name], all_of(values, specs[name]).float()))
     return PeftModel.from_pretrained(model, str(folder))
 
 

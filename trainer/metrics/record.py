@@ -44,7 +44,7 @@ class RunLog:
         """Opens nothing yet. Collective."""
         self.plan, self.ranks, self.stop = plan, ranks, stop
         self.directory, self.run = plan.recipe.output, secrets.token_hex(4)
-        self.hosts = ranks.gather_objects(describe_host())
+        self.hosts = ranks.gather_on_main(describe_host())  # by rank, on the main one
         self._sinks: dict[str, Sink] = {}
         self._last_step, self._clock = 0, time.monotonic()
         self._warmth: list[float] = []  # seconds of the first steps, where something is compiled
@@ -76,7 +76,7 @@ class RunLog:
             "samples": list(output.samples),
             "ledger": f"{output.ledger:016x}",
             "data_seconds": output.data_seconds,
-            **by_host(output.fared, [host["host"] for host in self.hosts]),
+            **(by_host(output.fared, [host["host"] for host in self.hosts]) if self.ranks.is_main else {}),
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,

@@ -3,33 +3,32 @@
 The model is laid out on the meta device and materialised module by module; under ZeRO-3 each module is partitioned
 before the next is made, so that no rank ever holds more than its share and one module. Initial values are seeded by
 (seed, parameter name): they do not depend on the layout.
+
+Values are read and drawn where they are kept (`docs/scale.md`): of replicas that hold a parameter whole, the first
+fills it and DeepSpeed sends it to the others; of a parameter that ZeRO-3 cuts, every rank reads its part. What is
+drawn, which can only be done whole, one rank draws, by turns, and sends the others their parts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...data_prep.errors import UserError
 from ..anatomy.skeleton import filled, materialise_buffers, skeleton, unset
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
-from ..families.weight_files import WeightFiles
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
-from .slices import local_slice
-
-Values = Callable[[ParamSpec], Tensor]  # the full Hugging Face parameter, unpadded, any float type
+from .values import Cut, RandomValues, Values, dealt, piece_of_rank, put_off
 
 
 def build_model(
@@ -40,6 +39,7 @@ def build_model(
     ranks: Ranks,
     zero3_config: dict | None = None,
     convert: Callable[[nn.Module], nn.Module] = lambda module: module,
+    packs: Callable[[ParamSpec], bool] = lambda spec: False,
 ) -> nn.Module:
     """A causal LM whose parameters carry `.spec` and hold `values` (None: random, by name).
 
@@ -48,19 +48,24 @@ def build_model(
         dtype: of the parameters.
         zero3_config: the DeepSpeed JSON when parameters are to be partitioned (stage 3), else None.
         convert: what takes the place of a module when its values are there.
+        packs: of which parameters that needs all values on every rank.
 
     Raises:
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
     model, specs = model_and_specs(config, ranks.tensor_size)
     materialise_buffers(model, ranks.device)
-    fill = values or drawn_values(config, seed)
+    fill, turns = values, None
+    if fill is None:
+        drawn = drawn_values(config, seed)
+        fill, turns = put_off(drawn), dealt(specs.values(), drawn.unit, ranks.replicas)
+    maker = _Maker(dtype, ranks, packs, None if zero3_config is None else Cut.of(ranks, zero3_config))
     made: dict[str, nn.Parameter] = {}
     for prefix, module in list(_named_modules(model)):
-        fresh = [name for name in module._parameters if f"{prefix}{name}" in specs]
-        for name in fresh:
-            spec = specs[f"{prefix}{name}"]
-            made[spec.name] = module._parameters[name] = make_parameter(spec, fill, dtype, ranks)
+        fresh = [specs[f"{prefix}{name}"] for name in module._parameters if f"{prefix}{name}" in specs]
+        for spec in fresh:
+            parameter = maker.make(spec, fill, None if turns is None else turns[spec.name])
+            made[spec.name] = module._parameters[spec.name.removeprefix(prefix)] = parameter
         if not fresh:
             continue
         if (converted := convert(module)) is not module:
@@ -105,17 +110,66 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield (f"{name}." if name else ""), module
 
 
-def make_parameter(spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks) -> nn.Parameter:
-    """This rank's piece of one parameter, on the device that trains."""
-    full = values(spec)
-    if tuple(full.shape) != spec.shape:
-        raise UserError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}")
-    piece = local_slice(full, spec, ranks.tensor, ranks.tensor_size)
-    # a copy: never a view of what the values' source holds
-    piece = piece.to(device=ranks.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-    parameter = nn.Parameter(piece)
+def make_parameter(
+    spec: ParamSpec, values: Values, dtype: torch.dtype, ranks: Ranks, everywhere: bool = False
+) -> nn.Parameter:
+    """This rank's piece of one parameter, on the device that trains.
+
+    Args:
+        everywhere: whether every rank fills its piece; else the first of those that hold the same does, from which
+            DeepSpeed sends it to the others when its engine is made.
+    """
+    filled = everywhere or ranks.replica == 0
+    return _parameter(spec, piece_of_rank(values(spec), spec, dtype, ranks, None if filled else []))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes what this rank keeps of parameters.
+
+    Attributes:
+        packs: as `build_model`.
+        cut: how ZeRO-3 will cut them, if it does.
+    """
+
+    dtype: torch.dtype
+    ranks: Ranks
+    packs: Callable[[ParamSpec], bool]
+    cut: Cut | None
+
+    def make(self, spec: ParamSpec, values: Values, by: int | None) -> nn.Parameter:
+        """One parameter; `by`: which replica draws its values, None where they are read. Collective."""
+        if self.cut is None or self.packs(spec):
+            return make_parameter(spec, values, self.dtype, self.ranks, everywhere=self.packs(spec))
+        if by is not None:
+            return _drawn_share(spec, values, self.dtype, self.cut, by)
+        return _parameter(spec, piece_of_rank(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec)))
+
+
+def _parameter(spec: ParamSpec, data: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(data)
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
+
+
+def _drawn_share(spec: ParamSpec, draw: Values, dtype: torch.dtype, cut: Cut, by: int) -> nn.Parameter:
+    """What this rank keeps of a parameter under ZeRO-3, in its place; replica `by` draws it whole. Collective."""
+    ranks, draws = cut.ranks, cut.ranks.replica == by
+    if ranks.replicas == 1 or cut.secondary > 1:  # with a second copy a rank keeps more than its share
+        data = piece_of_rank(draw(spec), spec, dtype, ranks, None if draws else [])
+        if ranks.replicas > 1:
+            dist.broadcast(data.view(-1).view(torch.uint8), group_src=by, group=ranks.replica_group)
+        return _parameter(spec, data)
+    data, parts = piece_of_rank(draw(spec), spec, dtype, ranks, []), None
+    own = data.new_empty(cut.share(data.numel()))
+    if draws:
+        whole = piece_of_rank(draw(spec), spec, dtype, ranks).flatten()
+        padded = F.pad(whole, (0, len(own) * ranks.replicas - len(whole)))
+        parts = [part.view(torch.uint8) for part in padded.split(len(own))]
+    dist.scatter(own.view(torch.uint8), parts, group_src=by, group=ranks.replica_group)
+    ((start, stop),) = cut.ranges(spec)
+    data.view(-1)[start:stop] = own[: stop - start]
+    return _parameter(spec, data)
 
 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
@@ -125,7 +179,14 @@ def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:
 
     from ..ranks.mpu import Mpu
 
-    deepspeed.zero.Init(
+    class Init(deepspeed.zero.Init):
+        """DeepSpeed's would send all of rank 0's to all ranks first. The names are not public."""
+
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    Init(
         module=nn.ParameterList(p for p in module.parameters() if not p.is_meta),
         data_parallel_group=ranks.replica_group,
         # of zero_hpz_partition_size: the first call makes the group, and the next would assert that there is none
@@ -143,21 +204,6 @@ def _tie(model: nn.Module, made: Mapping[str, nn.Parameter]) -> None:
             model.get_submodule(owner)._parameters[name] = made[source]
 
 
-class RandomValues:
-    """Initial values of each parameter from (seed, name) alone, as its table row says. Always drawn on the CPU."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, spec: ParamSpec) -> Tensor:
-        if spec.init in ("ones", "zeros"):
-            return torch.ones(spec.shape) if spec.init == "ones" else torch.zeros(spec.shape)
-        generator = torch.Generator().manual_seed(parameter_seed(self._seed, spec.name))
-        if spec.init == "uniform":
-            return (torch.rand(spec.shape, generator=generator) * 2 - 1) * (math.sqrt(3) * spec.std)
-        return torch.randn(spec.shape, generator=generator) * spec.std
-
-
 class _OwnValues:
     """For a family without a table: what transformers' initialiser draws, seeded by the name of the module.
 
@@ -172,6 +218,10 @@ class _OwnValues:
         if spec.name not in self._drawn:
             self._drawn = self._draw(*self._block_of(spec.name))
         return filled(self._drawn.pop(spec.name), spec.name, self._model)
+
+    def unit(self, name: str) -> str:
+        """What is drawn together with a parameter: its block."""
+        return self._block_of(name)[0]
 
     def _block_of(self, name: str) -> tuple[str, nn.Module]:
         """The outermost module around a parameter that is one of a list or has parameters of its own."""
@@ -208,29 +258,10 @@ class _OwnValues:
         inner._init_weights(module)
 
 
-def drawn_values(config: Mapping[str, Any], seed: int) -> Values:
+def drawn_values(config: Mapping[str, Any], seed: int) -> RandomValues | _OwnValues:
     """Initial values that follow from the seed and the names alone: a written record's, or else transformers' own."""
     if config["model_type"] in FAMILIES:
         return RandomValues(seed)
     model = skeleton(config)  # its own: of the true vocabulary, and all of it on the meta device
     materialise_buffers(model, torch.device("cpu"))
     return _OwnValues(model, seed)
-
-
-class FolderValues:
-    """Values from the safetensors files of a Hugging Face folder, one parameter at a time.
-
-    Raises:
-        UserError: no safetensors there, or a parameter is missing or cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files = WeightFiles(folder)
-
-    def __call__(self, spec: ParamSpec) -> Tensor:
-        file, key = self._files.find(spec.name)
-        try:
-            with safe_open(file, "pt") as handle:
-                return handle.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"model.init: {file}: {key} cannot be read: {error}") from None

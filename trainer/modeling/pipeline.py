@@ -21,13 +21,15 @@ from ..anatomy.outline import Call, Outline
 from ..anatomy.skeleton import materialise_buffers
 from ..data.noise import with_noise
 from ..families.registry import family_of
+from ..families.specs import ParamSpec
 from ..ranks.ranks import Ranks
 from .attention import text_lengths
-from .build import Values, drawn_values, make_parameter, model_and_specs
+from .build import drawn_values, make_parameter, model_and_specs
 from .cross_entropy import Scoring, head_token_losses, shaped
 from .derived.words import split_over_ranks
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
+from .values import Values, put_off
 
 Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
 
@@ -45,20 +47,19 @@ class Builder:
         checkpointing: bool = False,
         adapt: Callable[[nn.Module], None] = lambda module: None,
         convert: Callable[[nn.Module], nn.Module] = lambda module: module,
+        packs: Callable[[ParamSpec], bool] = lambda spec: False,
     ) -> None:
         """Arguments as `build_model`; `checkpointing`: blocks compute again in backward; `adapt` gets every part."""
-        self.adapt, self.convert, family = adapt, convert, family_of(config)
+        self.adapt, self.convert, self.packs, family = adapt, convert, packs, family_of(config)
         assert family is not None and family.blocks is not None and family.norm is not None, "plans refuse it"
         self.family, self.blocks, self.last_norm = family, family.blocks, family.norm
-        self.shape = family.shape or (1.0, 0.0)
         self._model, self.specs = model_and_specs(config, ranks.tensor_size)
         materialise_buffers(self._model, ranks.device)
-        self.values, self.dtype, self.ranks = values or drawn_values(config, seed), dtype, ranks
-        self.vocab_size, self.checkpointing = config["vocab_size"], checkpointing
+        self.values, self.dtype, self.ranks = values or put_off(drawn_values(config, seed)), dtype, ranks
+        self.vocab_size, self.shape = config["vocab_size"], family.shape or (1.0, 0.0)
         self.config: Any = self._model.config.get_text_config()
-        self.width = self._model.get_input_embeddings().weight.shape[1]
-        self.columns = self._model.get_input_embeddings().weight.shape[0]
-        self.tied = f"{family.head}.weight" not in self.specs
+        self.columns, self.width = self._model.get_input_embeddings().weight.shape
+        self.tied, self.checkpointing = f"{family.head}.weight" not in self.specs, checkpointing
         self.outline = Outline(self._model, self.blocks, family.embedding, self.last_norm)
         # what has weights before the blocks, beside the embedding
         self.before = [name for name in self.outline.outside if any(s.startswith(f"{name}.") for s in self.specs)]
@@ -71,7 +72,8 @@ class Builder:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     spec = self.specs[".".join(filter(None, (name, path, key)))]
-                    module._parameters[key] = make_parameter(spec, self.values, self.dtype, self.ranks)
+                    made = make_parameter(spec, self.values, self.dtype, self.ranks, self.packs(spec))
+                    module._parameters[key] = made
             if (converted := self.convert(module)) is not module:
                 holder[0].set_submodule(path, converted)
         split_over_ranks(holder, self.family, self.ranks, name)
@@ -104,11 +106,10 @@ class Builder:
         """The whole model as layers, none of them made yet."""
         embedding = functools.partial(TiedLayerSpec, "embedding", Embedding, self, tied_weight_attr="table.weight")
         first = [embedding() if self.tied else LayerSpec(Embedding, self)]
-        if self.before:
-            first.append(LayerSpec(Positions, self))
+        first += [LayerSpec(Positions, self)] if self.before else []
         blocks = [LayerSpec(Block, self, layer) for layer in range(self.config.num_hidden_layers)]
-        head = embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
-        return [*first, *blocks, LayerSpec(Norm, self), head]
+        last = LayerSpec(Norm, self), embedding(forward_fn=_tied_head) if self.tied else LayerSpec(Head, self)
+        return [*first, *blocks, *last]
 
     def layer_names(self) -> list[list[str]]:
         """Hugging Face's names of every layer's parts."""

@@ -32,7 +32,7 @@ class Mpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self.ranks.data * self.ranks.sequence_size + self.ranks.sequence
+        return self.ranks.replica
 
     def get_data_parallel_world_size(self) -> int:
         return self.ranks.replicas

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -59,6 +59,11 @@ class Ranks:
         return self.data_size * self.sequence_size
 
     @property
+    def replica(self) -> int:
+        """Which of them this is: its place in the replica group."""
+        return self.data * self.sequence_size + self.sequence
+
+    @property
     def reads_samples(self) -> bool:
         """Whether this rank speaks for its samples: all ranks of a tensor, sequence or pipeline group read the same."""
         return self.tensor == self.sequence == self.pipeline == 0
@@ -80,20 +85,49 @@ class Ranks:
         return total.tolist()
 
     def gather_objects(self, value: object) -> list:
-        """Every rank's picklable `value`, in rank order, on every rank. Collective; for small things only."""
+        """Every rank's picklable `value`, in rank order, on every rank: for what is told once. Collective."""
         if self.world == 1:
             return [value]
         values: list = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
+    def gather_over_stages(self, value: object) -> list:
+        """As `gather_objects`, of the ranks that hold the same place in the other stages of a pipeline."""
+        if self.pipeline_size == 1:
+            return [value]
+        values: list = [None] * self.pipeline_size
+        dist.all_gather_object(values, value, group=self.pipeline_group)
+        return values
+
     def gather_on_main(self, value: object) -> list:
         """Every rank's picklable `value`, in rank order, on rank 0; nothing on the others. Collective."""
         if self.world == 1:
             return [value]
-        values: list | None = [None] * self.world if self.is_main else None
-        dist.gather_object(value, values)
-        return values or []
+        # torch's would first gather all sizes on all ranks
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        longest = torch.tensor([len(own)], device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        sent = torch.zeros(int(longest), dtype=torch.uint8, device=self.device)
+        sent[: len(own)] = own
+        received = [torch.empty_like(sent) for _ in range(self.world)] if self.is_main else None
+        dist.gather(sent, received)
+        return [pickle.loads(of_rank.cpu().numpy().tobytes()) for of_rank in received or []]
+
+    def deal(self, values: Sequence[_T] | None) -> _T:
+        """To each rank its own of rank 0's picklable `values`. Collective."""
+        if self.world == 1:
+            assert values is not None
+            return values[0]
+        found: list = [None]
+        dist.scatter_object_list(found, list(values) if values is not None and self.is_main else None)
+        return found[0]
+
+    def union(self, texts: Sequence[str]) -> list[str]:
+        """What any rank says, on every rank; one number where none says anything. Collective."""
+        if not any(self.all_sum([len(texts)])):
+            return []
+        return list(dict.fromkeys(text for of_rank in self.gather_objects(list(texts)) for text in of_rank))
 
     def of_main(self, value: _T | None) -> _T:
         """Rank 0's picklable `value`, on every rank. Collective."""
@@ -254,30 +288,6 @@ def _wait_at_most(limit: timedelta) -> None:
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(limit, group)
-
-
-def same_on_all_ranks(words: str, seconds: float = 5.0, occasion: str = "last_words") -> bool:
-    """Whether all ranks come here with these words, each waiting for the others for at most `seconds`.
-
-    Asks the store that the ranks met at, since a rank that waits in a collective cannot answer there; a few messages a
-    rank, however many there are.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return True
-    store, patience = c10d._get_default_store(), timedelta(seconds=seconds)
-
-    def all_come_to(place: str) -> None:
-        if store.add(place, 1) == dist.get_world_size():
-            store.set(f"{place}/all", "")
-        store.wait([f"{place}/all"], patience)
-
-    try:
-        all_come_to(f"{occasion}/{hashlib.sha256(words.encode()).hexdigest()}")
-    except RuntimeError:  # some rank is elsewhere, or gone with the store
-        return False
-    with contextlib.suppress(RuntimeError):
-        all_come_to(f"{occasion}/read")  # rank 0 holds the store, and must not go first
-    return True
 
 
 def shut_down() -> None:

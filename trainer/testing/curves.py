@@ -18,7 +18,7 @@ from ..families.derived import Derived
 from ..families.registry import family_of
 from ..families.specs import parameter_table
 from ..modeling.build import build_model, drawn_values
-from ..modeling.slices import merge_slices
+from ..modeling.values import all_of, merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, init_distributed
 from ..run.data import RunData
@@ -62,7 +62,7 @@ def plain_model(plan: Plan) -> Any:
     with torch.no_grad():
         if family_of(plan.model_config) is not None:
             values = values or drawn_values(plan.model_config, plan.recipe.seed)
-            drawn = {spec.name: values(spec) for spec in parameter_table(plan.model_config)}
+            drawn = {spec.name: all_of(values, spec) for spec in parameter_table(plan.model_config)}
         else:
             ours = build_model(plan.model_config, values, plan.recipe.seed, torch.float32, Ranks())
             drawn = dict(ours.named_parameters())

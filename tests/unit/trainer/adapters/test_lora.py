@@ -13,7 +13,7 @@ from tests.tiny import GPT2, LLAMA, NO_DROPOUT, plan_of, tiny_json, tiny_recipe,
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.adapters.lora import Lora
 from zeropipe.trainer.families.specs import ParamSpec, parameter_table
-from zeropipe.trainer.modeling.build import RandomValues
+from zeropipe.trainer.modeling.values import RandomValues
 
 UNTIED = {**LLAMA, "tie_word_embeddings": False}
 

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.tiny import GPT2, LLAMA
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.families.specs import parameter_table
-from zeropipe.trainer.modeling.build import FolderValues, RandomValues, build_model
+from zeropipe.trainer.modeling.build import build_model
 from zeropipe.trainer.modeling.causal import CausalLM
+from zeropipe.trainer.modeling.values import FolderValues, RandomValues
 from zeropipe.trainer.ranks.ranks import Ranks
 
 VOCAB = 300
