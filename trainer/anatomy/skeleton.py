@@ -52,7 +52,7 @@ def materialise_buffers(model: Any, device: torch.device) -> None:
 
 
 def unset(like: Tensor) -> Tensor:
-    """On the CPU; where nothing sets it, `_filled` sees it."""
+    """On the CPU; where nothing sets it, `filled` sees it."""
     return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
 
 
