@@ -85,7 +85,7 @@ def runs(title: str, pair: list[str], ranks: int, folder: Path, turns: int) -> N
 def one_run(pair: list[str], ranks: int, folder: Path) -> dict[str, float]:
     """Seconds of each part, in order."""
     from zeropipe.launcher.command import Launch, deepspeed_command
-    from zeropipe.launcher.launch_command import child_environment
+    from zeropipe.launcher.running import child_environment
     from zeropipe.trainer.ranks.ports import free_port
 
     notes = folder / "notes"

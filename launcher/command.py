@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data_prep.errors import UserError
+from .backends import PDSH, joined, launcher_arguments, rank_words
 from .hosts.hostfile import Host
 from .hosts.selection import include_words
 
@@ -42,28 +43,50 @@ class Launch:
     sync: bool = False  # files and code that differ on a host are sent there
     verbose: bool = False
     module: str = "zeropipe.trainer"  # what each rank runs
+    backend: str = PDSH  # DeepSpeed's launcher of the other hosts' ranks
+    launcher_args: str = ""  # for pdsh, mpirun or srun
+    node: int | None = None  # which of `hosts` this machine is, where each is launched on by itself, without ssh
 
     @property
     def remote(self) -> bool:
-        return self.hostfile is not None
+        """Whether this launch starts ranks on other hosts."""
+        return self.hostfile is not None and self.node is None
+
+    @property
+    def shells(self) -> bool:
+        """Whether words and variables reach the ranks through pdsh and the shells of hosts."""
+        return self.remote and self.backend == PDSH
+
+    @property
+    def ranks(self) -> range:
+        """The numbers of the ranks that this launch starts."""
+        if self.node is None:
+            return range(self.devices)
+        first = sum(host.slots for host in self.hosts[: self.node])
+        return range(first, first + self.hosts[self.node].slots)
 
 
-def deepspeed_command(launch: Launch) -> list[str]:
-    """The words of the command, to be run without a shell."""
+def deepspeed_command(launch: Launch, variables: Sequence[str] = ()) -> list[str]:
+    """The words of the command, to be run without a shell; `variables`: names of those to be sent to other hosts."""
     words = [deepspeed_program()]
     if not launch.verbose:
         words += ["--log_level", "critical"]  # its errors only repeat, less clearly, how the ranks ended
-    words += _remote_flags(launch) if launch.remote else _local_flags(launch)
+    words += _where(launch, variables)
     for flag, value in (("--master_addr", launch.master_addr), ("--master_port", launch.master_port)):
         if value is not None:
             words += [flag, str(value)]
     if launch.bind_cores:
         words.append("--bind_cores_to_rank")
-    words += ["--module", launch.module]
-    return words + [remote_word(word) if launch.remote else word for word in launch.arguments]
+    words += rank_words(launch.backend, launch.module)
+    return words + [remote_word(word) if launch.shells else word for word in launch.arguments]
 
 
-def _local_flags(launch: Launch) -> list[str]:
+def _where(launch: Launch, variables: Sequence[str]) -> list[str]:
+    if launch.remote:
+        return _remote_flags(launch, variables)
+    if launch.node is not None:
+        flags = ["--hostfile", str(launch.hostfile), "--no_ssh", "--node_rank", str(launch.node)]
+        return flags + _included(launch)
     flags = []
     if DEEPSPEED_HOSTFILE.exists():
         flags += ["--hostfile", os.devnull]
@@ -72,16 +95,22 @@ def _local_flags(launch: Launch) -> list[str]:
     return [*flags, "--num_accelerators", str(launch.devices)]
 
 
-def _remote_flags(launch: Launch) -> list[str]:
+def _included(launch: Launch) -> list[str]:
+    return ["--include", include_words(launch.hosts)] if launch.selected else []
+
+
+def _remote_flags(launch: Launch, variables: Sequence[str]) -> list[str]:
     # with one host left, DeepSpeed would start the ranks here, whatever the host's name; the ssh check looks at the
     # first host only, and ours has looked at all of them
-    flags = ["--hostfile", str(launch.hostfile), "--force_multi", "--no_ssh_check"]
-    if launch.selected:
-        flags += ["--include", include_words(launch.hosts)]
-    if not launch.verbose:
+    flags = ["--hostfile", str(launch.hostfile), "--force_multi", "--no_ssh_check", *_included(launch)]
+    if launch.backend != PDSH:
+        flags += ["--launcher", launch.backend]
+    elif not launch.verbose:
         # DeepSpeed does not pass the log level on to other hosts, but this flag's value, which their shells split
         flags += ["--enable_each_rank_log", "None --log_level critical"]
-    return flags + (["--ssh_port", str(launch.ssh_port)] if launch.ssh_port is not None else [])
+    if launch.ssh_port is not None:
+        flags += ["--ssh_port", str(launch.ssh_port)]
+    return flags + joined(launcher_arguments(launch.backend, launch.hosts, variables), launch.launcher_args)
 
 
 def deepspeed_program() -> str:
@@ -113,7 +142,7 @@ def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: i
     if accelerators == 0:
         wanted["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for others and says that it found none
         if not launch.remote:
-            wanted["OMP_NUM_THREADS"] = str(max(1, cores // launch.devices))  # else every rank takes every core
+            wanted["OMP_NUM_THREADS"] = str(max(1, cores // len(launch.ranks)))  # else every rank takes every core
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
@@ -136,8 +165,14 @@ def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> l
         UserError: a line of a file is not NAME=VALUE, or a PATH that would have to be expanded.
     """
     lines = [f"PATH={Path(sys.executable).parent}:$PATH"]  # programs beside this Python: ninja, for DeepSpeed's builds
-    lines += [f"{name}={_escaped(value)}" for name, value in forwarded_variables(environ).items()]
-    for path in user_files:
+    said = [*forwarded_variables(environ).items(), *user_variables(user_files).items()]
+    return lines + [f"{name}={_escaped(value)}" for name, value in said]
+
+
+def user_variables(files: Sequence[Path]) -> dict[str, str]:
+    """What the user's own files of variables say; raises as `forwarded_lines`."""
+    said = {}
+    for path in files:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = line.strip()
             if not line or line.startswith("#"):
@@ -147,8 +182,8 @@ def forwarded_lines(environ: Mapping[str, str], user_files: Sequence[Path]) -> l
                 raise UserError(f"{path}, line {number}: expected NAME=VALUE, found '{line}'")
             if name == "PATH" and "$" in value:  # a rank would find no program
                 raise UserError(f"{path}, line {number}: nothing is expanded in it; write PATH out, without `$`")
-            lines.append(f"{name}={_escaped(value)}")
-    return lines
+            said[name] = value
+    return said
 
 
 def _escaped(value: str) -> str:

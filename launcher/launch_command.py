@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data_prep.errors import EXIT_RANK_FAILED, UserError
 from ..trainer.commands.arguments import add_run_arguments, add_verb
-from ..trainer.keeper.wire import LAUNCH_FOLDER
 from ..trainer.ranks.ports import free_port
-from .command import (
-    Launch,
-    deepspeed_command,
-    forwarded_lines,
-    rank_environment,
-    shell_line,
-    user_environment_files,
-)
+from .backends import BACKENDS, PDSH, check_backend, check_programs
+from .command import Launch, deepspeed_command, forwarded_lines, shell_line, user_environment_files
 from .hosts.arguments import add_host_arguments, hosts_of
-from .hosts.devices import count_accelerators, cpu_cores, visible_devices
+from .hosts.devices import count_accelerators, visible_devices
 from .hosts.hostfile import is_this_machine
 from .hosts.selection import select_hosts
 from .hosts.sources import hostfile_text
+from .running import added_variables, meeting, run_once, sent_by_name
 from .supervision.restarts import hosts_that_answer, most_hosts, resume_word
-from .supervision.session import Session
 from .supervision.watch import Patience
 from .ways.arguments import add_way_arguments, print_way
 
 if TYPE_CHECKING:
     from ..trainer.plan.plan import Plan
 
+MEETING_PORT = 29500  # where nobody can look for a free one on behalf of all; DeepSpeed's and torchrun's own
 _EPILOG = """\
 examples:
   zeropipe launch gpt2_345m --deepspeed_config zero2 --devices 4
@@ -66,6 +57,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
         metavar="N",
         help="ranks on this machine; default: all its accelerators, or 1 on a machine with CPUs only",
     )
+    _add_launcher_arguments(parser)
     parser.add_argument("--master_addr", metavar="ADDR", help="address of the first host, as the others reach it")
     parser.add_argument("--master_port", type=int, metavar="PORT", help="for the ranks to find each other")
     parser.add_argument(
@@ -84,7 +76,20 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--verbose", action="store_true", help="keep DeepSpeed's own messages")
 
 
+def _add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "how the ranks of a hostfile are started, all from here; default: pdsh"
+    parser.add_argument("--launcher", choices=list(BACKENDS), help=text)
+    parser.add_argument(
+        "--launcher_args", default="", metavar="WORDS", help="for pdsh, mpirun or srun, in one argument"
+    )
+    text = "start the ranks of this host alone; the same command is given on every host of the hostfile"
+    parser.add_argument("--no_ssh", action="store_true", help=text)
+    text = "for --no_ssh: which line of the hostfile this host is, from 0 on; default: the one with its name"
+    parser.add_argument("--node_rank", type=int, metavar="N", help=text)
+
+
 def run(args: argparse.Namespace) -> int:
+    _check_ways(args)
     if args.via:
         return print_way(args)
     launch = plan_launch(args)
@@ -137,11 +142,35 @@ def _files_to_compare(plan: Plan, launch: Launch) -> list[str]:
     return files_to_compare(plan.recipe, *launch.arguments)
 
 
+def _check_ways(args: argparse.Namespace) -> None:
+    """Options that say different things of how ranks are started.
+
+    Raises:
+        UserError: two that exclude each other, or one without another.
+    """
+    if args.via and (args.launcher or args.no_ssh):
+        raise UserError(f"--via {args.via} prints what others start: leave --launcher and --no_ssh out")
+    if args.no_ssh and args.launcher:
+        raise UserError("--no_ssh starts ranks on this host alone: leave --launcher out")
+    if args.node_rank is not None and not args.no_ssh:
+        raise UserError("--node_rank goes with --no_ssh")
+    if (args.launcher or args.no_ssh) and not (args.hostfile or args.hosts):
+        raise UserError(
+            f"{'--no_ssh' if args.no_ssh else '--launcher'}: which hosts are there? give --hostfile or --hosts"
+        )
+    if args.no_ssh and (args.max_restarts or args.min_hosts or args.sync or args.launcher_args):
+        raise UserError(
+            "--no_ssh: nobody sees all hosts, so --max-restarts, --min-hosts, --sync and --launcher_args do not go "
+            "with it; restart on every host, or launch over ssh"
+        )
+
+
 def plan_launch(args: argparse.Namespace) -> Launch:
     """Where the ranks go, and what each is told.
 
     Raises:
-        UserError: the hostfile, or a number of devices that this machine or the hostfile does not have.
+        UserError: the hostfile, a number of devices that this machine or the hostfile does not have, or a launcher
+            that cannot do what is asked.
     """
     words = ["--run", _absolute(args.recipe), "--deepspeed_config", _absolute(args.deepspeed_config)]
     launch = Launch(
@@ -154,6 +183,8 @@ def plan_launch(args: argparse.Namespace) -> Launch:
         verbose=args.verbose,
         module=args.module,
         sync=args.sync,
+        backend=args.launcher or PDSH,
+        launcher_args=args.launcher_args,
     )
     given = hosts_of(args, os.environ)
     if given is None:
@@ -163,10 +194,35 @@ def plan_launch(args: argparse.Namespace) -> Launch:
     if args.devices is not None and args.devices != slots:
         where = args.hostfile or args.hosts
         raise UserError(f"--devices {args.devices}, but {where} has {slots} slots; leave --devices out")
-    if len(hosts) == 1 and is_this_machine(hosts[0].name) and hosts[0].devices is None:
-        return _on_this_machine(launch, slots)
-    hostfile = Path(args.hostfile).absolute() if args.hostfile else Path("hostfile")  # written when it is known where
-    return replace(launch, hostfile=hostfile, hosts=hosts, devices=slots, selected=hosts != given)
+    # written when it is known where, if it is not the user's own one; other launchers than pdsh know no --include
+    own = args.hostfile and launch.backend == PDSH
+    hostfile = Path(args.hostfile).absolute() if own else Path("hostfile")
+    launch = replace(launch, hostfile=hostfile, hosts=hosts, devices=slots, selected=hosts != given)
+    if args.no_ssh:
+        return _on_every_host(launch, args.node_rank)
+    here = len(hosts) == 1 and is_this_machine(hosts[0].name) and hosts[0].devices is None
+    if here and args.launcher is None:
+        return _on_this_machine(replace(launch, hostfile=None, hosts=(), selected=False), slots)
+    check_backend(launch.backend, hosts, args.ssh_port)
+    if launch.bind_cores:
+        raise UserError(
+            "--bind_cores_to_rank: DeepSpeed binds ranks of this machine and of --no_ssh only; leave it out"
+        )
+    return launch
+
+
+def _on_every_host(launch: Launch, node: int | None) -> Launch:
+    """The part of this host, of a launch that is begun on each by itself: they must meet where all of them say."""
+    names = [host.name for host in launch.hosts]
+    if node is None:
+        mine = [number for number, name in enumerate(names) if is_this_machine(name)]
+        if len(mine) != 1:
+            raise UserError(f"--no_ssh: this host's name is not one of {', '.join(names[:8])}; say --node_rank N")
+        (node,) = mine
+    if not 0 <= node < len(names):
+        raise UserError(f"--node_rank {node}: the hosts are numbered 0 to {len(names) - 1}")
+    address, port = launch.master_addr or names[0], launch.master_port or MEETING_PORT
+    return replace(launch, node=node, master_addr=address, master_port=port)
 
 
 def _absolute(name: str) -> str:
@@ -209,92 +265,20 @@ def checked_plan(args: argparse.Namespace, devices: int) -> Plan:
 
 def print_dry_run(launch: Launch, files: Sequence[str] = ()) -> None:
     """Prints the exact command; hosts are asked where they would meet, and one that cannot take part is told of."""
+    if launch.hostfile == Path("hostfile"):
+        lines = hostfile_text(launch.hosts).splitlines()
+        print("\n".join(["# with this hostfile:", *(f"#   {line}" for line in lines)]))
+        launch = replace(launch, selected=False)
     if launch.remote:
-        if launch.hostfile == Path("hostfile"):
-            lines = hostfile_text(launch.hosts).splitlines()
-            print("\n".join(["# with this hostfile:", *(f"#   {line}" for line in lines)]))
         try:
+            check_programs(launch.backend)
             launch = meeting(replace(launch, sync=False), None, files)
         except UserError as error:
             print("\n".join(f"# {line}" for line in str(error).splitlines()))
-    added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
-    if launch.remote:
+    added = added_variables(launch)
+    environment = {**os.environ, **added}
+    if launch.shells:
         print("# with these lines in .deepspeed_env of the current folder, which carries them to every host:")
-        for line in forwarded_lines({**os.environ, **added}, user_environment_files(os.environ)):
+        for line in forwarded_lines(environment, user_environment_files(os.environ)):
             print(f"#   {line}")
-    print(shell_line(deepspeed_command(launch), added))
-
-
-def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: Path | None = None) -> Launch:
-    """The launch with address and port for its ranks to meet at, after a look at every host.
-
-    Raises:
-        UserError: a host cannot take part.
-    """
-    from .doctor.quick import check_hosts
-
-    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output, launch.sync)
-    return replace(
-        launch, master_addr=launch.master_addr or found.address, master_port=launch.master_port or found.port
-    )
-
-
-def _with_hostfile(launch: Launch, folder: Path) -> Launch:
-    """The launch with a hostfile written into its folder, where its hosts came from an allocation."""
-    if launch.hostfile is None or launch.hostfile.is_absolute():
-        return launch
-    hostfile = folder / "hostfile"
-    hostfile.write_text(hostfile_text(launch.hosts), encoding="ascii")
-    return replace(launch, hostfile=hostfile, selected=False)
-
-
-def start(launch: Launch, output: Path, files: Sequence[str] = ()) -> int:
-    """Runs the launch and returns its exit code; `files` must be the same on every host."""
-    return run_once(launch, output, files, Patience()).code
-
-
-def run_once(launch: Launch, output: Path, files: Sequence[str], patience: Patience) -> Session:
-    """Runs the launch to its end; raises as `meeting`."""
-    with launch_folder(output.absolute() if launch.remote else None) as folder:
-        if launch.remote:
-            launch = meeting(_with_hostfile(launch, folder), folder, files, output)
-        session = Session(folder, launch.devices, launch.hosts, launch.ssh_port, patience)
-        session.run(deepspeed_command(launch), child_environment(launch, folder))
-        return session
-
-
-@contextmanager
-def launch_folder(shared: Path | None) -> Iterator[Path]:
-    """A folder for this launch alone, removed at its end: in the run directory where other hosts must see it too."""
-    made = []
-    if shared is not None:
-        made = [path for path in (shared, *shared.parents) if not path.exists()]
-        shared.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".launch-", dir=shared))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in made:  # a launch that has failed before its ranks wrote anything leaves no trace
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-
-
-def child_environment(launch: Launch, folder: Path) -> dict[str, str]:
-    """The environment of `deepspeed`: the user's, the ranks' settings, and the mark of this launch."""
-    environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK"}}
-    environment |= rank_environment(environment, launch, count_accelerators(), cpu_cores())
-    environment[LAUNCH_FOLDER] = str(folder)
-    if launch.device_ids is not None:
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include
-    if launch.remote:
-        lines = forwarded_lines(environment, user_environment_files(environment))
-        carrier = folder / "deepspeed_env"
-        carrier.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        environment["DS_ENV_FILE"] = str(carrier)
-        own = environment.get("PDSH_SSH_ARGS_APPEND", "")
-        # a dead link is noticed, and nobody is asked for a password
-        environment["PDSH_SSH_ARGS_APPEND"] = (
-            f"{own} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-        )
-    return environment
+    print(shell_line(deepspeed_command(launch, sent_by_name(launch, environment)), added))

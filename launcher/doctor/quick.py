@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,9 +42,6 @@ def check_hosts(
     Raises:
         UserError: one line for every host that cannot take part, and what to do there.
     """
-    missing = [program for program in ("ssh", "pdsh") if shutil.which(program) is None]
-    if missing:
-        raise UserError(f"a hostfile needs {' and '.join(missing)} here: apt-get install pdsh openssh-client")
     case = Case(hosts, files, str(output or Path.cwd()), folder, seconds=SECONDS)
     found = examine(case, ssh_crew(hosts, port), thorough=False)
     if sync and (wanted := _behind(found, files)):

@@ -32,10 +32,12 @@ ENDED_BY_REQUEST = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 143, 130}
 
 @dataclass
 class Session:
-    """One launch under way. `folder` is its own, and marks its processes; `hosts` is empty on one machine."""
+    """One launch under way. `folder` is its own, and marks its processes; `ranks`: the numbers of those that it starts;
+    `hosts` is empty on one machine.
+    """
 
     folder: Path
-    ranks: int
+    ranks: range
     hosts: Sequence[Host] = ()
     ssh_port: int | None = None
     patience: Patience = field(default_factory=Patience)
@@ -181,7 +183,7 @@ class Session:
     def _not_begun(self, watch: Watch, status: int) -> str:
         missing = [str(member.rank) for member in watch.members if member.end is None]
         shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
-        return f"`deepspeed` ended with status {status}, and rank {shown} of {self.ranks} did not begin, see above"
+        return f"`deepspeed` ended with status {status}, and rank {shown} of {len(self.ranks)} did not begin, see above"
 
 
 def _on(command: Sequence[str]) -> None:

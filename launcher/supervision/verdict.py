@@ -17,8 +17,8 @@ def tell(watch: Watch, mishaps: Sequence[Mishap]) -> str:
     first = mishaps[0]
     parts = [_stacks(watch.members)]
     others = [mishap for mishap in mishaps[1:] if mishap.kind == "ended" and not mishap.consequence]
-    parts += [f"{who(watch.members[f.rank])} {_what(watch, f)}" for f in others[:8]]
-    member = watch.members[first.rank]
+    parts += [f"{who(watch.member(f.rank))} {_what(watch, f)}" for f in others[:8]]
+    member = watch.member(first.rank)
     parts += [_own_words(member), f"error: {who(member)} {_what(watch, first)}"]
     return "\n".join(part for part in parts if part)
 
@@ -28,12 +28,12 @@ def who(member: Member) -> str:
 
 
 def _what(watch: Watch, mishap: Mishap) -> str:
-    member = watch.members[mishap.rank]
+    member = watch.member(mishap.rank)
     place, seconds = mishap.place, f"{mishap.seconds:.0f} s"
     if mishap.kind == "ended":
         return f"{_ending(member.end or {})}, in {place}"
     if mishap.kind == "lost":
-        alone = all(f.kind == "lost" for f in watch.mishaps.values() if watch.members[f.rank].host == member.host)
+        alone = all(f.kind == "lost" for f in watch.mishaps.values() if watch.member(f.rank).host == member.host)
         gone = "is gone, with its keeper" if not alone else "is gone, with all that ran there for it"
         return f"{gone}: killed, or its host went down; it was in {place}"
     if mishap.kind == "silent":

@@ -97,9 +97,10 @@ class Mishap:
 class Watch:
     """Over the ranks of one launch."""
 
-    def __init__(self, folder: Path, ranks: int, remote: bool, patience: Patience) -> None:
+    def __init__(self, folder: Path, ranks: range, remote: bool, patience: Patience) -> None:
         self.board = Switchboard(folder, remote)
-        self.members = [Member(rank) for rank in range(ranks)]
+        self.ranks = ranks
+        self.members = [Member(rank) for rank in ranks]
         self.patience = patience
         self.asked = False  # a rank's side was asked to stop
         self.mishaps: dict[int, Mishap] = {}  # by rank, in order of time
@@ -108,8 +109,11 @@ class Watch:
     def hear(self, seconds: float) -> None:
         """Takes in what the keepers say within that time."""
         for rank, message in self.board.poll(seconds):
-            if 0 <= rank < len(self.members):
-                self._take(self.members[rank], message)
+            if rank in self.ranks:
+                self._take(self.member(rank), message)
+
+    def member(self, rank: int) -> Member:
+        return self.members[self.ranks.index(rank)]
 
     def _take(self, member: Member, message: Word) -> None:
         word = message.pop("word")
@@ -166,7 +170,7 @@ class Watch:
         """What speaks for a rank that hangs being the cause: said nothing, waits for nobody, is behind."""
         if mishap.kind != "hung":
             return ()
-        member = self.members[mishap.rank]
+        member = self.member(mishap.rank)
         waiting = (member.told or {}).get("waiting")
         said, number = waiting is not None, (waiting or {}).get("number")
         return said, number is not None, member.step, number or 0
@@ -191,7 +195,7 @@ class Watch:
         return all(member.end is not None for member in self.members)
 
     def hosts(self, mishaps: Sequence[Mishap]) -> list[str]:
-        return list(dict.fromkeys(self.members[mishap.rank].host for mishap in mishaps))
+        return list(dict.fromkeys(self.member(mishap.rank).host for mishap in mishaps))
 
     def user_error(self) -> Member | None:
         """The rank that saw a mistake of the user's: it outweighs those that it took down with it."""

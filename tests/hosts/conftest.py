@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from .netns import VirtualHost, virtual_hosts, what_is_missing
 
 BIN = Path(sys.executable).parent
+STEPS = 6
 RECIPE = """
 model: {config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 32}}
 data: {train: [{store: store}], split: "90,10,0", seq_len: 32}
@@ -46,3 +49,36 @@ def work(tmp_path_factory) -> Path:
         [str(BIN / "zeropipe"), *prepare, "--output", "store"], cwd=folder, check=True, timeout=120, capture_output=True
     )
     return folder
+
+
+def losses(run: Path) -> list[str]:
+    """Loss of every step, as `float.hex`: exact."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [float.hex(line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="session")
+def one_host(hosts, work) -> list[str]:
+    words = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2", "--devices", "2"]
+    done = hosts[0].run([*words, "output=one"], cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(work / "one")) == STEPS
+    return losses(work / "one")
+
+
+def wait_for_steps(metrics: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count('"train"') < STEPS:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"fewer than {STEPS} steps in {seconds:.0f} s"
+        time.sleep(0.2)
+
+
+def ranks_left(hosts: list[VirtualHost]) -> list[str]:
+    """Command lines of trainers that still run on a host."""
+    found = []
+    for host in hosts:
+        pids = subprocess.check_output(["ip", "netns", "pids", host.namespace], text=True).split()
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
+        found += [line for line in lines if "zeropipe.trainer" in line]
+    return found

@@ -18,18 +18,18 @@ import sys
 from pathlib import Path
 
 from zeropipe.data_prep.errors import UserError
-from zeropipe.launcher import command, launch_command
+from zeropipe.launcher import command, running
 from zeropipe.launcher.hosts.hostfile import read_hostfile
 
 output, hostfile, *words = sys.argv[1:]
 hosts = read_hostfile(hostfile)
 launch = command.Launch(tuple(words), sum(host.slots for host in hosts), Path(hostfile), hosts)
 real = command.deepspeed_command
-launch_command.deepspeed_command = lambda launch: [
-    "tests.hosts.show_arguments" if word == "zeropipe.trainer" else word for word in real(launch)
+running.deepspeed_command = lambda launch, names: [
+    "tests.hosts.show_arguments" if word == "zeropipe.trainer" else word for word in real(launch, names)
 ]
 try:
-    sys.exit(launch_command.start(launch, Path(output)))
+    sys.exit(running.start(launch, Path(output)))
 except UserError as error:
     sys.exit(str(error))
 """

@@ -1,37 +1,17 @@
 """Two real hosts train what two ranks on one host train, bit for bit; and stop together when they are asked to."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from .netns import VirtualHost
+from .conftest import BIN, STEPS, losses, ranks_left, wait_for_steps
 from .test_prepare_mpi import ETH0
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
-BIN = Path(sys.executable).parent
-STEPS = 6
-
-
-def losses(run: Path) -> list[str]:
-    """Loss of every step, as `float.hex`: exact."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [float.hex(line["loss"]) for line in lines if line["kind"] == "train"]
-
-
-@pytest.fixture(scope="module")
-def one_host(hosts, work) -> list[str]:
-    words = [str(BIN / "zeropipe"), "launch", "recipe.yaml", "--deepspeed_config", "zero2", "--devices", "2"]
-    done = hosts[0].run([*words, "output=one"], cwd=work)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(losses(work / "one")) == STEPS
-    return losses(work / "one")
 
 
 def test_deepspeed_over_pdsh(hosts, work, one_host):
@@ -108,21 +88,3 @@ def test_launch_on_a_hostfile_and_stop(hosts, work, one_host):
     assert ranks_left(hosts) == []
     assert not list((work / "two").glob(".launch-*"))
     assert set(os.listdir("/dev/shm")) == shared_memory
-
-
-def wait_for_steps(metrics: Path, process: subprocess.Popen, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not metrics.exists() or metrics.read_text().count('"train"') < STEPS:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"fewer than {STEPS} steps in {seconds:.0f} s"
-        time.sleep(0.2)
-
-
-def ranks_left(hosts: list[VirtualHost]) -> list[str]:
-    """Command lines of trainers that still run on a host."""
-    found = []
-    for host in hosts:
-        pids = subprocess.check_output(["ip", "netns", "pids", host.namespace], text=True).split()
-        lines = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
-        found += [line for line in lines if "zeropipe.trainer" in line]
-    return found

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from zeropipe.data_prep.errors import UserError
-from zeropipe.launcher import cli, launch_command
+from zeropipe.launcher import cli, launch_command, running
 from zeropipe.launcher.hosts.devices import count_accelerators, visible_devices
 from zeropipe.launcher.hosts.hostfile import Host
 from zeropipe.trainer.keeper.wire import LAUNCH_FOLDER
@@ -94,7 +94,7 @@ def test_files_are_named_by_their_full_path(monkeypatch, hostfile):
 def test_what_cannot_run_is_refused_before_anything_is_started(tmp_path, monkeypatch, capsys):
     """The store of this recipe is missing: the plan says so, and no launch is ever made."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch_command, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(launch_command, "run_once", lambda *_: pytest.fail("started"))
     before = time.monotonic()
     assert cli.main(["launch", "demo", "--deepspeed_config", "demo", "--devices", "2"]) == 2
     assert time.monotonic() - before < 5
@@ -104,10 +104,10 @@ def test_what_cannot_run_is_refused_before_anything_is_started(tmp_path, monkeyp
 
 def test_the_folder_of_a_launch_goes_with_it(tmp_path):
     output = tmp_path / "runs" / "new"
-    with launch_command.launch_folder(output) as folder:
+    with running.launch_folder(output) as folder:
         assert folder.parent == output
     assert not (tmp_path / "runs").exists()
-    with launch_command.launch_folder(output):
+    with running.launch_folder(output):
         (output / "metrics.jsonl").touch()
     assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]
 
@@ -118,7 +118,7 @@ def test_the_environment_of_a_launch(monkeypatch, hostfile, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HOME", str(tmp_path))
     launch = planned(monkeypatch, "demo", "--hostfile", "hostfile")
-    environment = launch_command.child_environment(launch, tmp_path)
+    environment = running.child_environment(launch, tmp_path)
     assert environment[LAUNCH_FOLDER] == str(tmp_path)
     assert not {"RANK", "LOCAL_RANK"} & set(environment)
     assert "BatchMode=yes" in environment["PDSH_SSH_ARGS_APPEND"]
@@ -129,4 +129,4 @@ def test_the_environment_of_a_launch(monkeypatch, hostfile, tmp_path):
 
 def test_visible_devices_are_said_once(monkeypatch, tmp_path):
     launch = planned(monkeypatch, "demo", accelerators=8, visible="6,3")
-    assert "CUDA_VISIBLE_DEVICES" not in launch_command.child_environment(launch, tmp_path)
+    assert "CUDA_VISIBLE_DEVICES" not in running.child_environment(launch, tmp_path)

@@ -108,7 +108,6 @@ def test_every_host_wrong_in_its_own_way_is_still_a_page(monkeypatch):
 def test_a_launch_is_refused_in_a_page(monkeypatch):
     monkeypatch.setattr(quick, "ssh_crew", lambda *_: Crew(connect))
     monkeypatch.setattr(quick, "SECONDS", 4.0)
-    monkeypatch.setattr(quick.shutil, "which", lambda program: program)
 
     async def connect(name):
         return Pretended(name, [0, 0])

@@ -80,7 +80,7 @@ def start(tmp_path: Path, body: str, **options) -> int:
     (tmp_path / "rank.py").write_text(RANK.replace("{body}", body.strip()))
     environment = {**os.environ, LAUNCH_FOLDER: str(tmp_path), "READY": str(tmp_path / "ready-")}
     command = [sys.executable, str(tmp_path / "launcher.py"), str(tmp_path / "rank.py")]
-    return Session(tmp_path, ranks=2, **options).run(command, environment)
+    return Session(tmp_path, range(2), **options).run(command, environment)
 
 
 def when_ready(tmp_path: Path, act) -> None:
@@ -266,7 +266,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path):
     (tmp_path / "rank.py").write_text(RANK.replace("{body}", WAITS.strip()))
     script = (
         "import sys; from pathlib import Path; from zeropipe.launcher.supervision.session import Session\n"
-        "Session(Path(sys.argv[1]), 2).run([sys.executable, *sys.argv[2:]], __import__('os').environ)"
+        "Session(Path(sys.argv[1]), range(2)).run([sys.executable, *sys.argv[2:]], __import__('os').environ)"
     )
     words = [sys.executable, "-c", script, tmp_path, tmp_path / "launcher.py", tmp_path / "rank.py"]
     environment = {**os.environ, LAUNCH_FOLDER: str(tmp_path), "READY": str(tmp_path / "ready-")}
