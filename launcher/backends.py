@@ -27,7 +27,7 @@ class Backend:
 
     Attributes:
         programs: to be found here; `package` has them.
-        version: what `mpirun --version` says of the right one: a machine may have several.
+        version: pattern of what `mpirun --version` says of the right one: a machine may have several.
         files_only: it starts Python files, no modules.
         alike: it wants as many ranks on every host.
     """
@@ -41,7 +41,7 @@ class Backend:
 
 BACKENDS = {
     PDSH: Backend(("pdsh",), "pdsh"),
-    OPENMPI: Backend(("mpirun", "ompi_info"), "openmpi-bin", version="Open MPI"),
+    OPENMPI: Backend(("mpirun", "ompi_info"), "openmpi-bin", version="Open MPI|OpenRTE"),
     # DeepSpeed gives `python -m` the path of a helper of its own, and srun no `-m` at all
     MPICH: Backend(("mpirun",), "mpich", version="HYDRA", files_only=True, alike=True),
     SLURM: Backend(("srun", "sinfo"), "slurm-client", files_only=True, alike=True),
@@ -87,7 +87,7 @@ def check_programs(name: str) -> None:
         raise UserError(f"--launcher {name} needs {' and '.join(missing)} here: apt-get install {packages}")
     if backend.version:
         done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False)
-        if backend.version not in done.stdout:
+        if not re.search(backend.version, done.stdout):
             said = (done.stdout.strip().splitlines() or ["nothing"])[0]
             raise UserError(
                 f"--launcher {name}: the first mpirun of PATH is another one ({shutil.which('mpirun')} says '{said}'); "

@@ -112,7 +112,8 @@ def child_environment(launch: Launch, folder: Path) -> dict[str, str]:
             f"{own} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
         )
     elif launch.remote:
-        for name in NOT_FORWARDED - {"DS_ENV_FILE"}:  # srun and MPICH send all that is in it
+        alike = {"CUDA_VISIBLE_DEVICES"} if launch.backend == OPENMPI else NOT_FORWARDED - {"DS_ENV_FILE"}
+        for name in alike:  # of this host; srun and MPICH send all that is in the environment
             environment.pop(name, None)
         check_variables(launch.backend, environment)
     return environment
@@ -126,7 +127,8 @@ def added_variables(launch: Launch) -> dict[str, str]:
     """
     added = rank_environment(os.environ, launch, count_accelerators(), cpu_cores())
     if launch.remote and not launch.shells:
-        added.pop("DS_ACCELERATOR", None)  # true of this host
+        if launch.backend != OPENMPI:
+            added.pop("DS_ACCELERATOR", None)
         # programs beside this Python: ninja, for DeepSpeed's builds
         added["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
         added |= user_variables(user_environment_files(os.environ)) | {"DS_ENV_FILE": NO_FILE}

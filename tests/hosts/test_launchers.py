@@ -23,9 +23,14 @@ def mpi(request, tmp_path) -> tuple[str, dict[str, str]]:
     program = shutil.which(MPIRUN[request.param])
     if program is None:
         pytest.skip(f"needs {MPIRUN[request.param]} (Debian's openmpi-bin, mpich)")
-    (tmp_path / "mpirun").symlink_to(program)
+    write_program(tmp_path / "mpirun", f'exec {program} "$@"')
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return request.param, {**os.environ, **root, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def write_program(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
 def test_the_losses_of_one_host(hosts, work, one_host, mpi):
@@ -112,10 +117,7 @@ def test_a_dry_run_is_what_is_run(hosts, work, mpi):
     assert (work / "hostfile").read_text() == "\n".join(
         row.removeprefix("#   ") for row in dry.stdout.splitlines() if row.startswith("#   ")
     ) + "\n"
-    (Path(environment["PATH"].split(":")[0]) / "mpirun").unlink()
-    echo = Path(environment["PATH"].split(":")[0]) / "mpirun"
-    echo.write_text('#!/bin/sh\necho ran "$@"\n')
-    echo.chmod(0o755)
+    write_program(Path(environment["PATH"].split(":")[0]) / "mpirun", 'echo ran "$@"')
     done = hosts[0].run(["bash", "-c", line], cwd=work, env=environment)
     assert done.stdout.startswith("ran -n 2"), done.stdout + done.stderr
     assert str(work / "recipe.yaml") in done.stdout

@@ -29,8 +29,10 @@ _ROUND_SECONDS = 0.1
 _STOP = b"s"
 
 
-def under_keeper(rank: Callable[[], int]) -> int:
+def under_keeper(rank: Callable[[], int], number: int | None = None) -> int:
     """Runs a rank and returns its exit code: under a keeper where `zeropipe launch` has started it, else right here.
+
+    `number`: of the rank; default: RANK of the environment.
 
     To be called before anything has made a thread.
     """
@@ -46,7 +48,7 @@ def under_keeper(rank: Callable[[], int]) -> int:
     os.setsid()
     if os.fork():
         os._exit(0)
-    return _keep(Path(folder), there, rank)
+    return _keep(Path(folder), there, rank, int(os.environ.get("RANK", "0")) if number is None else number)
 
 
 def _stand_in(keeper: socket.socket) -> int:
@@ -60,11 +62,10 @@ def _stand_in(keeper: socket.socket) -> int:
     return code[0] if code else EXIT_RANK_FAILED
 
 
-def _keep(folder: Path, stand_in: socket.socket, rank: Callable[[], int]) -> int:
+def _keep(folder: Path, stand_in: socket.socket, rank: Callable[[], int], number: int) -> int:
     """The keeper; returns in the rank alone."""
     code = EXIT_RANK_FAILED
     try:
-        number = int(os.environ.get("RANK", "0"))
         wire = dial(folder, {"rank": number, "host": socket.gethostname(), "pid": os.getpid()})
         charge = Charge.start()
         if charge is None:

@@ -14,13 +14,14 @@ from .interface import is_loopback
 from .ports import FIRST, LAST, free_port
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# of each starter of processes: rank, number of ranks, and both on this host
+# of each starter of processes: rank, number of ranks, and both on this host. srun last: in an allocation of Slurm's,
+# `mpirun` has srun start its daemons, whose numbers the ranks inherit
 STARTERS = {
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "Open MPI": (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }  # fmt: skip
 _CONNECT_SECONDS = 3
 
@@ -36,18 +37,33 @@ def adopt_variables(environ: MutableMapping[str, str]) -> None:
         if missing and environ.get("WORLD_SIZE") != "1":
             raise UserError(f"RANK is set, but not {' and '.join(missing)}; torchrun, deepspeed and srun set them all")
         return
-    for starter, (rank, world, local_rank, local_world) in STARTERS.items():
-        if rank not in environ or world not in environ:
-            continue
-        missing = [name for name in (local_rank, local_world) if name not in environ]
-        if missing:
-            raise UserError(f"{starter} started this rank, but {' and '.join(missing)} is not set")
-        environ.update(RANK=environ[rank], WORLD_SIZE=environ[world], LOCAL_RANK=environ[local_rank])
-        environ["LOCAL_WORLD_SIZE"] = environ["LOCAL_SIZE"] = str(_here(environ, environ[local_world]))
-        if any(name not in environ for name in MEETING):
-            where = _slurm_meeting(environ) if starter == "srun" else _mpi_meeting(int(environ["WORLD_SIZE"]))
-            environ.update(zip(MEETING, where, strict=True))
+    starter = _starter(environ)
+    if starter is None:
         return
+    rank, world, local_rank, local_world = STARTERS[starter]
+    missing = [name for name in (local_rank, local_world) if name not in environ]
+    if missing:
+        raise UserError(f"{starter} started this rank, but {' and '.join(missing)} is not set")
+    environ.update(RANK=environ[rank], WORLD_SIZE=environ[world], LOCAL_RANK=environ[local_rank])
+    environ["LOCAL_WORLD_SIZE"] = environ["LOCAL_SIZE"] = str(_here(environ, environ[local_world]))
+    if any(name not in environ for name in MEETING):
+        where = _slurm_meeting(environ) if starter == "srun" else _mpi_meeting(int(environ["WORLD_SIZE"]))
+        environ.update(zip(MEETING, where, strict=True))
+
+
+def _starter(environ: Mapping[str, str]) -> str | None:
+    """Who has set all its variables, or at least a rank and their number: srun with PMI sets a part of MPICH's."""
+    for needed in (4, 2):
+        for starter, names in STARTERS.items():
+            if all(name in environ for name in names[:needed]):
+                return starter
+    return None
+
+
+def rank_number(environ: Mapping[str, str]) -> int:
+    """The rank's number, by whoever started it; 0 for a process that nobody numbered."""
+    starter = _starter(environ)
+    return int(environ.get("RANK") or (environ[STARTERS[starter][0]] if starter else "0"))
 
 
 def _here(environ: Mapping[str, str], tasks: str) -> int:

@@ -4,7 +4,7 @@ import pytest
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.ranks import interface
-from zeropipe.trainer.ranks.variables import adopt_variables, expand_nodelist, tasks_per_node
+from zeropipe.trainer.ranks.variables import adopt_variables, expand_nodelist, rank_number, tasks_per_node
 
 SRUN = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "2",
@@ -66,6 +66,26 @@ def test_mpi_where_the_meeting_is_known():
         "1",
         "2",
     )
+
+
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "gpu09", "MASTER_PORT": "20001",
+}  # fmt: skip
+
+
+def test_mpirun_in_an_allocation_of_slurm():
+    """Its daemons are srun's tasks, whose numbers the ranks inherit; and srun with PMI sets a part of MPICH's."""
+    environ = {**SRUN, **OPENMPI}
+    assert rank_number(environ) == 2
+    adopt_variables(environ)
+    assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"]) == ("2", "4", "2")
+    environ = {**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"}
+    assert rank_number(environ) == 5
+    adopt_variables(environ)
+    assert (environ["RANK"], environ["LOCAL_RANK"]) == ("5", "2")
+    assert rank_number({}) == 0
+    assert rank_number({"RANK": "3", **OPENMPI}) == 3
 
 
 def test_a_batch_script_is_no_step_and_torchrun_comes_first():
