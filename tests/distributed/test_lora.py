@@ -309,6 +309,18 @@ def test_exports_compute_what_training_does(variant, tmp_path):
     assert {file: file.read_bytes() for file in base.iterdir()} == bits
 
 
+def test_a_random_base_of_a_derived_family_is_made_again(tmp_path):
+    tiny.tiny_store(tmp_path / "store")
+    run, config = tmp_path / "run", {**tiny.LLAMA, "model_type": "qwen3", "head_dim": 16}
+    train("llama", tmp_path, "one", model={"config": config}, duration={"steps": 4})
+    done = export(run)
+    assert done.deviation is not None and done.deviation < 1e-5
+    merged, expected = probe_logits(AutoModelForCausalLM.from_pretrained(done.folder), run)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+    done = export_adapter(run, tmp_path / "adapter")
+    assert done.deviation is not None and done.deviation < 1e-5
+
+
 def test_an_adapter_meets_its_own_base_only(tmp_path):
     tiny.tiny_store(tmp_path / "store")
     base, run = saved_base(tmp_path / "base", MODELS["gpt2"]), tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from ...data_prep.errors import UserError
 from ..checkpoint.loader import newest_shared
 from ..checkpoint.reader import Checkpoint
-from ..modeling.build import model_specs
-from ..modeling.values import FolderValues, RandomValues, Values, all_of
+from ..modeling.build import drawn_values, model_specs
+from ..modeling.values import FolderValues, Values, all_of
 from ..ranks.ranks import Ranks
 from .base import Adapter
 from .bases import Base, locate
@@ -82,7 +83,12 @@ def base_values(checkpoint: Checkpoint, moved: str | Path | None = None) -> Valu
     """
     recorded = Base(**checkpoint.state["base"])
     init = locate(recorded, moved, f"{checkpoint.path}: ")
-    return initial_values(init) or RandomValues(checkpoint.state["seed"])
+    return first_values(init, checkpoint.state["model_config"], checkpoint.state["seed"])
+
+
+def first_values(init: str, config: Mapping[str, Any], seed: int) -> Values:
+    """What a run begins with: `initial_values`, or what is drawn where `model.init` is random."""
+    return initial_values(init) or drawn_values(config, seed)
 
 
 def initial_values(init: str, ranks: Ranks | None = None) -> Values | None:

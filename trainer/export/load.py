@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import nn
 from ...data_prep.errors import UserError
 from ...data_prep.tokenizer import completed
 from ..adapters.merged import MergedWeights
+from ..families.weight_files import refuse_own_code
 from ..run.directory import is_hf_folder, run_precision, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def load_folder(folder: Path, dtype: str | torch.dtype | None) -> Any:
         found = f"only {', '.join(pickles)}: pickles can run code when opened, and are refused" if pickles else "none"
         raise UserError(f"{folder}: no *.safetensors there; found {found}. Save the model as safetensors")
     try:
+        refuse_own_code(json.loads((folder / "config.json").read_bytes()), folder / "config.json")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",

@@ -65,14 +65,14 @@ def export_adapter(
         probe, deviation, bound = read_probe(checkpoint.path), None, None
         if probe is not None:
             bound = max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
-            load = partial(load_with_peft, checkpoint, folder, torch_dtype(precision.weights), place)
+            load = partial(load_with_peft, checkpoint, folder, torch_dtype(precision.weights), base)
             deviation = verify_logits(load, *probe, bound, verifier)
     files = sorted(path.name for path in target.iterdir())
     size = sum((target / name).stat().st_size for name in files)
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound)
 
 
-def load_with_peft(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, base: str | None = None) -> Any:
+def load_with_peft(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, base: str | Path | None = None) -> Any:
     """The base of a checkpoint's LoRA as training saw it, in a plain model, with a folder's adapter on it by peft."""
     from peft import PeftModel
 

@@ -1,9 +1,12 @@
-"""Which file of a Hugging Face folder holds which parameter. Reads headers alone, and needs no torch."""
+"""What a Hugging Face folder says of its model, and which file holds which parameter. Reads headers alone, and needs no
+torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -60,3 +63,16 @@ class WeightFiles:
                 raise UserError(
                     f"model.init: {file}: {key} has the shape {list(found)}, config.json makes it {list(spec.shape)}"
                 )
+
+
+def refuse_own_code(config: Mapping[str, Any], file: Path) -> None:
+    """UserError where a configuration names a model in code of its own. Such code is never run, nor does anything ask
+    whether it may; transformers' model of that type may compute something else.
+    """
+    named = config.get("auto_map") or {}
+    for kind in ("AutoModelForCausalLM", "AutoModel", "AutoConfig"):
+        if kind in named:
+            raise UserError(
+                f"{file}: auto_map: its model is code of its own ({named[kind]}), which is never run; if transformers' "
+                f"own {config.get('model_type')!r} computes the same, take auto_map out of the file"
+            )

@@ -190,16 +190,11 @@ def _adapter(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[
         yield f"adapter {recipe.adapter!r} with tensor parallel {layout.tensor}: not exact when split; set it to 1"
     if isinstance(adapter, Qlora):
         yield from _qlora(settings)
-    if model["model_type"] in FAMILIES:
+    if family_of(model) is not None:
         try:
             adapter.check(parameter_table(model))
         except UserError as error:
             yield str(error)
-    elif recipe.model.init == "random":
-        yield (
-            f"an adapter on random weights of model_type {model['model_type']!r}: no table to make them again from; "
-            "set model.init to a Hugging Face folder"
-        )
 
 
 def _groups(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:

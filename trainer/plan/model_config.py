@@ -13,7 +13,7 @@ from ..families.declared import declared_default, declared_keys, folders_for, mo
 from ..families.family import COMMON, Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
-from ..families.weight_files import WeightFiles
+from ..families.weight_files import WeightFiles, refuse_own_code
 from ..recipe.recipe import Recipe
 from ..recipe.text_files import did_you_mean, parse_json, read_text
 
@@ -65,6 +65,7 @@ def pretrained_config(folder: Path) -> dict[str, Any]:
         config = parse_json(read_text(path), str(path))
         if not isinstance(config, dict) or "model_type" not in config:
             raise UserError(f"{path}: not a transformers configuration: model_type is missing")
+        refuse_own_code(config, path)
         return config
     states = sorted((*folder.glob("state.json"), *folder.glob("step-*/state.json")))
     states += sorted(folder.glob("checkpoints/step-*/state.json"))

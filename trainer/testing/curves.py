@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..adapters.merged import initial_values
+from ..adapters.merged import first_values, initial_values
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
 from ..families.derived import Derived
 from ..families.registry import family_of
 from ..families.specs import parameter_table
-from ..modeling.build import build_model, drawn_values
+from ..modeling.build import build_model
 from ..modeling.values import all_of, merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, init_distributed
@@ -58,13 +58,14 @@ def plain_model(plan: Plan) -> Any:
 
     config = AutoConfig.for_model(**plan.model_config)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
-    values, parameters = initial_values(plan.recipe.model.init), dict(model.named_parameters())
+    init, parameters = plan.recipe.model.init, dict(model.named_parameters())
     with torch.no_grad():
         if family_of(plan.model_config) is not None:
-            values = values or drawn_values(plan.model_config, plan.recipe.seed)
+            values = first_values(init, plan.model_config, plan.recipe.seed)
             drawn = {spec.name: all_of(values, spec) for spec in parameter_table(plan.model_config)}
         else:
-            ours = build_model(plan.model_config, values, plan.recipe.seed, torch.float32, Ranks())
+            values, seed = initial_values(init), plan.recipe.seed
+            ours = build_model(plan.model_config, values, seed, torch.float32, Ranks())
             drawn = dict(ours.named_parameters())
         for name, value in drawn.items():
             parameters[name].copy_(value)

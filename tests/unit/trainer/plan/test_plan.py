@@ -1,6 +1,7 @@
 """The plan: layouts, batches, steps and what is refused, without torch."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,20 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
         {"expert_parallel": {"enabled": True}},
         {},
         "expert_parallel: it replaces modules that checkpoints go by; use",
+    ),
+    (
+        "bf16 masters",
+        1,
+        {**zero(1), "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        {},
+        "bf16.bf16_master_weights_and_grads true: ",
+    ),
+    (
+        "bf16 moments",
+        1,
+        {**zero(1), "bf16": {"enabled": True, "bf16_optimizer_states": True}},
+        {},
+        "bf16.bf16_optimizer_states true: checkpoints hold fp32 moments; leave it out",
     ),
     ("datastates", 1, {"datastates_ckpt": {"host_cache_size": 16}}, {}, "datastates_ckpt: .*leave it out"),
     ("writer", 1, {"checkpoint": {"writer": {"type": "fast"}}}, {}, "checkpoint.writer: .*leave it out"),
@@ -386,6 +401,22 @@ def test_pretrained_folders(plan, tmp_path: Path):
     ):
         recipe = tiny_recipe(Path("x"), tmp_path)
         assert message in refusal(plan, model={"init": str(init), "config": config}), recipe
+
+
+def test_code_in_a_folder_is_never_run_and_nothing_asks(plan, tmp_path: Path, monkeypatch):
+    from zeropipe.trainer.export.load import load_model
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    folder = hugging_face_folder(tmp_path / "hf")
+    (folder / "modeling_own.py").write_text("raise SystemExit('it ran')")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Model"}
+    for model_type in (config["model_type"], "their_own"):
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        told = "config.json: auto_map: its model is code of its own (modeling_own.Model), which is never run; if"
+        assert told in refusal(plan, model={"init": str(folder), "config": {}})
+        with pytest.raises(UserError, match=re.escape(told)):
+            load_model(folder)
 
 
 def test_a_folder_that_lacks_a_weight_is_refused_whichever_stage_would_want_it(plan, tmp_path: Path):
