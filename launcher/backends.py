@@ -128,7 +128,7 @@ def rank_words(name: str, module: str) -> list[str]:
     return [str(RUN_MODULE), module] if BACKENDS[name].files_only else ["--module", module]
 
 
-def joined(words: Sequence[str], further: str) -> list[str]:
+def given_words(words: Sequence[str], further: str) -> list[str]:
     """`--launcher_args` of these words and the user's own."""
     text = " ".join(part for part in (shlex.join(words), further) if part)
     return [f"--launcher_args={text}"] if text else []

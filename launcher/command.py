@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data_prep.errors import UserError
-from .backends import PDSH, joined, launcher_arguments, rank_words
+from .backends import PDSH, given_words, launcher_arguments, rank_words
 from .hosts.hostfile import Host
 from .hosts.selection import include_words
 
@@ -110,7 +110,7 @@ def _remote_flags(launch: Launch, variables: Sequence[str]) -> list[str]:
         flags += ["--enable_each_rank_log", "None --log_level critical"]
     if launch.ssh_port is not None:
         flags += ["--ssh_port", str(launch.ssh_port)]
-    return flags + joined(launcher_arguments(launch.backend, launch.hosts, variables), launch.launcher_args)
+    return flags + given_words(launcher_arguments(launch.backend, launch.hosts, variables), launch.launcher_args)
 
 
 def deepspeed_program() -> str:
