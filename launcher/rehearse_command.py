@@ -15,15 +15,15 @@ from ..trainer.commands.arguments import add_run_arguments, add_verb
 from .rehearsal.faults import FAULTS
 
 if TYPE_CHECKING:
-    from .rehearsal.matrix import Line
+    from .rehearsal.matrix import Trial
 
 EXIT_FAILED = 1  # some fault did not end as it must
 _EPILOG = f"""\
 The model is of the recipe's family with few layers and small widths; objective, adapter, ZeRO stage, parallel sizes,
-precision and the rest of the JSON are yours, as are the stores; on CPUs. One run goes through all the faults, each launch
-resuming it, and in the end its ledger is audited. Faults come at set-up, step, evaluation and save, at random steps;
---times 4 gives each phase its turn. A fault that the run must survive (pause, link-slow, sshd-stopped) is followed by
-a SIGTERM, at which it saves and stops.
+precision and the rest of the JSON are yours, as are the stores; on CPUs. One run goes through all the faults, each
+launch resuming it, and in the end its ledger is audited. Faults come at set-up, step, evaluation and save, at random
+steps; --times 4 gives each phase its turn. A fault that the run must survive (pause, link-slow, sshd-stopped) is
+followed by a SIGTERM, at which it saves and stops.
 
 faults: {", ".join(FAULTS)}
 
@@ -44,7 +44,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..trainer.plan.deepspeed_json import load_pair
-    from .rehearsal.matrix import HEADING, Matrix, load_note, write_line
+    from .rehearsal.matrix import TABLE_HEADING, Matrix, load_note, write_line
     from .rehearsal.netns import virtual_hosts, what_is_missing
     from .rehearsal.small import write_small
 
@@ -58,18 +58,20 @@ def run(args: argparse.Namespace) -> int:
     slots = write_small(recipe, ds, args.hosts, folder)
     keys = folder / "hosts"
     keys.mkdir()
-    lines: list[Line] = []
+    lines: list[Trial] = []
     with virtual_hosts(keys, args.hosts, loopback_names=True, dead_interfaces=True) as hosts:
         matrix = Matrix(hosts, slots, folder, args.seed)
         if not args.json:
-            print(f"{recipe.name}, small: {args.hosts} hosts of {slots} ranks, {load_note()}\n{HEADING}", flush=True)
+            print(
+                f"{recipe.name}, small: {args.hosts} hosts of {slots} ranks, {load_note()}\n{TABLE_HEADING}", flush=True
+            )
         for line in matrix.lines(names, args.times):
             print(write_line(line, args.json), flush=True)
             lines.append(line)
     return _verdict(lines, matrix.audited, folder, args.json)
 
 
-def _verdict(lines: list[Line], audited: Callable[[], str], folder: Path, as_json: bool) -> int:
+def _verdict(lines: list[Trial], audited: Callable[[], str], folder: Path, as_json: bool) -> int:
     wrong = sum(bool(line.wrong) for line in lines)
     try:
         ledger, good = audited(), not wrong

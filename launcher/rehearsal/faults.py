@@ -21,7 +21,7 @@ FAR_TOO_MANY = 999  # slots
 
 
 @dataclass(frozen=True)
-class Stage:
+class Scene:
     """What a fault is done to: a host, by a launch in `folder` whose run directory is `output`."""
 
     host: VirtualHost
@@ -48,7 +48,7 @@ class Fault:
     says: str = ""
     outcome: str = ENDS
     code: int = 3
-    act: Callable[[Stage, subprocess.Popen | None], AbstractContextManager[object]] = lambda stage, launch: (
+    act: Callable[[Scene, subprocess.Popen | None], AbstractContextManager[object]] = lambda scene, launch: (
         contextlib.nullcontext()
     )
     slots: int | None = None
@@ -61,25 +61,25 @@ class Fault:
 
 
 @contextlib.contextmanager
-def _kill(_: Stage, launch: subprocess.Popen | None) -> Iterator[None]:
+def _kill(_: Scene, launch: subprocess.Popen | None) -> Iterator[None]:
     assert launch is not None
     launch.send_signal(signal.SIGKILL)
     yield
 
 
 @contextlib.contextmanager
-def _fill_disk(stage: Stage, _: subprocess.Popen | None) -> Iterator[None]:
+def _fill_disk(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
     """Where checkpoints are to be, this host sees a file system that takes nothing more."""
-    where = stage.output / CHECKPOINTS
+    where = scene.output / CHECKPOINTS
     where.mkdir(parents=True, exist_ok=True)
-    with stage.host.own_folder(where, "4k"):
+    with scene.host.own_folder(where, "4k"):
         yield
 
 
 @contextlib.contextmanager
-def _other_version(stage: Stage, _: subprocess.Popen | None) -> Iterator[None]:
+def _other_version(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
     (metadata,) = Path(sys.prefix).glob("lib/python*/site-packages/deepspeed-*.dist-info/METADATA")
-    with stage.host.own_file(metadata, "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.9.9\n"):
+    with scene.host.own_file(metadata, "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.9.9\n"):
         yield
 
 
@@ -100,28 +100,30 @@ FAULTS = {
     "link-down": Fault(
         PHASES,
         rf"error: {HERE} has not been heard for \d+ s: its host is down or cut off; .*",
-        act=lambda stage, launch: stage.host.cut_off(),
+        act=lambda scene, launch: scene.host.cut_off(),
     ),
-    "link-slow": Fault((STEP,), outcome=GOES_ON, act=lambda stage, launch: stage.host.slow_link("4mbit")),
+    "link-slow": Fault((STEP,), outcome=GOES_ON, act=lambda scene, launch: scene.host.slow_link("4mbit")),
     "host-gone": Fault(
-        PHASES, rf"error: {HERE} (is gone|has not been heard).*", act=lambda stage, launch: stage.host.gone()
+        PHASES, rf"error: {HERE} (is gone|has not been heard).*", act=lambda scene, launch: scene.host.gone()
     ),
-    "sshd-stopped": Fault(PHASES, outcome=GOES_ON, act=lambda stage, launch: stage.host.without_sshd()),
-    "disk-full": Fault((STEP,), r"error: .*{host}.*No space left on device.*", code=2, act=_fill_disk, seconds=60.0),
+    "sshd-stopped": Fault(PHASES, outcome=GOES_ON, act=lambda scene, launch: scene.host.without_sshd()),
+    "disk-full": Fault(
+        (STEP,), r"error: .*No space left on device \(on rank {rank}\).*", code=2, act=_fill_disk, seconds=60.0
+    ),
     "launcher-killed": Fault(PHASES, code=-signal.SIGKILL, act=_kill),
     "wrong-version": _refused("{host}: deepspeed 0.9.9, but .*", act=_other_version),
     "no-environment": _refused(
-        f"{{host}}: there is no {sys.executable}.*", act=lambda stage, launch: stage.host.own_folder(Path(sys.prefix))
+        f"{{host}}: there is no {sys.executable}.*", act=lambda scene, launch: scene.host.own_folder(Path(sys.prefix))
     ),
     "wrong-interface": _refused(
         r".*(GLOO_SOCKET_IFNAME|aaa0).*", environment=(("GLOO_SOCKET_IFNAME", "aaa0"),), seconds=30.0
     ),
     "slot-mismatch": _refused(f"{{host}}: {FAR_TOO_MANY} slots, but .*", slots=FAR_TOO_MANY),
     "unreachable-host": _refused(
-        "{host}: ssh without a password failed.*", act=lambda stage, launch: stage.host.without_sshd()
+        "{host}: ssh without a password failed.*", act=lambda scene, launch: scene.host.without_sshd()
     ),
     "other-recipe": _refused(
         "{host}: .*recipe.yaml differs from the one here.*",
-        act=lambda stage, launch: stage.host.own_file(stage.folder / "recipe.yaml", "name: another\n"),
+        act=lambda scene, launch: scene.host.own_file(scene.folder / "recipe.yaml", "name: another\n"),
     ),
 }

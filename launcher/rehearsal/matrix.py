@@ -14,20 +14,19 @@ from typing import Any
 from ...data_prep.errors import UserError
 from ...trainer.checkpoint.folder import newest_checkpoint, verify_checkpoints
 from ...trainer.keeper.pulse import EVALUATION, SAVING, SET_UP, STEP
-from ...trainer.metrics.audit import audit
 from ...trainer.metrics.reading import read_lines, read_metrics
 from .drive import Outcome, launch_words, plain_words, rehearse
-from .faults import ENDS, FAULTS, GOES_ON, REFUSED, Fault, Stage
+from .faults import ENDS, FAULTS, GOES_ON, REFUSED, Fault, Scene
 from .netns import VirtualHost
 from .rank import Harm
 from .small import EVAL_EVERY, SAVE_EVERY
 
-GONE_ON_STEPS = 6  # after a fault that a run survives
-CODES = {GOES_ON: 4, REFUSED: 2}
+_STEPS_AFTERWARDS = 6  # after a fault that a run survives
+_CODES = {GOES_ON: 4, REFUSED: 2}
 
 
 @dataclass(frozen=True)
-class Line:
+class Trial:
     """One fault and what became of the launch.
 
     Attributes:
@@ -58,28 +57,28 @@ class Matrix:
         self._environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self._evaluates = "every: 0" not in (folder / "recipe.yaml").read_text().partition("eval:")[2][:30]
 
-    def lines(self, names: Sequence[str], times: int) -> Iterator[Line]:
+    def lines(self, names: Sequence[str], times: int) -> Iterator[Trial]:
         """Each fault so often, each time in its next phase, at a random step."""
         for _ in range(times):
             yield from (self.line(name) for name in names)
 
-    def line(self, name: str, plain: bool = False) -> Line:
+    def line(self, name: str, plain: bool = False) -> Trial:
         """One fault; `plain`: to `deepspeed` alone, on a fresh run."""
         fault, run = FAULTS[name], self.folder / ("plain" if plain else "run")
         harm = self._harm(name, fault, run)
         host = self.hosts[harm.rank // self.slots]
-        stage = Stage(host, self.folder, run)
+        scene = Scene(host, self.folder, run)
         outcome = rehearse(
             self._words(fault, run, plain),
             self.hosts[0],
             host.name,
             harm,
-            lambda launch: fault.act(stage, launch),
+            lambda launch: fault.act(scene, launch),
             {**self._environment, **dict(fault.environment)},
-            gone_on=(lambda: last_step(run) >= harm.step + GONE_ON_STEPS) if fault.outcome == GOES_ON else None,
+            gone_on=(lambda: last_step(run) >= harm.step + _STEPS_AFTERWARDS) if fault.outcome == GOES_ON else None,
         )
         place = f"{STEP} {harm.step + 1}" if harm.phase == STEP else harm.phase
-        return Line(name, "start" if fault.before else place, harm.rank, outcome, self._wrong(fault, outcome, run))
+        return Trial(name, "start" if fault.before else place, harm.rank, outcome, self._wrong(fault, outcome, run))
 
     def audited(self) -> str:
         """What the ledger says of the run after all faults.
@@ -87,6 +86,8 @@ class Matrix:
         Raises:
             UserError: a sample was left out or taken twice.
         """
+        from ...trainer.metrics.audit import audit
+
         found = audit(self.run)
         if found.defects:
             raise UserError(f"{self.run}: {found.defects[0]}")
@@ -115,7 +116,7 @@ class Matrix:
         return plain_words(*files, self.hosts[0].address) if plain else launch_words(*files)
 
     def _wrong(self, fault: Fault, outcome: Outcome, run: Path) -> tuple[str, ...]:
-        code = fault.code if fault.outcome == ENDS else CODES[fault.outcome]
+        code = fault.code if fault.outcome == ENDS else _CODES[fault.outcome]
         wrong = []
         if outcome.seconds is None:
             wrong.append("did not end")
@@ -158,7 +159,7 @@ def lost(run: Path) -> list[str]:
     return [f"{taken - step} steps are lost"] if taken - step > 2 * SAVE_EVERY else []
 
 
-def write_line(line: Line, as_json: bool) -> str:
+def write_line(line: Trial, as_json: bool) -> str:
     """One line of the table, or of JSON."""
     if as_json:
         return json.dumps(line.as_json())
@@ -168,7 +169,7 @@ def write_line(line: Line, as_json: bool) -> str:
     return f"{line.fault:<17} {line.place:<11} {line.rank:>4} {took:>7} {code:>5} {line.outcome.left:>4}  {verdict}"
 
 
-HEADING = f"{'fault':<17} {'place':<11} {'rank':>4} {'seconds':>7} {'code':>5} {'left':>4}"
+TABLE_HEADING = f"{'fault':<17} {'place':<11} {'rank':>4} {'seconds':>7} {'code':>5} {'left':>4}"
 
 
 def load_note() -> str:
