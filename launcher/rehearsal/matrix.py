@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...data_prep.errors import UserError
 from ...trainer.checkpoint.folder import newest_checkpoint, verify_checkpoints
 from ...trainer.keeper.pulse import EVALUATION, SAVING, SET_UP, STEP
@@ -55,7 +57,8 @@ class Matrix:
         self._random = random.Random(seed)
         self._turns = dict.fromkeys(FAULTS, self._random.randrange(4))
         self._environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self._evaluates = "every: 0" not in (folder / "recipe.yaml").read_text().partition("eval:")[2][:30]
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        self._evaluates = recipe["eval"]["every"] > 0
 
     def lines(self, names: Sequence[str], times: int) -> Iterator[Trial]:
         """Each fault so often, each time in its next phase, at a random step."""
