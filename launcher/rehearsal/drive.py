@@ -18,7 +18,7 @@ from typing import Protocol
 import psutil
 
 from ...trainer.keeper.wire import LAUNCH_FOLDER
-from .faults import FAULTS
+from .faults import FAULTS, processes_of
 from .rank import HARM, Harm
 
 ARRIVE_SECONDS = 400.0  # for the launch to get to the place of the harm
@@ -125,17 +125,6 @@ def _wait_for(harm: Harm, launch: subprocess.Popen) -> float:
             raise RuntimeError(f"the launch did not get to {harm.phase}: {said[-2000:]}")
         time.sleep(0.05)
     return float(harm.moment.read_text())
-
-
-def processes_of(folder: str) -> list[psutil.Process]:
-    """Processes on any host of this machine that a launch in this folder has started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            environ = process.environ()
-            if environ.get(HARM, "").startswith(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def launch_words(recipe: str, config: str, hostfile: str, overrides: Sequence[str], *options: str) -> list[str]:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from ...trainer.checkpoint.folder import CHECKPOINTS
 from ...trainer.keeper.pulse import PHASES, STEP
 from .netns import VirtualHost
+from .rank import HARM
 
 START = "start"  # the phase before a rank begins
 ENDS, GOES_ON, REFUSED = "ends", "goes on", "refused"
 FAR_TOO_MANY = 999  # slots
+
+
+def processes_of(folder: str | Path) -> list[psutil.Process]:
+    """Processes on any host of this machine that a launch in this folder has started, and itself."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environ = process.environ()
+            if environ.get(HARM, "").startswith(str(folder)) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,8 @@ class Scene:
     host: VirtualHost
     folder: Path
     output: Path
+    random: random.Random
+    notes: list[str] = field(default_factory=list)  # what was chosen
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,8 @@ class Fault:
         act: does it from outside, and undoes it; what a rank does to itself is in `rank.py`.
         before: it is there before the launch.
         slots, environment: of the second host, of the user.
-        seconds: for the launch to end, at most.
+        seconds: for the launch to end, at most; of a hang, after the limit.
+        saves: before it ends, so that no step is lost.
     """
 
     phases: tuple[str, ...]
@@ -54,6 +72,7 @@ class Fault:
     slots: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
     seconds: float = 15.0
+    saves: bool = False
 
     @property
     def before(self) -> bool:
@@ -64,6 +83,24 @@ class Fault:
 def _kill(_: Scene, launch: subprocess.Popen | None) -> Iterator[None]:
     assert launch is not None
     launch.send_signal(signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def _ask_one(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
+    """SIGTERM to one process of the job, on any host: the launcher, `deepspeed`, a rank, its keeper, …"""
+    process = scene.random.choice(sorted(processes_of(scene.folder), key=lambda process: process.pid))
+    scene.notes.append(" ".join(process.cmdline())[-60:])
+    process.terminate()
+    yield
+
+
+@contextlib.contextmanager
+def _ask_all(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
+    """SIGTERM to every process of the job on every host, as from a batch system."""
+    for process in processes_of(scene.folder):
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
     yield
 
 
@@ -94,8 +131,7 @@ FAULTS = {
     "kill": Fault(PHASES, rf"error: {HERE} was ended by SIGKILL .*, in {{place}}"),
     "segfault": Fault(PHASES, rf"error: {HERE} was ended by SIGSEGV, in {{place}}"),
     "stop": Fault(PHASES, rf"error: {HERE} was stopped by a signal \(SIGSTOP\) .*, in {{place}}"),
-    # five times the longest step and some seconds: how long a step takes is the run's affair
-    "hang": Fault((STEP,), rf"error: {HERE} hangs in {{place}}: .*", seconds=60.0),
+    "hang": Fault((STEP,), rf"error: {HERE} hangs in {{place}}: .*"),
     "pause": Fault(PHASES[1:], outcome=GOES_ON),
     "link-down": Fault(
         PHASES,
@@ -110,6 +146,8 @@ FAULTS = {
     "disk-full": Fault(
         (STEP,), r"error: .*No space left on device \(on rank {rank}\).*", code=2, act=_fill_disk, seconds=60.0
     ),
+    "sigterm": Fault(PHASES, code=4, act=_ask_one, saves=True),
+    "sigterm-all": Fault(PHASES, code=4, act=_ask_all, saves=True),
     "launcher-killed": Fault(PHASES, code=-signal.SIGKILL, act=_kill),
     "wrong-version": _refused("{host}: deepspeed 0.9.9, but .*", act=_other_version),
     "no-environment": _refused(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ...trainer.checkpoint.folder import newest_checkpoint, verify_checkpoints
 from ...trainer.keeper.pulse import EVALUATION, SAVING, SET_UP, STEP
 from ...trainer.metrics.reading import read_lines, read_metrics
 from .drive import Outcome, launch_words, plain_words, rehearse
-from .faults import ENDS, FAULTS, GOES_ON, REFUSED, Fault, Scene
+from .faults import ENDS, FAULTS, GOES_ON, REFUSED, START, Fault, Scene
 from .netns import VirtualHost
 from .rank import Harm
 from .small import EVAL_EVERY, SAVE_EVERY
@@ -70,7 +71,7 @@ class Matrix:
         fault, run = FAULTS[name], self.folder / ("plain" if plain else "run")
         harm = self._harm(name, fault, run)
         host = self.hosts[harm.rank // self.slots]
-        scene = Scene(host, self.folder, run)
+        scene = Scene(host, self.folder, run, self._random)
         outcome = rehearse(
             self._words(fault, run, plain),
             self.hosts[0],
@@ -81,7 +82,9 @@ class Matrix:
             gone_on=(lambda: last_step(run) >= harm.step + _STEPS_AFTERWARDS) if fault.outcome == GOES_ON else None,
         )
         place = f"{STEP} {harm.step + 1}" if harm.phase == STEP else harm.phase
-        return Trial(name, "start" if fault.before else place, harm.rank, outcome, self._wrong(fault, outcome, run))
+        wrong = self._wrong(fault, outcome, run)
+        notes = scene.notes if wrong else []
+        return Trial(name, START if fault.before else place, harm.rank, outcome, (*wrong, *notes))
 
     def audited(self) -> str:
         """What the ledger says of the run after all faults.
@@ -123,7 +126,7 @@ class Matrix:
         wrong = []
         if outcome.seconds is None:
             wrong.append("did not end")
-        elif fault.outcome != GOES_ON and outcome.seconds > fault.seconds:
+        elif fault.outcome != GOES_ON and outcome.seconds > fault.seconds + _limit_of_a_hang(outcome):
             wrong.append(f"took more than {fault.seconds:.0f} s")
         if outcome.code != code:
             wrong.append(f"exit code {outcome.code}, expected {code}")
@@ -131,7 +134,7 @@ class Matrix:
             wrong.append(f"{outcome.left} processes left")
         if not outcome.right:
             wrong.append(f"last line: {outcome.last}")
-        return (*wrong, *lost(run))
+        return (*wrong, *lost(run, 0 if fault.saves or fault.outcome == GOES_ON else 2 * SAVE_EVERY))
 
 
 def last_step(run: Path) -> int:
@@ -150,8 +153,14 @@ def checkpointed_step(run: Path) -> int:
         return 0
 
 
-def lost(run: Path) -> list[str]:
-    """What a run has lost: its newest checkpoint is damaged, or is older than the one before the last that was due."""
+def _limit_of_a_hang(outcome: Outcome) -> float:
+    """Seconds that a rank that hangs was given, by what is said last; 0: it does not hang."""
+    found = re.search(r"where (\d+) s are the limit", outcome.last)
+    return float(found[1]) if found else 0.0
+
+
+def lost(run: Path, most: int) -> list[str]:
+    """What a run has lost: its newest checkpoint is damaged, or more than `most` steps are not in it."""
     step = checkpointed_step(run)
     if step and (problems := verify_checkpoints(run / "checkpoints" / f"step-{step:08d}").popitem()[1]):
         return [f"checkpoint: {problems[0]}"]
@@ -159,7 +168,7 @@ def lost(run: Path) -> list[str]:
         taken = max((record["step"] for record in read_metrics(run) if record["kind"] == "train"), default=0)
     except UserError:
         return []
-    return [f"{taken - step} steps are lost"] if taken - step > 2 * SAVE_EVERY else []
+    return [f"{taken - step} steps are lost"] if taken - step > most else []
 
 
 def write_line(line: Trial, as_json: bool) -> str:
