@@ -10,6 +10,7 @@ ranks with and without torch's flight recorder, as often as a step has collectiv
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +185,25 @@ def run_watched(work: Path, steps: int, notes: Path | None = None) -> tuple[floa
         os.environ[NOTES] = str(notes)
     module = "benchmarks.watchers" if notes is not None else "zeropipe.trainer"
     began, used = time.monotonic(), time.process_time()
-    code = start(Launch(arguments, RANKS, master_port=free_port(), module=module), work / "run")
+    with silent():
+        code = start(Launch(arguments, RANKS, master_port=free_port(), module=module), work / "run")
     share = (time.process_time() - used) / (time.monotonic() - began)
     os.environ.pop(NOTES, None)
     if code:
         sys.exit(f"the supervised launch ended with {code}")
     return step_seconds(work), share
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """What the ranks print goes nowhere."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
 
 
 def step_seconds(work: Path) -> float:
