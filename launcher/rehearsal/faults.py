@@ -153,8 +153,12 @@ FAULTS = {
     "no-environment": _refused(
         f"{{host}}: there is no {sys.executable}.*", act=lambda scene, launch: scene.host.own_folder(Path(sys.prefix))
     ),
-    "wrong-interface": _refused(
-        r".*(GLOO_SOCKET_IFNAME|aaa0).*", environment=(("GLOO_SOCKET_IFNAME", "aaa0"),), seconds=30.0
+    # what the user sets stays; gloo gives up after 30 s
+    "wrong-interface": Fault(
+        (START,),
+        r"error: rank \d+ on \S+ failed: .*GLOO_SOCKET_IFNAME=aaa0.*",
+        environment=(("GLOO_SOCKET_IFNAME", "aaa0"),),
+        seconds=45.0,
     ),
     "slot-mismatch": _refused(f"{{host}}: {FAR_TOO_MANY} slots, but .*", slots=FAR_TOO_MANY),
     "unreachable-host": _refused(

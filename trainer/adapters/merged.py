@@ -11,7 +11,7 @@ from torch import Tensor
 from ...data_prep.errors import UserError
 from ..checkpoint.loader import newest_shared
 from ..checkpoint.reader import Checkpoint
-from ..modeling.build import drawn_values, model_specs
+from ..modeling.build import buffer_specs, drawn_values, model_specs
 from ..modeling.values import FolderValues, Values, all_of
 from ..ranks.ranks import Ranks
 from .base import Adapter
@@ -21,7 +21,11 @@ from .registry import adapter_of
 
 
 class MergedWeights:
-    """A checkpoint's parameters with its adapter folded into its base, one at a time."""
+    """A checkpoint's parameters with its adapter folded into its base, one at a time.
+
+    Attributes:
+        buffers: names of those that stay in fp32 whatever a model is in.
+    """
 
     def __init__(self, checkpoint: Checkpoint, base: str | Path | None = None, merge_onto: Onto | None = None) -> None:
         """
@@ -35,6 +39,7 @@ class MergedWeights:
         self._checkpoint = checkpoint
         self._adapter: Adapter | None = adapter_of(checkpoint.state.get("adapter", "none"))
         self._stored = frozenset(checkpoint.names())
+        self.buffers = frozenset(buffer_specs(checkpoint.state["model_config"]))
         if merge_onto is not None:
             if not isinstance(self._adapter, Qlora):
                 raise UserError(f"{checkpoint.path}: its base was not quantised, so there is one base to merge onto")

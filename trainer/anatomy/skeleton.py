@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
+from .buffers import name_buffers
 
 
 def skeleton(config: Mapping[str, Any], attention: str | None = None) -> Any:
@@ -34,11 +35,12 @@ def skeleton(config: Mapping[str, Any], attention: str | None = None) -> Any:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.config: transformers cannot build a causal LM from it: {said}") from error
     model.tie_weights()
+    name_buffers(model)
     return model
 
 
 def materialise_buffers(model: Any, device: torch.device) -> None:
-    """Buffers hold nothing learnt (rotary frequencies, say): transformers computes them from the configuration.
+    """What transformers computes buffers to be from the configuration (rotary frequencies, say).
 
     Of the whole model at once, while the parameters are on the meta device and cost nothing: some are their parent's.
     """

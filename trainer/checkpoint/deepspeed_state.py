@@ -27,12 +27,14 @@ class Live:
     """What is saved from and loaded into: DeepSpeed's engine between two steps, and which of its parameters.
 
     `parameters`: (Hugging Face name, parameter that carries `.spec`), tied ones once, the same on all ranks of a
-    pipeline stage. Those that are not named are neither saved nor loaded.
+    pipeline stage. Those that are not named are neither saved nor loaded. `buffers` belong to the weights and are not
+    trained: fp32, whole on every rank.
     """
 
     engine: Any
     parameters: Sequence[tuple[str, Parameter]]
     ranks: Ranks
+    buffers: Sequence[tuple[str, Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,16 @@ def kinds_of(parameters: Iterable[Any], kinds: Sequence[str]) -> Callable[[Any],
 
 
 def holdings(live: Live) -> list[Holding]:
-    """What this rank holds of every parameter, sorted by name; an empty range where it holds nothing."""
+    """What this rank holds of every parameter and buffer, sorted by name; an empty range where it holds nothing."""
     wrapped = _wrapped_masters(live.engine)
-    return [_holding(live, name, p, wrapped) for name, p in sorted(live.parameters, key=lambda item: item[0])]
+    found = [_holding(live, name, p, wrapped) for name, p in live.parameters]
+    return sorted([*found, *(_whole(live, *named) for named in live.buffers)], key=lambda holding: holding.name)
+
+
+def _whole(live: Live, name: str, buffer: Tensor) -> Holding:
+    spec, copies = ParamSpec(name, tuple(buffer.shape)), (live.ranks.replica, live.ranks.replicas)
+    own = {MASTER: buffer.detach().view(-1)}
+    return Holding(name, spec, buffer, 0, buffer.numel(), *copies, spec.shape, own)  # type: ignore[arg-type]
 
 
 def _holding(live: Live, name: str, p: Parameter, wrapped: Mapping[Parameter, _FlatRange]) -> Holding:

@@ -69,6 +69,7 @@ def _check_model(checkpoint: Checkpoint, live: Live) -> None:
     """Refuses a checkpoint of other parameters, before anything is touched. Collective."""
     ranks = live.ranks
     mine = {name: p.spec.shape for name, p in live.parameters}  # type: ignore[attr-defined]
+    mine |= {name: tuple(buffer.shape) for name, buffer in live.buffers}
     wanted = {name for names in ranks.gather_over_stages(list(mine)) for name in names}
     own_kinds = kinds_of((p for _, p in live.parameters), checkpoint.state["engine"]["kinds"])
     trained = {name: own_kinds(p) for name, p in live.parameters if p.requires_grad}

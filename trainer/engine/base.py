@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import install
 from ..adapters.registry import adapter_of
+from ..anatomy.buffers import kept_buffers
 from ..checkpoint.deepspeed_state import Live
 from ..data.batches import Batch, BatchStream, StepBatch
 from ..data.order import key64
@@ -95,7 +96,7 @@ class Engine(ABC):
                 gradient that is no number, before such weights can be saved over good ones.
         """
         started, agreed = time.perf_counter(), self._agreed
-        self.pace.begin()
+        self.pace.begin(step)
         if agreed is None or agreed.coming.first != stream.samples_consumed:  # the first step of this process
             coming = Coming.of(stream, self.ranks, self.objective)
             agreed = Agreed(coming, self.ranks.all_sum(coming.numbers))
@@ -191,8 +192,9 @@ class Engine(ABC):
     def live(self) -> Live:
         """What checkpoints read and write: with an adapter, that alone."""
         named, adapter = self.named_parameters(), self.adapter
-        kept = named if adapter is None else [(name, p) for name, p in named if adapter.owns(name)]
-        return Live(self.deepspeed, kept, self.ranks)
+        if adapter is None:
+            return Live(self.deepspeed, named, self.ranks, list(kept_buffers(self.module)))
+        return Live(self.deepspeed, [(name, p) for name, p in named if adapter.owns(name)], self.ranks)
 
     def _vector(self, loss: LossSum | None) -> Tensor:
         """Loss sum and metric sums in float64, on the device: they are waited for once a step."""

@@ -111,8 +111,10 @@ def write_model(
     checkpoint: Checkpoint, weights: MergedWeights, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
-    code = str(dtype).removeprefix("torch.")
-    tensors = [FileTensor(name, weights.shape(name), code, partial(weights.read, name)) for name in weights.names()]
+    tensors = [
+        FileTensor(name, weights.shape(name), str(_dtype_of(name, weights, dtype))[6:], partial(weights.read, name))
+        for name in weights.names()
+    ]
     files = in_groups(tensors, shard_bytes)
     where = {}
     for number, group in enumerate(files, 1):
@@ -126,6 +128,10 @@ def write_model(
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     write_configs(checkpoint.state["model_config"], folder, dtype, checkpoint.state.get("stop_ids", []))
+
+
+def _dtype_of(name: str, weights: MergedWeights, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name in weights.buffers else dtype
 
 
 def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype, stop_ids: Sequence[int] = ()) -> None:
@@ -166,7 +172,7 @@ def verify_weights(weights: MergedWeights, folder: Path, dtype: torch.dtype) -> 
             names = set(handle.keys())
             found |= names
             for name in names:
-                if not same_bits(handle.get_tensor(name), weights.read(name).to(dtype)):
+                if not same_bits(handle.get_tensor(name), weights.read(name).to(_dtype_of(name, weights, dtype))):
                     raise UserError(f"{file.name}: {name} reads back other than it was written; is the disk sound?")
     missing = set(weights.names()) - found
     if missing:

@@ -77,6 +77,7 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: str | torch.dtype, base: str 
     """A checkpoint's master weights, cast to `dtype`, in the plain Hugging Face model; one parameter at a time."""
     model = build_plain(checkpoint.state["model_config"], dtype)
     expected, weights = dict(model.named_parameters()), MergedWeights(checkpoint, base)
+    expected |= {name: buffer for name, buffer in model.named_buffers() if name in weights.buffers}
     missing = sorted(set(expected) - set(weights.names()))
     if missing:
         raise UserError(f"{checkpoint.path}: the checkpoint lacks parameters of its own model: {missing}")

@@ -81,8 +81,9 @@ def load_with_peft(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, bas
     model = build_plain(checkpoint.state["model_config"], dtype)
     specs, values = model_specs(checkpoint.state["model_config"]), base_values(checkpoint, base)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(adapter.seen(specs[name], all_of(values, specs[name]).float()))
+        held = model.state_dict(keep_vars=True)
+        for name, spec in specs.items():
+            held[name].copy_(adapter.seen(spec, all_of(values, spec).float()))
     return PeftModel.from_pretrained(model, str(folder))
 
 

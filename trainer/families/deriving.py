@@ -179,7 +179,8 @@ def _rows(
             seen.add(id(parameter))
             name = f"{path}.{leaf}" if path else leaf
             number = re.match(re.escape(blocks) + r"\.(\d+)\.", name) if blocks else None
-            spec = ParamSpec(name, tuple(parameter.shape), "replicated", layer=int(number[1]) if number else None)
+            layer = int(number[1]) if number else None
+            spec = ParamSpec(name, tuple(parameter.shape), "replicated", layer=layer, trained=parameter.requires_grad)
             if path in vocabulary and parameter.shape[0] == model.get_input_embeddings().weight.shape[0]:
                 yield _changed(spec, "vocab", Split(0))
                 continue
@@ -190,7 +191,7 @@ def _rows(
 
 
 def _changed(spec: ParamSpec, kind: Kind, split: Split | None, **more: Any) -> ParamSpec:
-    return ParamSpec(spec.name, spec.shape, kind, split, layer=spec.layer, **more)
+    return ParamSpec(spec.name, spec.shape, kind, split, layer=spec.layer, trained=spec.trained, **more)
 
 
 def _split(

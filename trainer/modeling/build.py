@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..anatomy.buffers import kept_buffers
 from ..anatomy.skeleton import filled, materialise_buffers, skeleton, unset
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
 from ..kernels.swap import use_kernels
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
-from .values import Cut, RandomValues, Values, dealt, piece_of_rank, put_off
+from .values import Cut, RandomValues, Values, dealt, make_buffers, piece_of_rank, put_off
 
 
 def build_model(
@@ -54,7 +55,7 @@ def build_model(
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
     model, specs = model_and_specs(config, ranks.tensor_size)
-    materialise_buffers(model, ranks.device)
+    make_buffers(model, values, ranks.device)
     fill, turns = values, None
     if fill is None:
         drawn = drawn_values(config, seed)
@@ -88,7 +89,7 @@ def model_and_specs(config: Mapping[str, Any], tensor: int) -> tuple[Any, dict[s
     if family is not None:
         specs = {spec.name: spec for spec in parameter_table(config, tensor)}
     else:
-        specs = {name: ParamSpec(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        specs = {n: ParamSpec(n, tuple(p.shape), trained=p.requires_grad) for n, p in model.named_parameters()}
         head = model.get_output_embeddings()
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear | Conv1D) and module is not head:
@@ -100,8 +101,17 @@ def model_and_specs(config: Mapping[str, Any], tensor: int) -> tuple[Any, dict[s
 
 
 def model_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
-    """Every parameter of a model by name, tied ones once; of any family that transformers knows."""
-    return {spec.name: spec for spec in parameter_table(config)} if family_of(config) else model_and_specs(config, 1)[1]
+    """All that a model's weights are by name, tied ones once; of any family that transformers knows."""
+    known = family_of(config) is not None
+    found = {spec.name: spec for spec in parameter_table(config)} if known else model_and_specs(config, 1)[1]
+    return found | buffer_specs(config)
+
+
+def buffer_specs(config: Mapping[str, Any]) -> dict[str, ParamSpec]:
+    """The buffers among a model's weights, which are in fp32 whatever the others are in; no written record has any."""
+    if config["model_type"] in FAMILIES:
+        return {}
+    return {name: ParamSpec(name, tuple(b.shape), trained=False) for name, b in kept_buffers(skeleton(config))}
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -147,7 +157,7 @@ class _Maker:
 
 
 def _parameter(spec: ParamSpec, data: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(data)
+    parameter = nn.Parameter(data, requires_grad=spec.trained)
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..anatomy.outline import Call, Outline
-from ..anatomy.skeleton import materialise_buffers
 from ..data.noise import with_noise
 from ..families.registry import family_of
 from ..families.specs import ParamSpec
@@ -29,7 +28,7 @@ from .cross_entropy import Scoring, head_token_losses, shaped
 from .derived.words import split_over_ranks
 from .partition import stage_bounds
 from .penalty import NO_PENALTY, Penalty
-from .values import Values, put_off
+from .values import Values, make_buffers, put_off
 
 Carried = tuple[Tensor, Tensor]  # hidden states [batch, time, width], position ids [batch, time]
 
@@ -54,7 +53,7 @@ class Builder:
         assert family is not None and family.blocks is not None and family.norm is not None, "plans refuse it"
         self.family, self.blocks, self.last_norm = family, family.blocks, family.norm
         self._model, self.specs = model_and_specs(config, ranks.tensor_size)
-        materialise_buffers(self._model, ranks.device)
+        make_buffers(self._model, values, ranks.device)
         self.values, self.dtype, self.ranks = values or put_off(drawn_values(config, seed)), dtype, ranks
         self.vocab_size, self.shape = config["vocab_size"], family.shape or (1.0, 0.0)
         self.config: Any = self._model.config.get_text_config()

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
+from ..anatomy.buffers import kept_buffers
+from ..anatomy.skeleton import materialise_buffers
 from ..checkpoint.boxes import pieces
 from ..families.specs import ParamSpec, parameter_seed
 from ..families.weight_files import WeightFiles
@@ -32,6 +34,22 @@ def nothing(spec: ParamSpec) -> Tensor:
 def all_of(values: Values, spec: ParamSpec) -> Tensor:
     """All of a parameter."""
     return values(spec)[tuple(map(slice, spec.shape))]
+
+
+def make_buffers(model: nn.Module, values: Values | None, device: torch.device) -> None:
+    """Makes the buffers of a model, on every rank, since they are small: as transformers computes them, and those that
+    belong to its weights as `values` say.
+    """
+    materialise_buffers(model, device)
+    if values is not None:
+        fill_buffers(model, values)
+
+
+@torch.no_grad()
+def fill_buffers(model: nn.Module, values: Values) -> None:
+    """Gives those buffers of a model that belong to its weights their values."""
+    for name, buffer in kept_buffers(model):
+        buffer.copy_(all_of(values, ParamSpec(name, tuple(buffer.shape))))
 
 
 def put_off(values: Values) -> Values:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..adapters.merged import first_values, initial_values
+from ..anatomy.buffers import name_buffers
 from ..data.batches import StepBatch
 from ..engine.base import Engine, planned_rate
 from ..engine.build import build_engine
@@ -18,7 +19,7 @@ from ..families.derived import Derived
 from ..families.registry import family_of
 from ..families.specs import parameter_table
 from ..modeling.build import build_model
-from ..modeling.values import all_of, merge_slices
+from ..modeling.values import all_of, fill_buffers, merge_slices
 from ..plan.plan import Plan
 from ..ranks.ranks import Ranks, init_distributed
 from ..run.data import RunData
@@ -59,6 +60,9 @@ def plain_model(plan: Plan) -> Any:
     config = AutoConfig.for_model(**plan.model_config)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
     init, parameters = plan.recipe.model.init, dict(model.named_parameters())
+    if (held := initial_values(init)) is not None:
+        name_buffers(model)
+        fill_buffers(model, held)
     with torch.no_grad():
         if family_of(plan.model_config) is not None:
             values = first_values(init, plan.model_config, plan.recipe.seed)
