@@ -13,25 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
 from ...trainer.keeper.wire import LAUNCH_FOLDER
 from .faults import FAULTS, processes_of
+from .netns import VirtualHost
 from .rank import HARM, Harm
 
 ARRIVE_SECONDS = 400.0  # for the launch to get to the place of the harm
 ENOUGH_SECONDS = 60.0
 LEFT_SECONDS = 15.0  # for the last process to be gone
-
-
-class RehearsedHost(Protocol):
-    """What is asked of a host: a command that runs there."""
-
-    name: str
-
-    def command(self, words: Sequence[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class Outcome:
 
 def rehearse(
     command: Sequence[str],
-    host: RehearsedHost,
+    host: VirtualHost,
     where: str,
     harm: Harm,
     act: Callable[[subprocess.Popen | None], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
