@@ -15,7 +15,7 @@ from ..trainer.commands.arguments import add_run_arguments, add_verb
 from .rehearsal.faults import FAULTS
 
 if TYPE_CHECKING:
-    from .rehearsal.matrix import Trial
+    from .rehearsal.matrix import Rehearsed
 
 EXIT_FAILED = 1  # some fault did not end as it must
 _EPILOG = f"""\
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     slots = write_small(recipe, ds, args.hosts, folder)
     keys = folder / "hosts"
     keys.mkdir()
-    lines: list[Trial] = []
+    lines: list[Rehearsed] = []
     with virtual_hosts(keys, args.hosts, loopback_names=True, dead_interfaces=True) as hosts:
         matrix = Matrix(hosts, slots, folder, args.seed)
         if not args.json:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     return _verdict(lines, matrix.audited, folder, args.json)
 
 
-def _verdict(lines: list[Trial], audited: Callable[[], str], folder: Path, as_json: bool) -> int:
+def _verdict(lines: list[Rehearsed], audited: Callable[[], str], folder: Path, as_json: bool) -> int:
     wrong = sum(bool(line.wrong) for line in lines)
     try:
         ledger, good = audited(), not wrong

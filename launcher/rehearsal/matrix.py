@@ -29,7 +29,7 @@ _CODES = {GOES_ON: 4, REFUSED: 2}
 
 
 @dataclass(frozen=True)
-class Trial:
+class Rehearsed:
     """One fault and what became of the launch.
 
     Attributes:
@@ -61,12 +61,12 @@ class Matrix:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         self._evaluates = recipe["eval"]["every"] > 0
 
-    def lines(self, names: Sequence[str], times: int) -> Iterator[Trial]:
+    def lines(self, names: Sequence[str], times: int) -> Iterator[Rehearsed]:
         """Each fault so often, each time in its next phase, at a random step."""
         for _ in range(times):
             yield from (self.line(name) for name in names)
 
-    def line(self, name: str, plain: bool = False) -> Trial:
+    def line(self, name: str, plain: bool = False) -> Rehearsed:
         """One fault; `plain`: to `deepspeed` alone, on a fresh run."""
         fault, run = FAULTS[name], self.folder / ("plain" if plain else "run")
         harm = self._harm(name, fault, run)
@@ -84,7 +84,7 @@ class Matrix:
         place = f"{STEP} {harm.step + 1}" if harm.phase == STEP else harm.phase
         wrong = self._wrong(fault, outcome, run)
         notes = scene.notes if wrong else []
-        return Trial(name, START if fault.before else place, harm.rank, outcome, (*wrong, *notes))
+        return Rehearsed(name, START if fault.before else place, harm.rank, outcome, (*wrong, *notes))
 
     def audited(self) -> str:
         """What the ledger says of the run after all faults.
@@ -171,7 +171,7 @@ def lost(run: Path, most: int) -> list[str]:
     return [f"{taken - step} steps are lost"] if taken - step > most else []
 
 
-def write_line(line: Trial, as_json: bool) -> str:
+def write_line(line: Rehearsed, as_json: bool) -> str:
     """One line of the table, or of JSON."""
     if as_json:
         return json.dumps(line.as_json())

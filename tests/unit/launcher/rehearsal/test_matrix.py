@@ -7,7 +7,7 @@ import pytest
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.rehearsal.drive import Outcome
 from zeropipe.launcher.rehearsal.faults import FAULTS
-from zeropipe.launcher.rehearsal.matrix import Matrix, Trial, write_line
+from zeropipe.launcher.rehearsal.matrix import Matrix, Rehearsed, write_line
 from zeropipe.launcher.rehearsal.rank import Harm
 from zeropipe.launcher.rehearse_command import chosen_faults
 
@@ -44,7 +44,7 @@ def test_steps_that_no_checkpoint_holds_are_lost(tmp_path):
 
 
 def test_a_line_of_the_table():
-    line = write_line(Trial("kill", "step 4", 1, GOOD, ("took more than 15 s",)), as_json=False)
+    line = write_line(Rehearsed("kill", "step 4", 1, GOOD, ("took more than 15 s",)), as_json=False)
     assert line.split() == ["kill", "step", "4", "1", "7.0", "3", "0", "took", "more", "than", "15", "s"]
 
 
