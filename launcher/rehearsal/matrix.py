@@ -56,7 +56,7 @@ class Matrix:
     def __init__(self, hosts: Sequence[VirtualHost], slots: int, folder: Path, seed: int) -> None:
         self.hosts, self.slots, self.folder, self.run = hosts, slots, folder, folder / "run"
         self._random = random.Random(seed)
-        self._turns = dict.fromkeys(FAULTS, self._random.randrange(4))
+        self._turns = {name: self._random.randrange(4) for name in FAULTS}
         self._environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         self._evaluates = recipe["eval"]["every"] > 0
