@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from zeropipe.data_prep.errors import UserError
+from zeropipe.launcher.cli import main
 from zeropipe.launcher.rehearsal.drive import Outcome
 from zeropipe.launcher.rehearsal.faults import FAULTS
 from zeropipe.launcher.rehearsal.matrix import Matrix, Rehearsed, write_line
@@ -46,6 +47,13 @@ def test_steps_that_no_checkpoint_holds_are_lost(tmp_path):
 def test_a_line_of_the_table():
     line = write_line(Rehearsed("kill", "step 4", 1, GOOD, ("took more than 15 s",)), as_json=False)
     assert line.split() == ["kill", "step", "4", "1", "7.0", "3", "0", "took", "more", "than", "15", "s"]
+
+
+def test_without_what_makes_hosts_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("zeropipe.launcher.rehearsal.netns.what_is_missing", lambda: "not installed: pdsh")
+    assert main(["rehearse", "demo", "--deepspeed_config", "zero2"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: rehearse makes hosts out of network namespaces: not installed: pdsh\n"
 
 
 def test_faults_by_name():
