@@ -18,6 +18,7 @@ from ...trainer.checkpoint.folder import CHECKPOINTS
 from ...trainer.keeper.pulse import PHASES, STEP
 from .netns import VirtualHost
 from .rank import HARM
+from .small import SAVE_EVERY
 
 START = "start"  # the phase before a rank begins
 ENDS, GOES_ON, REFUSED = "ends", "goes on", "refused"
@@ -59,7 +60,8 @@ class Fault:
         before: it is there before the launch.
         slots, environment: of the second host, of the user.
         seconds: for the launch to end, at most; of a hang, after the limit.
-        saves: before it ends, so that no step is lost.
+        lost: steps that may be in no checkpoint afterwards, at most: as many as are between two that are due, and
+            those of the one that is being written.
     """
 
     phases: tuple[str, ...]
@@ -72,7 +74,7 @@ class Fault:
     slots: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
     seconds: float = 15.0
-    saves: bool = False
+    lost: int = 2 * SAVE_EVERY
 
     @property
     def before(self) -> bool:
@@ -132,22 +134,27 @@ FAULTS = {
     "segfault": Fault(PHASES, rf"error: {HERE} was ended by SIGSEGV, in {{place}}"),
     "stop": Fault(PHASES, rf"error: {HERE} was stopped by a signal \(SIGSTOP\) .*, in {{place}}"),
     "hang": Fault((STEP,), rf"error: {HERE} hangs in {{place}}: .*"),
-    "pause": Fault(PHASES[1:], outcome=GOES_ON),
+    "pause": Fault(PHASES[1:], outcome=GOES_ON, lost=0),
     "link-down": Fault(
         PHASES,
         rf"error: {HERE} has not been heard for \d+ s: its host is down or cut off; .*",
         act=lambda scene, launch: scene.host.cut_off(),
     ),
-    "link-slow": Fault((STEP,), outcome=GOES_ON, act=lambda scene, launch: scene.host.slow_link("4mbit")),
+    "link-slow": Fault((STEP,), outcome=GOES_ON, lost=0, act=lambda scene, launch: scene.host.slow_link("4mbit")),
     "host-gone": Fault(
         PHASES, rf"error: {HERE} (is gone|has not been heard).*", act=lambda scene, launch: scene.host.gone()
     ),
-    "sshd-stopped": Fault(PHASES, outcome=GOES_ON, act=lambda scene, launch: scene.host.without_sshd()),
+    "sshd-stopped": Fault(PHASES, outcome=GOES_ON, lost=0, act=lambda scene, launch: scene.host.without_sshd()),
     "disk-full": Fault(
-        (STEP,), r"error: .*No space left on device \(on rank {rank}\).*", code=2, act=_fill_disk, seconds=60.0
+        (STEP,),
+        r"error: .*No space left on device \(on rank {rank}\).*",
+        code=2,
+        act=_fill_disk,
+        seconds=60.0,
+        lost=2 * SAVE_EVERY + 3,
     ),
-    "sigterm": Fault(PHASES, code=4, act=_ask_one, saves=True),
-    "sigterm-all": Fault(PHASES, code=4, act=_ask_all, saves=True),
+    "sigterm": Fault(PHASES, code=4, act=_ask_one, lost=0),
+    "sigterm-all": Fault(PHASES, code=4, act=_ask_all, lost=0),
     "launcher-killed": Fault(PHASES, code=-signal.SIGKILL, act=_kill),
     "wrong-version": _refused("{host}: deepspeed 0.9.9, but .*", act=_other_version),
     "no-environment": _refused(

@@ -134,7 +134,7 @@ class Matrix:
             wrong.append(f"{outcome.left} processes left")
         if not outcome.right:
             wrong.append(f"last line: {outcome.last}")
-        return (*wrong, *lost(run, 0 if fault.saves or fault.outcome == GOES_ON else 2 * SAVE_EVERY))
+        return (*wrong, *lost(run, fault.lost))
 
 
 def last_step(run: Path) -> int:
