@@ -182,17 +182,36 @@ def test_how_the_ranks_fared_is_on_record(store, tmp_path):
 
 
 def _train_slow(recipe: dict, ds: dict) -> int:
-    """Rank 1 takes 0.2 s longer over each of its micro batches."""
+    """Rank 1 takes 0.1 s longer over each block of each of its micro batches."""
     import os
 
-    from zeropipe.trainer.modeling.causal import CausalLM
+    from torch.nn import GELU
 
-    def forward(self, *inputs, real=CausalLM.forward):
-        time.sleep(0.2 * int(os.environ["RANK"]))
-        return real(self, *inputs)
+    def forward(self, inputs, real=GELU.forward):
+        time.sleep(0.1 * (os.environ["RANK"] == "1"))
+        return real(self, inputs)
 
-    CausalLM.forward = forward  # type: ignore[method-assign]
+    GELU.forward = forward  # type: ignore[method-assign]
     return _train(recipe, ds)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2-offload", "pipeline", "tensor", "sequence")),
+        "zero3",
+    ],
+)
+def test_the_slowest_rank_where_all_wait_for_it(layout, store, tmp_path):
+    """The other one spends as long in its forward pass; what counts is in what."""
+    zero, extra, sections = LAYOUTS[layout]
+    recipe = _recipe(store, tmp_path / "run", log={"every": 2}, duration={"steps": 2}, **sections)
+    run_ranks(2, _train_slow, recipe, tiny_json(zero, **extra))
+    *_, record = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert record["slowest_rank"] == 1
+    assert record["slowest_forward_seconds"] > 0.2
+    # of two ranks the median is the mean: the other one took less than half as long
+    assert record["median_forward_seconds"] < 0.75 * record["slowest_forward_seconds"]
 
 
 def test_a_run_is_asked_for_a_checkpoint_and_to_stop(store, tmp_path, capsys):

@@ -91,6 +91,22 @@ class VirtualHost:
             _start_sshd(self)
 
     @contextlib.contextmanager
+    def preloaded(self, folder: Path, source: str) -> Iterator[None]:
+        """What ssh starts on this host calls the C functions of `source` in place of the system's."""
+        library = folder / f"{self.name}.so"
+        compile_it = ["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-"]
+        subprocess.run(compile_it, input=source, text=True, check=True)
+        for process in self.processes():
+            os.kill(process, signal.SIGKILL)
+        _start_sshd(self, "-o", f"SetEnv=LD_PRELOAD={library}")
+        try:
+            yield
+        finally:
+            for process in self.processes():
+                os.kill(process, signal.SIGKILL)
+            _start_sshd(self)
+
+    @contextlib.contextmanager
     def firewall(self) -> Iterator[None]:
         """Nobody gets an answer from the ports that ranks meet at; ssh goes on."""
         rule = ["blackhole", "ipproto", "tcp", "sport", f"{FIRST}-{LAST}"]
@@ -221,10 +237,10 @@ def _configure(host: VirtualHost, hosts: Sequence[VirtualHost], folder: Path, ow
     )
 
 
-def _start_sshd(host: VirtualHost) -> None:
+def _start_sshd(host: VirtualHost, *options: str) -> None:
     Path("/run/sshd").mkdir(exist_ok=True)
     settings = str(host.folder / f"sshd-{host.name}")
-    words = [SSHD, "-f", f"{settings}.conf", "-E", f"{settings}.log"]
+    words = [SSHD, "-f", f"{settings}.conf", "-E", f"{settings}.log", *options]
     host.run(words, check=True)
 
 

@@ -1,6 +1,7 @@
 """The doctor on real hosts: what is planted on them is found, named, and refused before a rank starts."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,17 @@ from .netns import VirtualHost
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
+AHEAD = """
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int failed = syscall(SYS_clock_gettime, clock, now);
+  if (clock == CLOCK_REALTIME) now->tv_sec += 60;
+  return failed;
+}
+"""
+NO_LOCKS = "int flock(int file, int operation) { return 0; }"
 HOSTFILE = "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n"
 
 
@@ -153,6 +165,35 @@ class TestPlantedFaults:
         finally:
             (work / "refused").rmdir()
         assert "node2: 0.00 GiB of disk free" in said
+
+    def test_what_only_the_doctor_sees(self, hosts, tmp_path):
+        """A clock that is ahead and little shared memory on one host, on another locks that hold nobody off."""
+        with (
+            hosts[1].preloaded(tmp_path, AHEAD),
+            hosts[1].own_folder(Path("/dev/shm"), size="1m"),
+            hosts[2].preloaded(tmp_path, NO_LOCKS),
+        ):
+            found = doctor(hosts, tmp_path)
+        assert found["ready"]
+        told = {(finding["check"], finding["host"]): finding for finding in found["findings"]}
+        assert set(told) >= {("clock", "node2"), ("shared memory", "node2"), ("locks", "node3")}
+        assert {host for check, host in told if check in ("clock", "shared memory", "locks")} == {"node2", "node3"}
+        assert re.match(r"its clock is (6\d|59)\.\d seconds ahead of this machine's", told["clock", "node2"]["says"])
+        assert told["clock", "node2"]["cure"].startswith("ssh node2 systemctl restart chrony")
+        assert told["shared memory", "node2"]["says"] == "0.00 GiB of shared memory free"
+        assert told["shared memory", "node2"]["cure"].startswith("ssh node2 mount -o remount,size=8g /dev/shm")
+        assert told["locks", "node3"]["says"] == f"a lock that node1 holds in {tmp_path} is not seen here"
+        assert "NFS: without nolock" in told["locks", "node3"]["cure"]
+
+    def test_ports_that_are_closed_one_way(self, hosts, tmp_path):
+        """The first host is reached by all; another one is reached by nobody."""
+        with hosts[2].firewall():
+            found = doctor(hosts, tmp_path)
+        closed = {finding["host"]: finding for finding in found["findings"] if finding["check"] == "ports"}
+        assert set(closed) == {"node1", "node2"}
+        for finding in closed.values():
+            assert finding["says"].startswith(f"cannot connect to node3 ({hosts[2].address}:")
+            assert finding["cure"].startswith("open TCP between the hosts in the firewall")
 
     def test_a_stale_build_lock(self, hosts, work):
         """Told by the doctor, not refused on CPUs, where nothing has to be built."""

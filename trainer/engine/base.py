@@ -96,7 +96,7 @@ class Engine(ABC):
                 gradient that is no number, before such weights can be saved over good ones.
         """
         started, agreed = time.perf_counter(), self._agreed
-        self.pace.begin()
+        self.pace.begin(step)
         if agreed is None or agreed.coming.first != stream.samples_consumed:  # the first step of this process
             coming = Coming.of(stream, self.ranks, self.objective)
             agreed = Agreed(coming, self.ranks.all_sum(coming.numbers))

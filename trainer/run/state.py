@@ -10,7 +10,7 @@ from typing import NamedTuple
 class Fared(NamedTuple):
     """How one rank fared in a step."""
 
-    forward_seconds: float  # in its forward passes; 0 where they wait for other ranks (ZeRO-3, tensor, sequence)
+    forward_seconds: float  # in its forward passes; of layouts that make those wait for others, in parts that do not
     data_seconds: float  # of waiting for data
     memory: float  # bytes: its peak on the device; on a CPU, of its resident set
     host_memory: float  # bytes in use on its host, by all that runs there

@@ -171,11 +171,11 @@ def test_a_rank_stopped_for_good_and_the_stacks_of_all(tmp_path, capfd):
 def test_a_rank_stopped_for_a_moment_goes_on(tmp_path):
     def stop(_: int, second: int) -> None:
         os.kill(second, signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(3)
         os.kill(second, signal.SIGCONT)
 
     when_ready(tmp_path, stop)
-    assert start(tmp_path, "pulse.step(1)\n    ready()\n    time.sleep(4)") == 0
+    assert start(tmp_path, "pulse.step(1)\n    ready()\n    time.sleep(5)") == 0
 
 
 def test_a_rank_that_hangs_in_c(tmp_path, capfd):
