@@ -38,6 +38,7 @@ check: setup
 verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
 	$(BIN)/python -m scripts.scale docs/scale.md
+	$(BIN)/python scripts/faults.py docs/faults.md
 
 bench: setup
 	$(BIN)/python scripts/bench.py docs/performance.md

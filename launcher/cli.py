@@ -12,7 +12,15 @@ from ..data_prep import cli as data_prep_verbs
 from ..data_prep.command_line import Parser
 from ..data_prep.errors import EXIT_USER_ERROR, UserError, did_you_mean, os_problem
 from ..trainer.commands import cli as trainer_verbs
-from . import doctor_command, families_command, import_command, init_command, launch_command, plan_command
+from . import (
+    doctor_command,
+    families_command,
+    import_command,
+    init_command,
+    launch_command,
+    plan_command,
+    rehearse_command,
+)
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -44,6 +52,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         plan_command,
         doctor_command,
         launch_command,
+        rehearse_command,
         trainer_verbs,
         init_command,
         families_command,

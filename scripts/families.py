@@ -24,6 +24,7 @@ from tests import tiny  # noqa: E402
 from tests.harness import run_ranks  # noqa: E402
 from zeropipe.data_prep.errors import UserError  # noqa: E402
 from zeropipe.launcher.families_command import COLUMNS_OF_TABLE, page  # noqa: E402
+from zeropipe.launcher.rehearsal.small import small_sizes  # noqa: E402
 from zeropipe.trainer.plan.layout import Layout  # noqa: E402
 from zeropipe.trainer.recipe.recipe import Recipe  # noqa: E402
 from zeropipe.trainer.run.quiet import quiet  # noqa: E402
@@ -41,17 +42,6 @@ LAYOUTS = {
     "TP 2 x PP 2": Layout(4, 1, tensor=2, pipeline=2, zero_stage=1),
 }
 assert tuple(LAYOUTS) == COLUMNS_OF_TABLE
-SMALL: dict[str, Any] = {
-    "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "global_head_dim": 16, "intermediate_size": 128, "ffn_dim": 128, "max_position_embeddings": 64,
-    "sliding_window": 16, "word_embed_proj_dim": 64, "rotary_dim": 8, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_intermediate_size": 32,
-    "expert_ffn_hidden_size": 32, "shared_expert_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "v_head_dim": 16, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4,
-    "mamba_d_head": 32, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_chunk_size": 16, "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": None,
-}  # fmt: skip
 
 
 def main() -> int:
@@ -102,20 +92,10 @@ def summary(found: dict[str, Any]) -> str:
     return ", ".join(f"{layout} {next(iter(cell))}" for layout, cell in found.items())
 
 
-def small(name: str) -> dict[str, Any]:
-    """A tiny configuration of a family: of the sizes above, those that it knows."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[name]
-    own = set(getattr(config, "__dataclass_fields__", ())) | set(dir(config)) | set(config.attribute_map)
-    names = {config.attribute_map.get(key, key): value for key, value in SMALL.items() if key in own}
-    return {"model_type": name, **names}
-
-
 def cells(name: str, store: Path, steps: int, layouts: list[str]) -> dict[str, Any]:
     """What came of every layout: the differences of one that works, or why it was refused, differs or fails."""
     try:
-        model = {"config": small(name)}
+        model = {"config": {"model_type": name, **small_sizes(name)}}
         section = tiny.tiny_recipe(store, store.parent / "run")
         recipe = Recipe.model_validate({**section, "model": model, "duration": {"steps": steps}})
         plan = plan_in(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps)

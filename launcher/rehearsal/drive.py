@@ -5,42 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
 from ...trainer.keeper.wire import LAUNCH_FOLDER
+from .faults import FAULTS, processes_of
+from .netns import VirtualHost
 from .rank import HARM, Harm
 
 ARRIVE_SECONDS = 400.0  # for the launch to get to the place of the harm
 ENOUGH_SECONDS = 60.0
 LEFT_SECONDS = 15.0  # for the last process to be gone
-# what the last line says, by fault
-CAUSE = {
-    "exception": r"error: rank {rank} on {host} failed: RehearsedError: raised on purpose, in {place}",
-    "exit": r"error: rank {rank} on {host} ended with exit code 9 without a word, in {place}",
-    "kill": r"error: rank {rank} on {host} was ended by SIGKILL .*, in {place}",
-    "segfault": r"error: rank {rank} on {host} was ended by SIGSEGV, in {place}",
-    "stop": r"error: rank {rank} on {host} was stopped by a signal \(SIGSTOP\) .*, in {place}",
-    "hang": r"error: rank {rank} on {host} hangs in {place}: .*",
-    "link": r"error: rank {rank} on {host} has not been heard for \d+ s: its host is down or cut off; .*",
-    "host": r"error: rank {rank} on {host} (is gone|has not been heard).*",
-    "launcher": "",
-}
-
-
-class RehearsedHost(Protocol):
-    """What is asked of a host: a command that runs there."""
-
-    name: str
-
-    def command(self, words: Sequence[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -65,29 +48,41 @@ class Outcome:
 
 def rehearse(
     command: Sequence[str],
-    host: RehearsedHost,
+    host: VirtualHost,
     where: str,
     harm: Harm,
-    act: Callable[[subprocess.Popen], None] = lambda _: None,
+    act: Callable[[subprocess.Popen | None], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
     environment: Mapping[str, str] | None = None,
     end_seconds: float = ENOUGH_SECONDS,
+    gone_on: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Runs a launch until it has come to harm and ended.
 
     Args:
         command: the launch, to be run on `host` in the harm's folder.
         where: the name of the host on which the harmed rank is.
-        act: does the harm from outside, when a rank has told that the moment has come.
+        act: does the harm from outside, when a rank has told that the moment has come, or before the launch; undone
+            when all is over.
+        gone_on: whether the run has gone on for long enough after a fault that does not end it; then it is asked to
+            stop.
     """
+    fault = FAULTS[harm.fault]
     harm.moment.unlink(missing_ok=True)
     variables = {**os.environ, **(environment or {}), HARM: harm.write()}
     log = Path(harm.folder) / "said"
-    with log.open("w") as said:
+    with log.open("w") as said, contextlib.ExitStack() as undo:
+        if fault.before:
+            undo.enter_context(act(None))
+        happened = time.time()
         words = host.command(["env", "-u", LAUNCH_FOLDER, *command])
         launch = subprocess.Popen(words, cwd=harm.folder, stdout=said, stderr=said, env=variables)
         try:
-            happened = _wait_for(harm, launch)
-            act(launch)
+            if not fault.before:
+                happened = _wait_for(harm, launch)
+                undo.enter_context(act(launch))
+            if gone_on is not None:
+                _wait_until(gone_on, launch, end_seconds)
+                launch.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launch.wait(end_seconds)
             seconds = time.time() - happened if launch.poll() is not None else None
@@ -101,10 +96,16 @@ def rehearse(
     return _outcome(harm, where, seconds, launch.wait(), len(left), log.read_text(errors="replace"))
 
 
+def _wait_until(true: Callable[[], bool], launch: subprocess.Popen, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and launch.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _outcome(harm: Harm, where: str, seconds: float | None, code: int, left: int, said: str) -> Outcome:
     last = (said.strip().splitlines() or [""])[-1]
     place = rf"step {harm.step + 1}" if harm.phase == "step" else harm.phase
-    expected = CAUSE[harm.fault].format(rank=harm.rank, host=re.escape(where), place=place)
+    expected = FAULTS[harm.fault].says.format(rank=harm.rank, host=re.escape(where), place=place)
     return Outcome(harm, seconds, None if seconds is None else code, left, last, bool(re.match(expected, last)))
 
 
@@ -118,25 +119,24 @@ def _wait_for(harm: Harm, launch: subprocess.Popen) -> float:
     return float(harm.moment.read_text())
 
 
-def processes_of(folder: str) -> list[psutil.Process]:
-    """Processes on any host of this machine that a launch in this folder has started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            environ = process.environ()
-            if environ.get(HARM, "").startswith(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
 def launch_words(recipe: str, config: str, hostfile: str, overrides: Sequence[str], *options: str) -> list[str]:
     """The command of a supervised launch whose ranks come to harm."""
     start = [sys.executable, "-m", "zeropipe.launcher.rehearsal.start", recipe, *overrides]
     return [*start, "--deepspeed_config", config, "--hostfile", hostfile, *options]
 
 
-def plain_words(recipe: str, config: str, hostfile: str, overrides: Sequence[str]) -> list[str]:
+def plain_words(recipe: str, config: str, hostfile: str, overrides: Sequence[str], address: str) -> list[str]:
     """The same by `deepspeed` alone."""
     program = str(Path(sys.executable).parent / "deepspeed")
-    words = [program, "--hostfile", hostfile, "--module", "zeropipe.launcher.rehearsal.rank", "--run", recipe]
+    words = [
+        program,
+        "--hostfile",
+        hostfile,
+        "--master_addr",
+        address,
+        "--module",
+        "zeropipe.launcher.rehearsal.rank",
+        "--run",
+        recipe,
+    ]
     return [*words, "--deepspeed_config", config, *overrides]

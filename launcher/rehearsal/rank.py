@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -68,6 +69,11 @@ def _stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _pause() -> None:
+    subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"], start_new_session=True)
+    _stop()
+
+
 def _sleep() -> None:
     time.sleep(100_000)
 
@@ -80,6 +86,7 @@ IN_A_RANK: dict[str, Callable[[], None]] = {
     "segfault": _segfault,
     "stop": _stop,
     "hang": _sleep,
+    "pause": _pause,
 }
 
 

@@ -136,8 +136,8 @@ class Session:
     def _leave_nothing(self, watch: Watch, process: subprocess.Popen) -> None:
         """Ends what is left of the launch, here and on every host; after a clean end there is nothing."""
         watch.board.tell("end")
-        silent = any(mishap.kind == "silent" for mishap in watch.mishaps.values())
-        if silent or len(self.requests) > 1:  # `deepspeed` would wait for hosts that do not answer
+        deaf = any(mishap.kind == "silent" for mishap in watch.mishaps.values())
+        if deaf or len(self.requests) > 1:  # `deepspeed` would wait for hosts that do not answer
             process.kill()
         deadline = time.monotonic() + END_SECONDS
         while any(not watch.silent(member) for member in watch.running) and time.monotonic() < deadline:
@@ -149,13 +149,15 @@ class Session:
             process.wait()
         processes.kill(str(self.folder))
         if not all(member.went_well for member in watch.members):
-            self._clean_hosts()
+            silent = watch.silent_hosts()
+            self._clean_hosts([host for host in self.hosts if host.name not in silent])
 
-    def _clean_hosts(self) -> None:
+    def _clean_hosts(self, hosts: Sequence[Host]) -> None:
+        """Not those that do not answer: the keepers there have noticed it, too, and have killed their ranks."""
         words = [sys.executable, "-m", "zeropipe.launcher.supervision.processes", str(self.folder)]
         command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
         with ThreadPoolExecutor(64) as pool:
-            list(pool.map(lambda host: _on(ssh_command(host.name, self.ssh_port, command)), self.hosts))
+            list(pool.map(lambda host: _on(ssh_command(host.name, self.ssh_port, command)), hosts))
 
     def _verdict(self, watch: Watch, mishaps: Sequence[Mishap], status: int) -> int:
         resumes = ". The same command resumes from the newest checkpoint"

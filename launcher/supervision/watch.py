@@ -191,6 +191,10 @@ class Watch:
         mishap = self.mishaps.get(member.rank)
         return mishap is not None and mishap.kind == "silent"
 
+    def silent_hosts(self) -> set[str]:
+        """Hosts, as they call themselves, of which no rank is heard any more."""
+        return {m.host for m in self.members} - {m.host for m in self.members if not self.silent(m)}
+
     def all_ended(self) -> bool:
         return all(member.end is not None for member in self.members)
 

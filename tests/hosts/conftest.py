@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .netns import VirtualHost, virtual_hosts, what_is_missing
+from zeropipe.launcher.rehearsal.netns import VirtualHost, virtual_hosts, what_is_missing
 
 BIN = Path(sys.executable).parent
 STEPS = 6

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .netns import VirtualHost
+from zeropipe.launcher.rehearsal.netns import VirtualHost
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent

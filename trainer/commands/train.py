@@ -74,7 +74,9 @@ def _exit_code_of(rank: Callable[[], int]) -> int:
         if any(words in str(error) for words in LOST_PEER):
             say_last(f"rank {number} lost another rank, which failed or was killed: see there", consequence=True)
         else:
-            say_last(f"rank {number} failed:\n{traceback.format_exc()}")
+            over = os.environ.get("GLOO_SOCKET_IFNAME")
+            where = f" (the interface is GLOO_SOCKET_IFNAME={over})" if "connectFullMesh" in str(error) else ""
+            say_last(f"rank {number} failed:\n{traceback.format_exc().strip()}{where}")
         os._exit(EXIT_RANK_FAILED)  # a clean shutdown would wait for ranks that may be gone
     return code
 

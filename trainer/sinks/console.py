@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -87,19 +88,26 @@ class StepLine:
             f"mem {format_bytes(memory)}"
         )
         if not self.stream.isatty():
-            print(text, file=self.stream, flush=True)
+            self._print(text)
             return
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{text[:width]}", end="", file=self.stream, flush=True)
+        self._print(f"\r\x1b[K{text[:width]}", end="")
         self.open_line = True
 
     def say(self, text: str) -> None:
         """A line of its own, below the progress line."""
         self.end_line()
-        print(text, file=self.stream, flush=True)
+        self._print(text)
 
     def end_line(self) -> None:
         """Leaves the progress line as it stands."""
         if self.open_line:
-            print(file=self.stream, flush=True)
+            self._print("")
             self.open_line = False
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """On whatever reads it; a run does not end for want of a reader, such as an ssh that was told to stop first."""
+        try:
+            print(text, end=end, file=self.stream, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

@@ -295,3 +295,13 @@ def test_the_line_is_rewritten_on_a_terminal():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_run_goes_on_where_its_reader_has_gone():
+    """As where an ssh, through which the lines of a rank go, is told to stop before the rank is."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        line = StepLine(10, stream)
+        line.say("nobody hears this")
+        line.line(1, 2.0, 1e-3, 0.5, 1 << 20)

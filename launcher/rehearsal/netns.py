@@ -12,11 +12,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from zeropipe.trainer.ranks.ports import FIRST, LAST
+from ...trainer.ranks.ports import FIRST, LAST
 
 NETWORK = "10.77.0"  # inside the namespaces only: nothing of it is visible on the machine, so runs do not clash
 DEAD_NETWORK = "10.66.0"  # of an interface that is up, and first in every list, and leads nowhere
@@ -34,13 +34,17 @@ def what_is_missing() -> str | None:
 
 @dataclass(frozen=True)
 class VirtualHost:
-    """One host: `name` and `address` as the others see it, `namespace` as `ip netns` calls it, the port of its sshd."""
+    """One host: `name` and `address` as the others see it, `namespace` as `ip netns` calls it, the port of its sshd.
+
+    `make` makes it (again), with its links and its sshd.
+    """
 
     name: str
     address: str
     namespace: str
     port: int
     folder: Path
+    make: Callable[[], None] = field(repr=False, compare=False)
 
     def command(self, words: Sequence[str]) -> list[str]:
         """`words`, to be run on this host."""
@@ -70,7 +74,10 @@ class VirtualHost:
     def _mounted(self, words: Sequence[str], where: Path) -> Iterator[None]:
         """A file system for the sshd of this host alone, and for what it starts."""
         with contextlib.ExitStack() as undo:
-            for process in self.processes():
+            # of each, its oldest process, which outlives what is done to the others
+            oldest_last = sorted(self.processes(), reverse=True)
+            views = {os.readlink(f"/proc/{process}/ns/mnt"): process for process in oldest_last}
+            for process in views.values():
                 inside = ["nsenter", "--target", str(process), "--mount"]
                 subprocess.run([*inside, "mount", *words], check=True)
                 undo.callback(subprocess.run, [*inside, "umount", "--lazy", str(where)], check=True)
@@ -82,13 +89,32 @@ class VirtualHost:
 
     @contextlib.contextmanager
     def without_sshd(self) -> Iterator[None]:
-        """Nobody gets in any more."""
+        """Nobody gets in any more; who is in stays."""
         for process in self.processes():
-            os.kill(process, signal.SIGKILL)
+            if b"[listener]" in Path(f"/proc/{process}/cmdline").read_bytes():
+                os.kill(process, signal.SIGKILL)
         try:
             yield
         finally:
             _start_sshd(self)
+
+    @contextlib.contextmanager
+    def gone(self) -> Iterator[None]:
+        """The host is taken down with all that runs on it, and is there again afterwards."""
+        _remove_namespace(self.namespace)
+        try:
+            yield
+        finally:
+            self.make()
+
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Its link is down; no socket is closed."""
+        self.set_link("down")
+        try:
+            yield
+        finally:
+            self.set_link("up")
 
     @contextlib.contextmanager
     def preloaded(self, folder: Path, source: str) -> Iterator[None]:
@@ -150,24 +176,33 @@ def virtual_hosts(
     """
     _sweep()
     tag = f"zp{os.getpid()}"
-    names = [f"node{i}" for i in range(1, count + 1)]
-    hosts = [
-        VirtualHost(name, f"{NETWORK}.{i}", f"{tag}n{i}", (ports or {}).get(name, port), folder)
-        for i, name in enumerate(names, 1)
-    ]
-    switch = f"{tag}sw"
-    with contextlib.ExitStack() as undo:
-        _keys(folder)
-        _add_namespace(switch, undo)
-        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", switch, "link", "set", "bridge", "up")
-        for number, host in enumerate(hosts, 1):
-            _add_namespace(host.namespace, undo)
+    switch, hosts = f"{tag}sw", []
+
+    def maker(number: int) -> Callable[[], None]:
+        def make() -> None:
+            host = hosts[number - 1]
+            _ip("netns", "add", host.namespace)
             if dead_interfaces:
                 _connect(host, switch, f"dead{number}", "aaa0", f"{DEAD_NETWORK}.{number}", "up")
             _connect(host, switch, f"port{number}", "eth0", host.address, "master", "bridge", "up")
             _configure(host, hosts, folder, "127.0.1.1" if loopback_names else host.address)
             _start_sshd(host)
+
+        return make
+
+    for number in range(1, count + 1):
+        name = f"node{number}"
+        own = (ports or {}).get(name, port)
+        hosts.append(VirtualHost(name, f"{NETWORK}.{number}", f"{tag}n{number}", own, folder, maker(number)))
+    with contextlib.ExitStack() as undo:
+        _keys(folder)
+        undo.callback(_remove_namespace, switch)
+        _ip("netns", "add", switch)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for host in hosts:
+            undo.callback(_remove_namespace, host.namespace)
+            host.make()
         _wait_for_ssh(hosts)
         yield hosts
 
@@ -176,11 +211,6 @@ def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-
-
-def _add_namespace(name: str, undo: contextlib.ExitStack) -> None:
-    undo.callback(_remove_namespace, name)
-    _ip("netns", "add", name)
 
 
 def _remove_namespace(name: str) -> None:
@@ -213,7 +243,10 @@ def _keys(folder: Path) -> None:
 
 def _connect(host: VirtualHost, switch: str, port: str, interface: str, address: str, *state: str) -> None:
     """An interface of a host, and the end of its cable at the switch, set as `ip link set` takes it."""
-    _ip("link", "add", interface, "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
+    # the same hardware address when it is made again, for the others have it in their caches
+    hardware = ":".join(f"{int(part):02x}" for part in ("2", "0", *address.split(".")))
+    here = [interface, "address", hardware, "netns", host.namespace]
+    _ip("link", "add", *here, "type", "veth", "peer", "name", port, "netns", switch)
     _ip("-n", switch, "link", "set", port, *state)
     _ip("-n", host.namespace, "addr", "add", f"{address}/24", "dev", interface)
     for link in ("lo", interface):
