@@ -214,7 +214,7 @@ def step_seconds(work: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=120)
     arguments = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]

@@ -2,7 +2,8 @@
 
 usage: python -m scripts.scale FILE. Two kinds of counts: the functions' own work for a rank's share of a
 table of 70 billion parameters (boxes, bytes, files; no weights), and the messages that simulated ranks, a thread each,
-exchange while they run the product's own functions. Nothing is timed.
+exchange while they run the product's own functions. Beside them the host memory of two and four real
+ranks is measured. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from scripts.scale_page import (
     index_section,
+    memory_section,
     messages_section,
     page,
     save_section,
@@ -27,7 +29,9 @@ from scripts.scale_page import (
     verify_section,
 )
 from scripts.simulated_ranks import Sent, SimulatedRanks, on_simulated_ranks
+from tests.distributed.init_memory import begun
 from tests.distributed.torch_engine import GPT2, PlainEngine
+from zeropipe.trainer.checkpoint import reader
 from zeropipe.trainer.checkpoint.boxes import pieces
 from zeropipe.trainer.checkpoint.deepspeed_state import Live
 from zeropipe.trainer.checkpoint.files import CheckpointManifest, Digest, box_tensor
@@ -191,7 +195,7 @@ def _rank(number: int, layout: Layout) -> Ranks:
 
 def messages(world: int, folder: Path) -> dict[str, list[Sent]]:
     """What each of `world` simulated ranks sends to save (the first time and again), to find and verify, to load."""
-    table = parameter_table(GPT2)[:4]
+    table = parameter_table(GPT2)[:1]
 
     def work(ranks: SimulatedRanks) -> dict[str, Sent]:
         engine, found = PlainEngine(ranks, table, 1), {}
@@ -239,9 +243,11 @@ def main(argv: Sequence[str]) -> int:
     config, worlds, ranks = LLAMA_70B, arguments.simulated, arguments.ranks
     layouts = Layout(ranks), Layout(ranks, tensor=8, pipeline=8)
     parameters = sum(math.prod(spec.shape) for spec in parameter_table(config))
+    reader._OPEN_FILES = 4  # of every rank; here they are all in one process
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         told = {world: messages(world, folder / f"world-{world}") for world in worlds}
+        memory = {world: [max(own) for own in zip(*begun(world, folder), strict=True)] for world in (2, 4)}
         shares = [(world, *share_to_verify(world, config, folder / f"files-{world}")) for world in (ranks // 8, ranks)]
         readings, saves = [], []
         for saved in layouts:
@@ -255,6 +261,7 @@ def main(argv: Sequence[str]) -> int:
                 readings.append((str(saved), str(other), size_text(most.nbytes), *counts))
     sections = {
         "Initial values": values_section([(str(own), *initial_values(config, own)) for own in layouts], parameters),
+        "Host memory from a folder": memory_section(memory),
         "Finding and verifying a checkpoint": verify_section([row[:3] for row in shares], shares[-1][3]),
         "Loading it": index_section(readings),
         "Saving it": save_section(saves),

@@ -29,6 +29,10 @@ INDEX = """Before, every rank read the headers of all files. Checkpoints that ha
 """
 SAVE = """Where the boxes are is told when it changes: once in a run. Later a rank tells its files' sizes and digests.
 """
+MEMORY = """Measured: a rank's own memory over what it had before, ZeRO-3 in fp32, from a folder of 167 million
+parameters, of which the largest takes 66 MB. Building the model takes the share and one parameter. The engine adds
+gradients and masters, a share each.
+"""
 MESSAGES = """Of four parameters of a small model, ZeRO-0. Rank 0 hears from every rank where it gathers or deals.
 """
 # every file of trainer/ where ranks meet; a test holds it against the source. When, what, messages of a rank, of rank 0
@@ -44,13 +48,14 @@ modeling/build.py | set-up | ZeRO-3, drawn: this rank's part of every parameter 
 modeling/layer_costs.py | set-up | `partition: measured`: seconds of a layer of each kind | 2 log N |
 evaluation/evaluator.py | set-up, evaluation | whether tokenizer and batches could be read | 2 log N |
 evaluation/answers.py | set-up | whether the prompts could be read | 2 log N |
-engine/reference.py | set-up, dpo | 8 bytes of every text that the run reads, on every rank | N - 1 |
+engine/reference.py | set-up, dpo | 12 bytes of every text that this rank reads, to rank 0 | 8 log N + 1 | N
 checkpoint/loader.py | resume | from rank 0 the newest, this rank's digests; whether all is right | 14 log N + 1 | N
-checkpoint/deepspeed_state.py | resume | ZeRO-3: parameters that stay whole, from their parts | N - 1 a parameter |
+checkpoint/deepspeed_state.py | resume | ZeRO-3: what stays whole, from its parts | N - 1 |
 engine/checkpoints.py | resume, save | samples left out, from rank 0; whether the directory is still ours | 2 log N |
 checkpoint/snapshot.py | save, resume | names of parameters, from the other stages | stages - 1 |
 checkpoint/writer.py | save | digests, once also places of boxes, to rank 0; which are to go | 18 log N + 1 | N
-engine/base.py | step, evaluation | a sum of ten numbers; at `log.every` 32 bytes of every rank, too | 2 log N |
+engine/base.py | step, evaluation | a sum of ten numbers | 2 log N |
+engine/pace.py | step, at `log.every` | 32 bytes, to rank 0 | 1 | N
 engine/coming.py | step that fails | why a rank cannot read its data | N - 1 |
 engine/replicas.py | each `check_replicas` steps | largest and smallest checksum; once, names from rank 0 | 2 log N |
 engine/zero.py | step | ZeRO-0 with tensor ranks: the gradient's norm | 2 log tensor |
@@ -117,6 +122,11 @@ def messages_section(found: Mapping[int, Mapping[str, Sequence[Sent]]]) -> str:
         rows.append(cells)
     heads = [head for world in worlds for head in (f"a rank of {world:,}", "rank 0")]
     return f"{_table(('messages, bytes', *heads), rows)}\n{MESSAGES}"
+
+
+def memory_section(found: Mapping[int, Sequence[int]]) -> str:
+    head = "ranks", "own share in fp32", "at most, model built", "at most, engine built"
+    return f"{_table(head, [(str(world), *map(size_text, most)) for world, most in found.items()])}\n{MEMORY}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -13,28 +13,66 @@ from typing import Any, TypeVar
 from zeropipe.trainer.ranks.ranks import Ranks
 
 _T = TypeVar("_T")
-PATIENCE = 300.0  # seconds that a rank waits for the others
+
+
+class Parted(Exception):
+    """A rank ended or failed while others waited for it in a collective."""
 
 
 class World:
-    """What the ranks meet at."""
+    """What the ranks meet at: one of them runs at a time, to its next collective, and hands the turn to the next rank.
+
+    Threads that all run at once fight for the interpreter: a world of 256 took minutes, and 1,024 take seconds so.
+    """
 
     def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size)
-        # in turn, so that nobody overwrites what others have still to read: they meet in between
+        # by parity of the collective, so that nobody overwrites what others have still to read
         self._values: tuple[list[Any], list[Any]] = ([None] * size, [None] * size)
-        self._turns = [0] * size
+        self._met = [0] * size
+        self._turns = [threading.Semaphore(0) for _ in range(size)]
+        self._left = False
+        self._parted: str | None = None
+
+    def start(self) -> None:
+        self._turns[0].release()
+
+    def enter(self, rank: int) -> None:
+        """Waits for the rank's first turn."""
+        self._turns[rank].acquire()
+        self._refuse_if_parted()
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        values = self._values[self._turns[rank] % 2]
+        if self._left:
+            self.give_up("a rank had ended when others called another collective")
+        self._refuse_if_parted()
+        values = self._values[self._met[rank] % 2]
         values[rank] = value
-        self._turns[rank] += 1
-        self._barrier.wait(PATIENCE)
+        self._met[rank] += 1
+        self._hand_on(rank)
+        self._turns[rank].acquire()
+        if rank == 0 and len(set(self._met)) > 1:
+            self.give_up("ranks have called different numbers of collectives")
+        self._refuse_if_parted()
         return list(values)
 
-    def give_up(self) -> None:
-        self._barrier.abort()
+    def leave(self, rank: int) -> None:
+        """A rank has done its work."""
+        self._left = True
+        self._hand_on(rank)
+
+    def give_up(self, why: str) -> None:
+        """Every rank that waits, or will, is told that there is nothing to wait for."""
+        self._parted = self._parted or why
+        for turn in self._turns:
+            turn.release()
+
+    def _hand_on(self, rank: int) -> None:
+        self._turns[(rank + 1) % len(self._turns)].release()
+
+    def _refuse_if_parted(self) -> None:
+        if self._parted is not None:
+            raise Parted(self._parted)
 
 
 @dataclass
@@ -115,15 +153,21 @@ def on_simulated_ranks(world: int, work: Callable[[SimulatedRanks], _T]) -> list
     def of_rank(rank: int) -> tuple[_T, Sent]:
         ranks = SimulatedRanks(rank=rank, world=world, data=rank, data_size=world, world_of=meeting)
         try:
-            return work(ranks), ranks.sent
-        except BaseException:
-            meeting.give_up()
+            meeting.enter(rank)
+            found = work(ranks)
+            meeting.leave(rank)
+            return found, ranks.sent
+        except BaseException as error:
+            meeting.give_up(f"rank {rank} failed: {error!r}")
             raise
 
     with ThreadPoolExecutor(world) as pool:
         futures = [pool.submit(of_rank, rank) for rank in range(world)]
+        meeting.start()
         failed = [error for future in futures if (error := future.exception()) is not None]
-        for error in failed:
-            if not isinstance(error, threading.BrokenBarrierError):
-                raise error
-        return [future.result() for future in futures]
+    for error in failed:
+        if not isinstance(error, Parted):
+            raise error
+    if failed:
+        raise failed[0]
+    return [future.result() for future in futures]

@@ -22,7 +22,13 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("model", [{**tiny.GPT2, **tiny.NO_DROPOUT}, tiny.LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param({**tiny.GPT2, **tiny.NO_DROPOUT}, id="gpt2", marks=pytest.mark.slow),
+        pytest.param(tiny.LLAMA, id="llama"),
+    ],
+)
 def test_a_run_that_changes_its_layout_after_every_step(model, tmp_path):
     store = tiny.tiny_store(tmp_path / "store")
     same = {"model": {"config": model}, "schedule": {"type": "constant", "warmup": 0}, "save": {"every": 1}}

@@ -99,10 +99,10 @@ def plain_pytorch(model: str, store: Path, packing: str) -> list[float]:
 
 CASES = [
     ("gpt2", "zero0", 1, 2, "best_fit", PLAIN),
-    ("gpt2", "zero2", 2, 4, "none", PLAIN),
+    pytest.param("gpt2", "zero2", 2, 4, "none", PLAIN, marks=pytest.mark.slow),
     pytest.param("gpt2", "zero1", 2, 2, "none", PIPELINE, marks=pytest.mark.slow),
     ("llama", "zero3", 2, 1, "best_fit", PLAIN),
-    ("llama", "zero1", 2, 2, "best_fit", TENSOR),
+    pytest.param("llama", "zero1", 2, 2, "best_fit", TENSOR, marks=pytest.mark.slow),
     ("llama", "zero3", 2, 4, "best_fit", SEQUENCE),
     ("llama", "zero1", 4, 2, "best_fit", PIPELINE),
     pytest.param("llama", "zero1", 2, 4, "none", SEQUENCE, marks=pytest.mark.slow),

@@ -56,7 +56,9 @@ TWO_RANKS = {
 }
 
 
-@pytest.mark.parametrize("config", [gpt2(), llama()], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(gpt2(), id="gpt2", marks=pytest.mark.slow), pytest.param(llama(), id="llama")]
+)
 def test_with_fp32_sums_close_to_one_rank(config):
     [(losses, norms)] = run_ranks(1, _train, config, ONE_RANK, FP32_SUMS)
     for name, layout in TWO_RANKS.items():

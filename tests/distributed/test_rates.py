@@ -65,7 +65,7 @@ def train(model: str, folder: Path, layout: str, run: str = "run", **sections: A
     return tiny.train_on_ranks(world, recipe_of(model, folder, stages, run, **sections), tiny.tiny_json(zero, **extra))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_embedding_and_head_learn_at_their_own_rate(model, tmp_path):
     tiny.tiny_store(tmp_path / "store")
     truth = plain(recipe_of(model, tmp_path))

@@ -62,6 +62,8 @@ def test_it_is_whole_and_open_to_all(browser, page_file, theme, size):
 
 
 def test_it_is_worked_with_mouse_and_keys(browser, page_file):
+    from playwright.sync_api import expect
+
     page, said = opened(browser, page_file, "light", DESK)
     scale = "[zeropipe.charts[1].plot.scales.x.min, zeropipe.charts[1].plot.scales.x.max]"
     assert page.evaluate(scale) == [1, 200] or page.evaluate(scale) == [10, 200]
@@ -94,7 +96,7 @@ def test_it_is_worked_with_mouse_and_keys(browser, page_file):
     shown = "zeropipe.charts[0].plot.series.filter((s, n) => n && s.show).length"
     assert page.evaluate(shown) == 2, "the other run's two lines"
     page.get_by_text("Loss as a table").click()
-    assert page.locator("#charts section").first.locator("table").count() == 4
+    expect(page.locator("#charts section").first.locator("table")).to_have_count(4)  # made when it is opened
     assert (
         page.locator("#recipe tr.differs").count() == 1
         and "optimizer.lr" in page.locator("#recipe tr.differs").inner_text()

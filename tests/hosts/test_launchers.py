@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from .conftest import BIN, losses, ranks_left, wait_for_steps
+from .slurm import slurm_on, what_slurm_lacks
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(900)]
 MPIRUN = {"openmpi": "mpirun.openmpi", "mpich": "mpirun.mpich"}  # Debian has both, and one of them as `mpirun`
@@ -121,3 +123,32 @@ def test_a_dry_run_is_what_is_run(hosts, work, mpi):
     done = hosts[0].run(["bash", "-c", line], cwd=work, env=environment)
     assert done.stdout.startswith("ran -n 2"), done.stdout + done.stderr
     assert str(work / "recipe.yaml") in done.stdout
+
+
+@pytest.fixture(scope="module")
+def slurm(hosts) -> Iterator[dict[str, str]]:
+    if missing := what_slurm_lacks():
+        pytest.skip(missing)
+    with slurm_on(hosts[:2]) as environment:
+        yield {**environment, "OMP_NUM_THREADS": "1"}
+
+
+def test_inside_an_allocation_of_slurm(hosts, work, one_host, slurm):
+    """The hosts are those that Slurm gave out, srun starts the ranks, and they meet by Slurm's variables."""
+    launch = [*LAUNCH[:5], "--hosts", "slurm", "--launcher", "slurm", "output=slurm"]
+    words = ["salloc", "-Q", "-N2", "--ntasks-per-node=1", *launch]
+    done = hosts[0].run(words, cwd=work, env=slurm, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(work / "slurm") == one_host
+    assert ranks_left(hosts) == []
+
+
+def test_a_script_for_sbatch(hosts, work, one_host, slurm):
+    """As `--via srun --dry-run` prints it; CPUs, so no GPUs are asked for."""
+    words = [*LAUNCH[:5], "--via", "srun", "--nodes", "2", "--devices", "1", "--dry-run", "output=sbatch"]
+    script = hosts[0].run(words, cwd=work, env={**slurm, "DS_ACCELERATOR": "cpu"})
+    (work / "job.sh").write_text(script.stdout)
+    done = hosts[0].run(["sbatch", "--wait", "job.sh"], cwd=work, env=slurm, timeout=400)
+    said = "\n".join(path.read_text() for path in work.glob("*.log"))
+    assert done.returncode == 0, script.stderr + done.stdout + done.stderr + said
+    assert losses(work / "sbatch") == one_host

@@ -273,23 +273,28 @@ def refresh_model(engine: Any, held: Sequence[Holding]) -> None:
         engine.optimizer.update_lp_params()
     if hasattr(engine.optimizer, "invalidate_secondary_tensor"):
         engine.optimizer.invalidate_secondary_tensor()
+    whole = []
     for holding in held:
         p: Any = holding.parameter
         if hasattr(p, "ds_id"):
             p.ds_tensor.data[: holding.stop - holding.start].copy_(holding.views[MASTER])
-            _refresh_gathered(p)
+            whole.append(p)
         elif not _partitioned(p):
             p.data.view(-1).copy_(holding.views[MASTER])
+    _refresh_gathered(whole)
 
 
-def _refresh_gathered(p: Any) -> None:
-    """Small parameters stay whole on every rank of stage 3 and are gathered only after a step: gather this one."""
+def _refresh_gathered(parameters: Sequence[Any]) -> None:
+    """Small parameters stay whole on every rank of stage 3 and are gathered only after a step: gather those at once."""
     import deepspeed.comm as dist
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    if p.ds_status != ZeroParamStatus.AVAILABLE:
-        return
-    own = p.ds_tensor.data.to(p.device)
-    whole = torch.empty(p.ds_zero_partition_world_size * own.numel(), dtype=own.dtype, device=p.device)
-    dist.all_gather_into_tensor(whole, own, group=p.ds_process_group)
-    p.data.copy_(whole[: p.ds_numel].view(p.ds_shape))
+    ready = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+    for dtype in dict.fromkeys(p.dtype for p in ready):
+        these = [p for p in ready if p.dtype == dtype]
+        own = torch.cat([p.ds_tensor.data.to(p.device).view(-1) for p in these])
+        flat = own.new_empty(these[0].ds_zero_partition_world_size * own.numel())
+        dist.all_gather_into_tensor(flat, own, group=these[0].ds_process_group)
+        parts = flat.view(-1, own.numel()).split([p.ds_tensor.numel() for p in these], dim=1)
+        for p, part in zip(these, parts, strict=True):
+            p.data.copy_(part.reshape(-1)[: p.ds_numel].view(p.ds_shape))

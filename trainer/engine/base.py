@@ -34,7 +34,7 @@ from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
 from ..run.state import StepOutput
 from .bad_steps import BadSteps
-from .coming import NUMBERS, Agreed, Coming
+from .coming import Agreed, Coming
 from .pace import Pace
 
 
@@ -111,9 +111,9 @@ class Engine(ABC):
             coming = Coming.of(stream, self.ranks, self.objective)
             more = time.perf_counter() - before
         numbers = () if coming is None else coming.numbers
-        found = self.ranks.all_sum(sums, [stop, save, *numbers], self.pace.row(step, waited + more))
+        found = self.ranks.all_sum(sums, [stop, save, *numbers])
         (loss, *metrics), (stopped, saving, *rest) = found[: len(sums)], found[len(sums) :]
-        self._agreed = None if coming is None else Agreed(coming, rest[:NUMBERS])
+        self._agreed = None if coming is None else Agreed(coming, rest)
         loss, norm = loss / totals.weight, None if norm is None else float(norm)
         output = StepOutput(
             loss=loss,
@@ -131,7 +131,7 @@ class Engine(ABC):
             bad=known or self.bad_steps.left_out(loss, norm, applied),
             loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.plan.precision.name == "fp16" else None,
             metrics={name: m / totals.weight for name, m in zip(self.objective.metrics, metrics, strict=True)},
-            fared=self.pace.read(rest[len(numbers) :]),
+            fared=self.pace.told(step, waited + more),
         )
         return replace(output, rewind=True) if self.bad_steps.judge(output, step) else output
 

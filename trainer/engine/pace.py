@@ -1,7 +1,6 @@
 """How the ranks of a step fared, by rank: seconds in the forward pass, seconds without data, memory.
 
-On the steps that people are shown, each rank puts its own numbers in its own place of the row that is summed at the end
-of every step anyway, so that no collective is added.
+On the steps that people are shown, each rank tells rank 0 its own few numbers, which no other rank needs.
 
 Where the forward pass waits for other ranks (ZeRO-3, tensor and sequence parallel), all ranks take as long as the
 slowest one. There the modules that wait for nobody are timed one by one: DeepSpeed gathers parameters, and a split
@@ -14,6 +13,7 @@ import time
 from typing import Any
 
 import psutil
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -48,24 +48,20 @@ class Pace:
                 self._hooks.append(part.register_forward_pre_hook(self._enter))
                 self._hooks.append(part.register_forward_hook(self._leave, prepend=not self._alone))
 
-    def row(self, step: int, data_seconds: float) -> list[float]:
-        """What this rank adds to the step's sums; empty on steps that nobody is shown."""
+    def told(self, step: int, data_seconds: float) -> tuple[Fared, ...]:
+        """How all ranks fared, on rank 0; nothing on the others, and on steps that nobody is shown. Collective."""
         if not self._shown(step):
-            return []
+            return ()
         while self._hooks:
             self._hooks.pop().remove()
-        row = [0.0] * (self._ranks.world * len(Fared._fields))
         forward = self._seconds + sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
         mine = Fared(forward, data_seconds, peak_memory(), psutil.virtual_memory().used)
-        first = self._ranks.rank * len(mine)
-        row[first : first + len(mine)] = map(float, mine)
-        return row
-
-    @staticmethod
-    def read(row: list[float]) -> tuple[Fared, ...]:
-        """By rank, from the sum of all ranks' rows."""
-        size = len(Fared._fields)
-        return tuple(Fared(*row[i : i + size]) for i in range(0, len(row), size))
+        own = torch.tensor(mine, dtype=torch.float64, device=self._ranks.device)
+        if self._ranks.world == 1:
+            return (Fared(*own.tolist()),)
+        received = [torch.empty_like(own) for _ in range(self._ranks.world)] if self._ranks.is_main else None
+        dist.gather(own, received)
+        return tuple(Fared(*of_rank.tolist()) for of_rank in received or ())
 
     def _shown(self, step: int) -> bool:
         return (step + 1) % self._every == 0

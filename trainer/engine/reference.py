@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from ...data_prep.durable import write_durably
+from ...data_prep.durable import retried, write_durably
 from ...data_prep.errors import UserError
 from ..adapters.bases import base_of
 from ..data.batches import batches_of
@@ -43,17 +43,33 @@ def with_reference(data: RunData, engine: Engine) -> RunData:
     if not engine.objective.reference:
         return data
     ranks, file, initial = engine.ranks, engine.plan.recipe.output / FILE, _identity(engine.plan, engine.ranks)
-    known = ranks.together(lambda: _read(file, initial), _DOING, file)
-    found = dict(known)
-    for packs, rows in ranks.together(lambda: _rows_to_read(data)):
-        # what is trained on may be evaluated as well: the second adds to the first
-        array = found.get(packs.fingerprint, np.full((len(packs.lengths), 2), np.nan, np.float32))
-        lacking = [(packs, int(row)) for row in rows if np.isnan(array[packs.rows[row]]).any()]
-        found[packs.fingerprint] = _complete(array, lacking, data, engine) if lacking else array
-    if any(array is not known.get(key) for key, array in found.items()):
-        content = safetensors.numpy.save(found, {"initial": initial})
+    known, more = ranks.together(lambda: _read(file, initial), _DOING, file), dict[str, np.ndarray]()
+    wanted = ranks.together(lambda: _rows_to_read(data))
+    for packs, rows in wanted:
+        array = known.get(packs.fingerprint, np.full((len(packs.lengths), 2), np.nan, np.float32))
+        if lacking := _lacking(packs, rows, array):
+            more[packs.fingerprint] = _complete(array, lacking, data, engine)
+    if more:
+        content = safetensors.numpy.save({**known, **more}, {"initial": initial}) if ranks.is_main else b""
         ranks.together(lambda: write_durably(file, content) if ranks.is_main else None, _DOING, file)
-    return data.with_samples(lambda samples: _attached(samples, found))
+        known = ranks.together(lambda: _read_all(file, initial, wanted), _DOING, file)
+    return data.with_samples(lambda samples: _attached(samples, known))
+
+
+def _lacking(packs: Packs, rows: np.ndarray, array: np.ndarray) -> list[tuple[Packs, int]]:
+    """The rows of which not all log-probabilities are known."""
+    return [(packs, int(row)) for row in rows if np.isnan(array[packs.rows[row]]).any()]
+
+
+def _read_all(file: Path, initial: str, wanted: Sequence[tuple[Packs, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What rank 0 has just written, which a file server may not show yet."""
+
+    def lacks(found: dict[str, np.ndarray]) -> bool:
+        return any(p.fingerprint not in found or _lacking(p, rows, found[p.fingerprint]) for p, rows in wanted)
+
+    if lacks(found := retried(lambda: _read(file, initial), lacks)):
+        raise UserError(f"{file}: is not what rank 0 has just written; all hosts must see the same run directory")
+    return found
 
 
 def _identity(plan: Plan, ranks: Ranks) -> str:
@@ -76,7 +92,7 @@ def _read(file: Path, initial: str) -> dict[str, np.ndarray]:
 
 
 def _rows_to_read(data: RunData) -> list[tuple[Packs, np.ndarray]]:
-    """The rows of each part that the run trains on or is evaluated on, ascending."""
+    """The rows of each part that the run trains on or is evaluated on, ascending, each part once."""
     plan, order = data.plan, sample_order(data.plan.recipe, data.train)
     total = plan.total_steps * plan.global_batch
     drawn = [np.zeros(len(samples), bool) for samples in data.train]
@@ -91,11 +107,16 @@ def _rows_to_read(data: RunData) -> list[tuple[Packs, np.ndarray]]:
             for samples in held_out:
                 wanted.append((samples, np.arange(min(left, len(samples)))))
                 left = max(0, left - len(samples))
-    return [(samples, rows) for samples, rows in wanted if isinstance(samples, Packs)]
+    found: dict[str, tuple[Packs, np.ndarray]] = {}  # what is trained on may be evaluated as well
+    for samples, rows in wanted:
+        if isinstance(samples, Packs):
+            before = found.get(samples.fingerprint, (samples, rows))[1]
+            found[samples.fingerprint] = samples, np.union1d(before, rows)
+    return list(found.values())
 
 
 def _complete(array: np.ndarray, lacking: Sequence[tuple[Packs, int]], data: RunData, engine: Engine) -> np.ndarray:
-    """A part's log-probabilities with those of some rows added. Collective."""
+    """A part's log-probabilities, with those of some rows added on rank 0. Collective."""
     ranks, several = engine.ranks, BATCHES * data.plan.global_batch
     numbers, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for first in range(0, len(lacking), several):
@@ -111,7 +132,7 @@ def _complete(array: np.ndarray, lacking: Sequence[tuple[Packs, int]], data: Run
                 numbers.append(batch.extras["numbers"].numpy())
                 values.append(sums.float().cpu().numpy())
     array = array.copy()
-    for others, theirs in ranks.gather_objects((np.concatenate(numbers), np.concatenate(values))):
+    for others, theirs in ranks.gather_on_main((np.concatenate(numbers), np.concatenate(values))):
         array[others // 2, others % 2] = theirs
     return array
 

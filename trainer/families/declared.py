@@ -42,6 +42,7 @@ def declared_default(model_type: str, key: str) -> Any:
     return None
 
 
+@lru_cache(maxsize=64)
 def _configuration(model_type: str) -> tuple[Path, ast.ClassDef] | None:
     """File and class of a family's configuration."""
     root = _root()
@@ -79,6 +80,7 @@ def _keys(file: Path, node: ast.ClassDef) -> frozenset[str] | None:
     return frozenset(keys)
 
 
+@lru_cache(maxsize=256)
 def _definition(file: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
     """File and class of a name that is defined in `file` or imported there from another file of transformers."""
     if name in (classes := _classes(file)):

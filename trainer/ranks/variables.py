@@ -6,6 +6,7 @@ import re
 import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import psutil
 
@@ -130,8 +131,18 @@ def _slurm_meeting(environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _mpi_meeting(world: int) -> tuple[str, str]:
-    """An address of rank 0 that every rank has reached, and a port that is free there. Collective over MPI's world."""
+    """An address of rank 0 that every rank has reached, and a port that is free there. Collective over MPI's world,
+    which is left at the end: `mpirun` counts a rank that ends without as failed.
+    """
     from mpi4py import MPI
+
+    try:
+        return _met_by_mpi(MPI, world)
+    finally:
+        MPI.Finalize()
+
+
+def _met_by_mpi(MPI: Any, world: int) -> tuple[str, str]:
 
     comm = MPI.COMM_WORLD
     if comm.size != world:

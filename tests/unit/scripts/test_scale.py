@@ -67,4 +67,4 @@ def test_every_place_where_ranks_meet_is_in_the_table():
     assert found == set(listed)
     # what every rank tells every other grows with their number: these alone may, and why is in the table
     to_all = {str(path.relative_to(root)) for path in root.rglob("*.py") if ".gather_objects(" in path.read_text()}
-    assert to_all == {"engine/reference.py", "engine/replicas.py", "testing/curves.py", "ranks/ranks.py"}
+    assert to_all == {"engine/replicas.py", "testing/curves.py", "ranks/ranks.py"}

@@ -38,4 +38,5 @@ def test_keys_read_from_the_source_are_those_of_the_class(name):
 def test_nothing_is_said_of_families_that_are_not_understood(monkeypatch):
     assert declared_keys("no_such_family") is None
     monkeypatch.setattr(declared, "find_spec", lambda name: None)
+    monkeypatch.setattr(declared, "_configuration", declared._configuration.__wrapped__)  # which remembers
     assert declared_keys("qwen3") is None and declared.model_folders() == []
