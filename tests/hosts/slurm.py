@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .netns import VirtualHost
+from zeropipe.launcher.rehearsal.netns import VirtualHost
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc")
 SETTINGS = """\
