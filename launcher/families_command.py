@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..data_prep.errors import UserError, did_you_mean
-from ..trainer import families
 from ..trainer.commands.arguments import add_verb
+from ..trainer.families.tried import outcomes
 
 COLUMNS_OF_TABLE = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "TP 2", "PP 2", "SP 2", "TP 2 x PP 2")
 
@@ -30,7 +28,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    tried = json.loads(Path(families.__path__[0], "tried.json").read_text(encoding="utf-8"))
+    tried = outcomes()
     if args.family is None:
         print(f"{'family':<28}" + "".join(f"{layout:>13}" for layout in COLUMNS_OF_TABLE))
         for name, found in tried.items():

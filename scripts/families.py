@@ -25,6 +25,7 @@ from tests.harness import run_ranks  # noqa: E402
 from zeropipe.data_prep.errors import UserError  # noqa: E402
 from zeropipe.launcher.families_command import COLUMNS_OF_TABLE, page  # noqa: E402
 from zeropipe.launcher.rehearsal.small import small_sizes  # noqa: E402
+from zeropipe.trainer.plan import family_layouts  # noqa: E402
 from zeropipe.trainer.plan.layout import Layout  # noqa: E402
 from zeropipe.trainer.recipe.recipe import Recipe  # noqa: E402
 from zeropipe.trainer.run.quiet import quiet  # noqa: E402
@@ -55,6 +56,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.page:
         quiet()
+        family_layouts.outcomes = dict  # what came of it before decides nothing
         own, all_shares = args.share
         try_all((args.families or decoder_only())[own::all_shares], args.steps, args.layouts, args.output)
     if args.output == TRIED:

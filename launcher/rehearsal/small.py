@@ -23,8 +23,9 @@ SMALL_SIZES: dict[str, Any] = {
     "expert_ffn_hidden_size": 32, "shared_expert_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 16, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4,
-    "mamba_d_head": 32, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_chunk_size": 16, "linear_num_value_heads": 4,
+    "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_n_groups": 1, "mamba_chunk_size": 16, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": None,
+    "attention_types": [[["global", "local"], 1]],
 }  # fmt: skip
 EVAL_EVERY, SAVE_EVERY = 6, 4
 FOR_EVER = 100_000  # steps
@@ -38,7 +39,12 @@ def small_sizes(model_type: str, **others: int) -> dict[str, Any]:
 
     config = CONFIG_MAPPING[model_type]
     own = set(getattr(config, "__dataclass_fields__", ())) | set(dir(config)) | set(config.attribute_map)
-    return {config.attribute_map.get(key, key): value for key, value in {**SMALL_SIZES, **others}.items() if key in own}
+    own -= {key for key in own if isinstance(found := getattr(config, key, None), property) and found.fset is None}
+    sizes = {**SMALL_SIZES, **others}
+    if "qk_rope_head_dim" in own:  # latent attention: a key and value for every head, whose size follows
+        own.discard("head_dim")
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    return {config.attribute_map.get(key, key): value for key, value in sizes.items() if key in own}
 
 
 def write_small(recipe: Recipe, ds: Mapping[str, Any], hosts: int, folder: Path) -> int:

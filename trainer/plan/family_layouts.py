@@ -9,6 +9,7 @@ from ..families.derived import Axis, Derived
 from ..families.family import Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
+from ..families.tried import columns_of, outcomes
 from ..objectives.registry import objective_of
 from ..recipe.recipe import Recipe
 from .layout import Layout
@@ -119,6 +120,21 @@ def family_texts(recipe: Recipe, model: Mapping[str, Any]) -> Iterator[str]:
         f"{what} with model_type {model['model_type']!r}: its state goes on from text to text, which no mask keeps "
         f"apart; {cure}"
     )
+
+
+def family_tried(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of what did not follow one process when it was tried: wrong unsaid, or a traceback."""
+    name = model["model_type"]
+    cells = outcomes().get(name, {}).get("cells", {})
+    if "fails" in cells.get("ZeRO-0", {}):  # then the small sizes that were tried are in doubt, not the layout
+        return
+    for column in columns_of(layout.zero_stage, layout.tensor, layout.pipeline, layout.sequence):
+        for outcome in ("differs", "fails"):
+            if said := cells.get(column, {}).get(outcome):
+                yield (
+                    f"{column} of model_type {name!r}: it was tried, small, and {outcome} ({said}); "
+                    f"`zeropipe families {name}` lists what works"
+                )
 
 
 def divisors(number: int) -> str:

@@ -11,6 +11,8 @@ from tests.tiny import GPT2
 from zeropipe.data_prep.errors import UserError
 from zeropipe.trainer.plan.deepspeed_json import reconcile
 from zeropipe.trainer.plan.deepspeed_keys import DEEPSPEED_VERSION
+from zeropipe.trainer.plan.family_layouts import family_tried
+from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.legality import check, layout_of
 from zeropipe.trainer.plan.settings import read_settings
 from zeropipe.trainer.recipe.recipe import Recipe
@@ -101,3 +103,21 @@ def test_tiled_mlps_need_a_record_that_names_them():
     refuse(MODEL)
     with pytest.raises(UserError, match=r"^mlp_tile of model_type 'qwen3': its record names no MLP"):
         refuse({"model_type": "qwen3", "vocab_size": 500})
+
+
+def test_what_was_tried_of_a_family_and_does_not_follow_one_process_is_refused(monkeypatch):
+    cells = {"ZeRO-0": {"works": {}}, "TP 2": {"works": {}}, "PP 2": {"differs": "step 3"}, "SP 2": {"fails": "a size"}}
+    sizes_too_small = {"ZeRO-0": {"fails": "sizes"}, "SP 2": {"fails": "sizes"}}
+    known = {"gptj": {"cells": cells}, "opt": {"cells": sizes_too_small}}
+    monkeypatch.setattr("zeropipe.trainer.plan.family_layouts.outcomes", lambda: known)
+
+    def refusals(name: str, **sizes: int) -> list[str]:
+        return list(family_tried(Layout(2, 1, zero_stage=1, **sizes), {"model_type": name}))
+
+    assert refusals("gptj", tensor=2) == refusals("llama", sequence=2) == refusals("opt", sequence=2) == []
+    [differs] = refusals("gptj", pipeline=2)
+    assert differs.startswith(
+        "PP 2 of model_type 'gptj': it was tried, small, and differs (step 3); `zeropipe families"
+    )
+    [fails] = refusals("gptj", sequence=2)
+    assert "fails (a size)" in fails
