@@ -17,6 +17,8 @@ from ..families.weight_files import WeightFiles, refuse_own_code
 from ..recipe.recipe import Recipe
 from ..recipe.text_files import did_you_mean, parse_json, read_text
 
+# weights of what mixtures of experts add to the loss for their routers
+_AUXILIARY = ("router_aux_loss_coef", "aux_loss_alpha", "router_z_loss_coef")
 _SIZES = ("max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size")  # standard names
 
 
@@ -34,6 +36,7 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
     own = recipe.model.config
     _known_to_transformers(own.get("model_type") or base["model_type"])
     config = {**base, **_checked(own, own.get("model_type") or base["model_type"])}
+    _refuse_auxiliary(own, config)
     _vocabulary(config, vocab, pretrained=bool(base))
     if eod is not None and not base:
         config = {"bos_token_id": eod, "eos_token_id": eod, **config}
@@ -113,6 +116,21 @@ def _unknown(key: str, known: frozenset[str]) -> str:
     elsewhere = (standard for name in FAMILIES for standard, own in FAMILIES[name].aliases.items() if own == key)
     meant = next((standard for standard in elsewhere if standard in known), None)
     return f"model.config.{key}: unknown key" + (f", did you mean {meant!r}?" if meant else did_you_mean(key, known))
+
+
+def _refuse_auxiliary(own: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuses a router's auxiliary loss that somebody counts on: none is added here. transformers' is a product of means
+    over a batch, which changes with every split of the batch.
+    """
+    stated = [key for key in _AUXILIARY if own.get(key)]
+    if config.get("output_router_logits"):
+        stated.append("output_router_logits")
+    for key in stated:
+        off = "false" if key == "output_router_logits" else "0, or leave it out"
+        raise UserError(
+            f"model.config.{key}: a router's auxiliary loss is not added in training, and transformers' changes with "
+            f"the layout; set it to {off}"
+        )
 
 
 def _vocabulary(config: dict[str, Any], vocab: int | None, pretrained: bool) -> None:

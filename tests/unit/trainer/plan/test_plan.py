@@ -332,6 +332,11 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": 5}, "model.config.model_type: must be text, got 5"),
     ({"model_type": "qwen3", "n_layer": 3}, "model.config.n_layer: unknown key, did you mean 'num_hidden_layers'?"),
     ({"model_type": "qwen3", "hiden_size": 3}, "model.config.hiden_size: unknown key, did you mean 'hidden_size'?"),
+    (
+        {"model_type": "mixtral", "router_aux_loss_coef": 0.1},
+        "config.router_aux_loss_coef: a router's",
+    ),
+    ({"model_type": "mixtral", "output_router_logits": True}, "layout; set it to false"),
     ({**GPT2, "n_head": 5}, "model.config.n_head 5 does not divide n_embd 64; numbers that do: 1, 2, 4, 8, 16, 32, 64"),
     ({**GPT2, "n_layer": 0}, "model.config.n_layer: must be a positive whole number, got 0"),
     ({**LLAMA, "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
