@@ -119,8 +119,8 @@ def _unknown(key: str, known: frozenset[str]) -> str:
 
 
 def _refuse_auxiliary(own: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuses a router's auxiliary loss that somebody counts on: none is added here. transformers' is a product of means
-    over a batch, which changes with every split of the batch.
+    """Refuses a router's auxiliary loss that somebody counts on: none is added here. transformers' is a product of
+    means over a batch, which changes with every split of the batch.
     """
     stated = [key for key in _AUXILIARY if own.get(key)]
     if config.get("output_router_logits"):
