@@ -33,7 +33,8 @@ MEMORY = """Measured: a rank's own memory over what it had before, ZeRO-3 in fp3
 parameters, of which the largest takes 66 MB. Building the model takes the share and one parameter. The engine adds
 gradients and masters, a share each.
 """
-MESSAGES = """Of one small parameter, ZeRO-0: messages tell of boxes, not of values. Rank 0 hears from every rank where it gathers or deals.
+MESSAGES = """Of one small parameter, ZeRO-0: messages tell of boxes, not of values.
+Rank 0 hears from every rank where it gathers or deals.
 """
 # every file of trainer/ where ranks meet; a test holds it against the source. When, what, messages of a rank, of rank 0
 MEETINGS = """
