@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from ...trainer.checkpoint.folder import CHECKPOINTS
 from ...trainer.keeper.pulse import PHASES, STEP
 from .netns import VirtualHost
 from .rank import HARM
-from .small import SAVE_EVERY
+
+EVAL_EVERY, SAVE_EVERY = 6, 4  # steps of what is rehearsed
 
 START = "start"  # the phase before a rank begins
 ENDS, GOES_ON, REFUSED = "ends", "goes on", "refused"
@@ -109,6 +109,8 @@ def _ask_all(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _fill_disk(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
     """Where checkpoints are to be, this host sees a file system that takes nothing more."""
+    from ...trainer.checkpoint.folder import CHECKPOINTS
+
     where = scene.output / CHECKPOINTS
     where.mkdir(parents=True, exist_ok=True)
     with scene.host.own_folder(where, "4k"):

@@ -19,10 +19,9 @@ from ...trainer.checkpoint.folder import newest_checkpoint, verify_checkpoints
 from ...trainer.keeper.pulse import EVALUATION, SAVING, SET_UP, STEP
 from ...trainer.metrics.reading import read_lines, read_metrics
 from .drive import Outcome, launch_words, plain_words, rehearse
-from .faults import ENDS, FAULTS, GOES_ON, REFUSED, START, Fault, Scene
+from .faults import ENDS, EVAL_EVERY, FAULTS, GOES_ON, REFUSED, SAVE_EVERY, START, Fault, Scene
 from .netns import VirtualHost
 from .rank import Harm
-from .small import EVAL_EVERY, SAVE_EVERY
 
 _STEPS_AFTERWARDS = 6  # after a fault that a run survives
 _CODES = {GOES_ON: 4, REFUSED: 2}

@@ -13,6 +13,7 @@ from ...trainer.plan.model_config import pretrained_config
 from ...trainer.plan.plan import make_plan
 from ...trainer.plan.settings import read_settings
 from ...trainer.recipe.recipe import Recipe, dump_recipe
+from .faults import EVAL_EVERY, SAVE_EVERY
 
 # sizes of the families of transformers, by its common names
 SMALL_SIZES: dict[str, Any] = {
@@ -27,7 +28,6 @@ SMALL_SIZES: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": None,
     "attention_types": [[["global", "local"], 1]],
 }  # fmt: skip
-EVAL_EVERY, SAVE_EVERY = 6, 4
 FOR_EVER = 100_000  # steps
 _TEXT_TOKENS, _RECORD_TOKENS = 32, 128
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
