@@ -29,7 +29,7 @@ from zeropipe.launcher.rehearsal.small import write_small
 from zeropipe.launcher.rehearse_command import chosen_faults
 from zeropipe.trainer.plan.deepspeed_json import load_pair
 
-TITLE = f"""# Faults
+TITLE = """# Faults
 
 Written by `scripts/faults.py` (`make verify`), nothing by hand; `zeropipe rehearse RECIPE` does the same with your
 own recipe.
@@ -42,11 +42,13 @@ on its last line (rank, host, phase or step), and no more lost than what the las
 leave open. "goes on": the run must go on, and is then asked to stop (SIGTERM; exit code 4: it has saved).
 "refused": before a rank begins, exit code 2.
 
-The second table is `deepspeed --hostfile` alone with the same ranks, address and port given by hand, on a run of
+Not done here: lossy links (the kernel has no `netem`; slow ones are made by `tbf`), and a GPU's own faults.
+"""
+
+PLAIN = f"""\
+`deepspeed --hostfile` alone with the same ranks, address and port given by hand, on a run of
 its own; what has not ended after {ENOUGH_SECONDS:.0f} s is killed. "left" counts processes on all hosts 15 s after
 the fault, or at its end if that is later.
-
-Not done here: lossy links (the kernel has no `netem`; slow ones are made by `tbf`), and a GPU's own faults.
 """
 
 
@@ -115,6 +117,7 @@ def page(lines: dict[str, list[dict[str, Any]]], began: str, ledger: str) -> str
             "",
             "## plain deepspeed --hostfile",
             "",
+            PLAIN,
             "| fault | place | seconds to the end | exit code | left | its last line |",
             "|---|---|---|---|---|---|",
             *(_plain_row(line) for line in plain),

@@ -21,7 +21,7 @@ from ...trainer.metrics.reading import read_lines, read_metrics
 from .drive import Outcome, launch_words, plain_words, rehearse
 from .faults import ENDS, EVAL_EVERY, FAULTS, GOES_ON, REFUSED, SAVE_EVERY, START, Fault, Scene
 from .netns import VirtualHost
-from .rank import Harm
+from .rank import HARM, Harm
 
 _STEPS_AFTERWARDS = 6  # after a fault that a run survives
 _CODES = {GOES_ON: 4, REFUSED: 2}
@@ -71,6 +71,10 @@ class Matrix:
         harm = self._harm(name, fault, run)
         host = self.hosts[harm.rank // self.slots]
         scene = Scene(host, self.folder, run, self._random)
+        if plain:  # which forwards nothing else
+            forwarded = {**self._environment, HARM: harm.write()}
+            text = "".join(f"{key}={value}\n" for key, value in forwarded.items())
+            (self.folder / ".deepspeed_env").write_text(text, encoding="utf-8")
         outcome = rehearse(
             self._words(fault, run, plain),
             self.hosts[0],
