@@ -22,7 +22,7 @@ class Parted(Exception):
 class World:
     """What the ranks meet at: one of them runs at a time, to its next collective, and hands the turn to the next rank.
 
-    Threads that all run at once fight for the interpreter: a world of 256 took minutes, and 1,024 take seconds so.
+    Threads that all run at once fight for the interpreter.
     """
 
     def __init__(self, size: int) -> None:

@@ -92,7 +92,7 @@ def _kill(_: Scene, launch: subprocess.Popen | None) -> Iterator[None]:
 def _ask_one(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
     """SIGTERM to one process of the job, on any host: the launcher, `deepspeed`, a rank, its keeper, …"""
     process = scene.random.choice(sorted(processes_of(scene.folder), key=lambda process: process.pid))
-    scene.notes.append(" ".join(process.cmdline())[-60:])
+    scene.notes.append("SIGTERM to " + " ".join(process.cmdline())[:120])
     process.terminate()
     yield
 
