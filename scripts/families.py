@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests import tiny  # noqa: E402
-from tests.harness import run_ranks  # noqa: E402
+from tests.harness import RankFailed, run_ranks  # noqa: E402
 from zeropipe.data_prep.errors import UserError  # noqa: E402
 from zeropipe.launcher.families_command import COLUMNS_OF_TABLE, page  # noqa: E402
 from zeropipe.launcher.rehearsal.small import small_sizes  # noqa: E402
@@ -31,6 +34,7 @@ from zeropipe.trainer.recipe.recipe import Recipe  # noqa: E402
 from zeropipe.trainer.run.quiet import quiet  # noqa: E402
 from zeropipe.trainer.testing.parity import Bounds, compare, plan_in  # noqa: E402
 
+RANKS_SECONDS, FAMILY_SECONDS = 300, 1200  # a family that hangs is given up, the next one tried
 TRIED = ROOT / "trainer" / "families" / "tried.json"
 LAYOUTS = {
     "ZeRO-0": Layout(1, 1, zero_stage=0),
@@ -96,32 +100,58 @@ def summary(found: dict[str, Any]) -> str:
 
 def cells(name: str, store: Path, steps: int, layouts: list[str]) -> dict[str, Any]:
     """What came of every layout: the differences of one that works, or why it was refused, differs or fails."""
-    try:
-        model = {"config": {"model_type": name, **small_sizes(name)}}
-        section = tiny.tiny_recipe(store, store.parent / "run")
-        recipe = Recipe.model_validate({**section, "model": model, "duration": {"steps": steps}})
-        plan = plan_in(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps)
-        [truth] = run_ranks(1, truth_of, plan, timeout=300)
-    except Exception as error:
-        return {layout: {"fails": said(error)} for layout in layouts}
     found: dict[str, Any] = {}
-    for layout in layouts:
-        sizes = LAYOUTS[layout]
-        try:
-            plan = plan_in(recipe, tiny.tiny_json(), sizes, steps)
-        except UserError as error:
-            found[layout] = {"refused": said(error)}
-            continue
-        try:
-            verdict = compare(plan, run_ranks(sizes.world, curve_of, plan, timeout=300)[0], truth, Bounds())
-        except Exception as error:
-            found[layout] = {"fails": said(error)}
-            continue
-        if verdict.difference is None:
-            found[layout] = {"works": {"loss": f"{verdict.loss:.1e}", "norm": f"{verdict.norm:.1e}"}}
-        else:
-            found[layout] = {"differs": verdict.difference}
+    try:
+        with at_most(FAMILY_SECONDS):
+            model = {"config": {"model_type": name, **small_sizes(name)}}
+            section = tiny.tiny_recipe(store, store.parent / "run")
+            recipe = Recipe.model_validate({**section, "model": model, "duration": {"steps": steps}})
+            [truth] = on_ranks(1, truth_of, plan_in(recipe, tiny.tiny_json(), LAYOUTS["ZeRO-0"], steps))
+            for layout in layouts:
+                found[layout] = cell(recipe, LAYOUTS[layout], steps, truth)
+    except Exception as error:
+        return {layout: {"fails": said(error)} for layout in layouts} | found
     return found
+
+
+def cell(recipe: Recipe, sizes: Layout, steps: int, truth: Any) -> dict[str, Any]:
+    """What came of one layout."""
+    try:
+        plan = plan_in(recipe, tiny.tiny_json(), sizes, steps)
+    except UserError as error:
+        return {"refused": said(error)}
+    try:
+        verdict = compare(plan, on_ranks(sizes.world, curve_of, plan)[0], truth, Bounds())
+    except RankFailed as error:
+        return {"fails": said(error)}
+    if verdict.difference is not None:
+        return {"differs": verdict.difference}
+    return {"works": {"loss": f"{verdict.loss:.1e}", "norm": f"{verdict.norm:.1e}"}}
+
+
+def on_ranks(world: int, function: Callable[..., Any], plan: Any) -> list[Any]:
+    """What ranks return; once more, where somebody else has killed one."""
+    try:
+        return run_ranks(world, function, plan, timeout=RANKS_SECONDS)
+    except RankFailed as error:
+        if "died without a word" not in str(error):
+            raise
+    return run_ranks(world, function, plan, timeout=RANKS_SECONDS)
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where what it holds takes longer."""
+
+    def over(*_: Any) -> None:
+        raise TimeoutError(f"not done within {seconds} s")
+
+    signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def said(error: Exception) -> str:
