@@ -16,7 +16,7 @@ from ...data_prep.errors import UserError
 from .axes import check_blocks, check_sequence
 from .derived import COLUMN_WORDS, GATHERED, PACKED, ROW_WORDS, SUMMED, WORDS, Axis, Derived
 from .derived import word_for as _word_for
-from .overrides import OVERRIDES, SPLITS
+from .overrides import MORE_WORDS, OVERRIDES
 from .param_spec import Kind, ParamSpec, Split
 
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout_prob")
@@ -121,7 +121,7 @@ def _words(model: Any, own: Any, refusals: dict[Axis, str]) -> dict[str, str]:
     if not plan:
         refusals.setdefault("tensor", "transformers declares no split of it (base_model_tp_plan)")
         return {}
-    plan = {**plan, **SPLITS.get(own.model_type, {})}
+    plan = {**plan, **MORE_WORDS.get(own.model_type, {})}
     words = {f"{model.base_model_prefix}.{name}": word for name, word in plan.items()}
     present = {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_modules()}
     present |= {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_parameters()}

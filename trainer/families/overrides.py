@@ -13,11 +13,11 @@ OVERRIDES: Mapping[str, Mapping[str, str]] = {
     "doge": {"tensor": "its mask is made for all heads on every rank, which its plan does not split"},
 }
 # what their plans (`base_model_tp_plan`) leave out
-SPLITS: Mapping[str, Mapping[str, str]] = {
+MORE_WORDS: Mapping[str, Mapping[str, str]] = {
     "apertus": {"layers.*.mlp.act_fn": SUMMED},  # its weights sit between the split projections
 }
 # families that are not trained at all, and why
-REFUSED: Mapping[str, str] = {
+UNTRAINED: Mapping[str, str] = {
     "phimoe": "its router draws experts at random in training, whatever its noise is set to: no two layouts would be "
     "the same run",
     "deepseek_v4": "whole numbers (a table of experts) are among its weights, which checkpoints have no place for",

@@ -11,7 +11,7 @@ from typing import Any
 from ...data_prep.errors import UserError
 from ..families.declared import declared_default, declared_keys, declared_parts, folders_for, model_folders
 from ..families.family import COMMON, Family
-from ..families.overrides import REFUSED
+from ..families.overrides import UNTRAINED
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
 from ..families.weight_files import WeightFiles, refuse_own_code
@@ -91,8 +91,8 @@ def _known_to_transformers(model_type: Any) -> None:
             f"model.config.model_type: transformers has no {model_type!r}"
             + (did_you_mean(model_type, FAMILIES) or did_you_mean(model_type, folders))
         )
-    if model_type in REFUSED:
-        raise UserError(f"model.config.model_type {model_type!r} is not trained here: {REFUSED[model_type]}")
+    if model_type in UNTRAINED:
+        raise UserError(f"model.config.model_type {model_type!r} is not trained here: {UNTRAINED[model_type]}")
     if parts := declared_parts(model_type):
         text = f"{model_type}_text"
         cure = f"train its model of texts, {text!r}" if declared_keys(text) else "use a family of texts alone"
