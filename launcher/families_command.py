@@ -21,7 +21,14 @@ within 1e-6, every gradient norm within 1e-5, tiny models in fp32. With a family
 
 A family that is not listed, or newer than the list, may work all the same: `zeropipe parity` tells.
 """
-_MARKS = {"works": "yes", "refused": "no", "differs": "DIFFERS", "fails": "fails", "untried": "-"}
+_MARKS = {
+    "works": "yes",
+    "refused": "no",
+    "differs": "DIFFERS",
+    "fails": "fails",
+    "sensitive": "unsure",
+    "untried": "-",
+}
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -56,6 +63,7 @@ def page(tried: Mapping[str, Any]) -> str:
         "difference of a loss from that of the one process; why a layout is refused, differs or fails stands below.",
         "logits: of our model and transformers', the same weights, relative to the largest. saved: a run saved under",
         "ZeRO-3, gone on with in the widest layout that works, exported, and read again by `from_pretrained`, bitwise.",
+        "unsure: plain transformers is as far from itself when its weights are moved by rounding.",
         "",
         f"{_counts(tried)}",
         "",
