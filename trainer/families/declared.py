@@ -48,7 +48,7 @@ def declared_parts(model_type: str) -> list[str]:
     for statement in [] if found is None else found[1].body:
         match statement:
             case ast.Assign(targets=[ast.Name("sub_configs_defaults" | "sub_configs")], value=ast.Dict(keys=keys)):
-                names = [key.value for key in keys if isinstance(key, ast.Constant)]
+                names = [str(key.value) for key in keys if isinstance(key, ast.Constant)]
                 return [name for name in names if name not in ("attn_config", "ffn_config")]  # of every block
     return []
 
