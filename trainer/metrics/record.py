@@ -46,6 +46,7 @@ class RunLog:
         self.directory, self.run = plan.recipe.output, secrets.token_hex(4)
         self.hosts = ranks.gather_on_main(describe_host())  # by rank, on the main one
         self._sinks: dict[str, Sink] = {}
+        self._settings: SinkSettings | None = None
         self._last_step, self._clock = 0, time.monotonic()
         self._warmth: list[float] = []  # seconds of the first steps, where something is compiled
 
@@ -80,6 +81,7 @@ class RunLog:
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
+            **{name: value for name, value in output.routed.items() if self._shows(state.step, value)},
         }
         self._attempt({"kind": "train", "step": state.step, **record})
         if self.plan.recipe.compile != "none" and len(self._warmth) < 2:
@@ -88,6 +90,10 @@ class RunLog:
             first, stop = output.samples
             said = f"step {state.step}: loss {output.loss}, no update; samples {first} to {stop - 1} are left out"
             self.event("skip", state.step, said, samples=list(output.samples))
+
+    def _shows(self, step: int, value: Any) -> bool:
+        """Whether a step's record has a value: the loads of all experts are many, and people are shown some steps."""
+        return not isinstance(value, list) or (self._settings is not None and self._settings.shown(step))
 
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
@@ -125,12 +131,15 @@ class RunLog:
             "computes_in": plan.precision.products,
         }
         record = {"kind": "event", "event": event, "step": step, **fields, **facts, "planned": planned}
-        settings = SinkSettings(self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record))
+        settings = self._settings = SinkSettings(
+            self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record)
+        )
         self.directory.mkdir(parents=True, exist_ok=True)
         claim(self.directory, self.run)
         record_configuration(plan)
         text = json.dumps(environment(self.run, self.hosts), indent=2)
         write_durably(self.directory / "environment.json", text + "\n")
+        self._settings = settings
         self._sinks = {name: SINKS[name](settings) for name in [*ALWAYS, *plan.recipe.log.sinks]}
         said = [heading(plan)] if LAUNCH_FOLDER not in os.environ else []  # `zeropipe launch` has said so already
         self._write(record, "\n".join([*said, *([message] if message else [])]) or None)
