@@ -22,8 +22,8 @@ _EPILOG = f"""\
 The model is of the recipe's family with few layers and small widths; objective, adapter, ZeRO stage, parallel sizes,
 precision and the rest of the JSON are yours, as are the stores; on CPUs. One run goes through all the faults, each
 launch resuming it, and in the end its ledger is audited. Faults come at set-up, step, evaluation and save, at random
-steps; --times 4 gives each phase its turn. A fault that the run must survive (pause, link-slow, sshd-stopped) is
-followed by a SIGTERM, at which it saves and stops.
+steps; --times 4 gives each phase its turn. A fault that the run must survive (pause, link-slow, sshd-stopped,
+ssh-lost) is followed by a SIGTERM, at which it saves and stops.
 
 faults: {", ".join(FAULTS)}
 
@@ -44,6 +44,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..trainer.plan.deepspeed_json import load_pair
+    from .rehearsal.drive import other_launches
     from .rehearsal.matrix import TABLE_HEADING, Matrix, load_note, write_line
     from .rehearsal.netns import virtual_hosts, what_is_missing
     from .rehearsal.small import write_small
@@ -54,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     recipe, ds = load_pair(args.recipe, args.deepspeed_config, args.overrides)
     if missing := what_is_missing():
         raise UserError(f"rehearse makes hosts out of network namespaces: {missing}")
+    if others := other_launches():
+        raise UserError(
+            "another launch of this Python environment runs on this machine (process "
+            f"{', '.join(map(str, others))}), and `deepspeed` would end it with a rehearsed one; wait for it"
+        )
     folder = Path(tempfile.mkdtemp(prefix="rehearse-"))
     slots = write_small(recipe, ds, args.hosts, folder)
     keys = folder / "hosts"

@@ -59,7 +59,8 @@ def meeting(launch: Launch, folder: Path | None, files: Sequence[str], output: P
     """
     from .doctor.quick import check_hosts
 
-    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output, launch.sync)
+    environment = {**os.environ, **user_variables(user_environment_files(os.environ))}
+    found = check_hosts(launch.hosts, launch.ssh_port, folder, files, output, launch.sync, environment)
     return replace(
         launch, master_addr=launch.master_addr or found.address, master_port=launch.master_port or found.port
     )

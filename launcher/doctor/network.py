@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...trainer.ranks.interface import VARIABLES
 from .case import Case, Examination
 from .checks import Finding
 from .crew import Crew
@@ -40,6 +44,39 @@ async def find_meeting(case: Case, crew: Crew, found: Examination) -> None:
             says = f"cannot connect to {first} (tried {tried})"
             cure = f"open TCP ports above 1023 between the hosts; see: ssh {name} ip route get {best or first}"
             found.findings.append(Finding("network", name, says, cure))
+    found.findings += _check_interfaces(case, found, reached)
+
+
+def _check_interfaces(case: Case, found: Examination, reached: Mapping[str, set[str]]) -> Iterator[Finding]:
+    """Interfaces that the user has named lead to the first host. `reached`: which of its addresses, from each other."""
+    first = case.hosts[0].name
+    for variable in VARIABLES:
+        value = case.environment.get(variable)
+        if value is None or (variable.startswith("NCCL") and not found.facts[first]["accelerators"]):
+            continue
+        cure = f"unset {variable}: the interface is found by the route between the hosts"
+        there = [address for name, address in _addresses(found.facts[first]) if _names(variable, value, name)]
+        for host, facts in found.facts.items():
+            if not any(_names(variable, value, name) for name in facts["interfaces"]):
+                says = f"{variable}={value}, but its interfaces are {', '.join(facts['interfaces'])}"
+                yield Finding("interface", host, says, cure)
+            elif host in reached and there and not reached[host] & set(there):
+                says = f"{variable}={value} does not lead to {first} (tried {', '.join(there)})"
+                yield Finding("interface", host, says, cure)
+
+
+def _addresses(facts: Mapping[str, Any]) -> list[list[str]]:
+    return [*facts["addresses"], ["lo", "127.0.0.1"]]
+
+
+def _names(variable: str, value: str, interface: str) -> bool:
+    """Whether the interface may be taken. gloo's variable has whole names; NCCL's beginnings, after `=` whole names,
+    after `^` beginnings of those that it must not take.
+    """
+    words = value.lstrip("=^").split(",")
+    whole = variable.startswith("GLOO") or value.startswith("=")
+    found = any(interface == word if whole else interface.startswith(word) for word in words)
+    return found != value.startswith("^")
 
 
 async def try_ports(case: Case, crew: Crew, found: Examination) -> None:

@@ -40,6 +40,7 @@ def facts(files: Sequence[str], output: str) -> dict[str, Any]:
         "disk": _free(Path(output)),
         "shared_memory": _free(Path("/dev/shm")),
         "memory": psutil.virtual_memory().available,
+        "interfaces": sorted(psutil.net_if_stats()),
         "addresses": addresses(),
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "ninja": shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent)),

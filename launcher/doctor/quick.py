@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ def check_hosts(
     files: Sequence[str] = (),
     output: Path | None = None,
     sync: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> Examination:
     """Every host can take part, and the others reach the first one.
 
@@ -37,12 +38,13 @@ def check_hosts(
         folder: of this launch, on shared storage; None: sharing is not looked at.
         files: must be the same on every host.
         output: the run directory.
+        environment: of the ranks.
         sync: send what differs to the hosts where it does, and look again.
 
     Raises:
         UserError: one line for every host that cannot take part, and what to do there.
     """
-    case = Case(hosts, files, str(output or Path.cwd()), folder, seconds=SECONDS)
+    case = Case(hosts, files, str(output or Path.cwd()), folder, environment or {}, SECONDS)
     found = examine(case, ssh_crew(hosts, port), thorough=False)
     if sync and (wanted := _behind(found, files)):
         print(f"sending what differs to {', '.join(list(wanted)[:MOST_TOLD])}", flush=True)

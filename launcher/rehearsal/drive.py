@@ -119,6 +119,18 @@ def _wait_for(harm: Harm, launch: subprocess.Popen) -> float:
     return float(harm.moment.read_text())
 
 
+def other_launches() -> list[int]:
+    """Processes that `deepspeed`, asked to end, would end too: its clean-up is `pkill -f PYTHON -u -m its launcher`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            ours = bool(words) and Path(words[0]).parent == Path(sys.executable).parent
+            if ours and "deepspeed.launcher.launch" in words:
+                found.append(process.pid)
+    return found
+
+
 def launch_words(recipe: str, config: str, hostfile: str, overrides: Sequence[str], *options: str) -> list[str]:
     """The command of a supervised launch whose ranks come to harm."""
     start = [sys.executable, "-m", "zeropipe.launcher.rehearsal.start", recipe, *overrides]

@@ -90,8 +90,12 @@ def _kill(_: Scene, launch: subprocess.Popen | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ask_one(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
-    """SIGTERM to one process of the job, on any host: the launcher, `deepspeed`, a rank, its keeper, …"""
-    process = scene.random.choice(sorted(processes_of(scene.folder), key=lambda process: process.pid))
+    """SIGTERM to one process of the job, on any host: the launcher, `deepspeed`, a rank, its keeper, …
+
+    Not to an ssh client: its end looks like a lost connection, which a run survives.
+    """
+    asked = [process for process in processes_of(scene.folder) if process.name() != "ssh"]
+    process = scene.random.choice(sorted(asked, key=lambda process: process.pid))
     scene.notes.append("SIGTERM to " + " ".join(process.cmdline())[:120])
     process.terminate()
     yield
@@ -103,6 +107,15 @@ def _ask_all(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
     for process in processes_of(scene.folder):
         with contextlib.suppress(psutil.Error):
             process.terminate()
+    yield
+
+
+@contextlib.contextmanager
+def _lose_connection(scene: Scene, _: subprocess.Popen | None) -> Iterator[None]:
+    """The connection by which the launcher has started the ranks of a host."""
+    for process in processes_of(scene.folder):
+        if process.name() == "ssh" and scene.host.name in process.cmdline():
+            process.kill()
     yield
 
 
@@ -147,6 +160,7 @@ FAULTS = {
         PHASES, rf"error: {HERE} (is gone|has not been heard).*", act=lambda scene, launch: scene.host.gone()
     ),
     "sshd-stopped": Fault(PHASES, outcome=GOES_ON, lost=0, act=lambda scene, launch: scene.host.without_sshd()),
+    "ssh-lost": Fault(PHASES, outcome=GOES_ON, lost=0, act=_lose_connection),
     "disk-full": Fault(
         (STEP,),
         r"error: .*No space left on device \(on rank {rank}\).*",
@@ -162,12 +176,8 @@ FAULTS = {
     "no-environment": _refused(
         f"{{host}}: there is no {sys.executable}.*", act=lambda scene, launch: scene.host.own_folder(Path(sys.prefix))
     ),
-    # what the user sets stays; gloo gives up after 30 s
-    "wrong-interface": Fault(
-        (START,),
-        r"error: rank \d+ on \S+ failed: .*GLOO_SOCKET_IFNAME=aaa0.*",
-        environment=(("GLOO_SOCKET_IFNAME", "aaa0"),),
-        seconds=45.0,
+    "wrong-interface": _refused(
+        "{host}: GLOO_SOCKET_IFNAME=aaa0 does not lead to .*", environment=(("GLOO_SOCKET_IFNAME", "aaa0"),)
     ),
     "slot-mismatch": _refused(f"{{host}}: {FAR_TOO_MANY} slots, but .*", slots=FAR_TOO_MANY),
     "unreachable-host": _refused(

@@ -97,6 +97,8 @@ class Matrix:
         """
         from ...trainer.metrics.audit import audit
 
+        if not self.run.exists():
+            return "no rank began: nothing to audit"
         found = audit(self.run)
         if found.defects:
             raise UserError(f"{self.run}: {found.defects[0]}")

@@ -28,6 +28,7 @@ BEHIND_SECONDS = 8.0  # for the cause behind failures that only follow from anot
 END_SECONDS = 2.0  # for keepers, then for `deepspeed`, to be gone
 CLEAN_SECONDS = 3.0  # for a host to kill what is left there
 ENDED_BY_REQUEST = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 143, 130}
+PDSH_ASKED_TO_END = 0  # its status after SIGTERM, and so that of `deepspeed`
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Session:
         """`deepspeed` has ended before the ranks: they save and stop, for nobody sees what they print any more."""
         if not watch.running:
             return False
-        if not self.stopping and status not in ENDED_BY_REQUEST and not watch.asked:
+        by_request = status in {*ENDED_BY_REQUEST, PDSH_ASKED_TO_END}
+        if not self.stopping and not by_request and not watch.asked:
             self.cut_off = f"`deepspeed` ended with status {status} while its ranks were running"
         watch.asked = True
         return True

@@ -43,7 +43,7 @@ def _what(watch: Watch, mishap: Mishap) -> str:
     if mishap.kind == "absent":
         return f"did not begin within {seconds} of the first one: see above what its host says"
     waits = _waiting(member)
-    return f"hangs in {place}: nothing for {seconds}, where {watch.limit(member.phase):.0f} s are the limit{waits}"
+    return f"hangs in {place}: nothing for {seconds}, where {mishap.limit:.0f} s are the limit{waits}"
 
 
 def _ending(end: dict[str, Any]) -> str:

@@ -87,6 +87,7 @@ class Mishap:
     place: str  # phase or step
     consequence: bool = False
     seconds: float = 0.0
+    limit: float = 0.0  # seconds that one that hung had been given
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -131,8 +132,10 @@ class Watch:
             if not member.went_well:
                 self._found("ended", member, consequence=message["consequence"])
 
-    def _found(self, kind: str, member: Member, seconds: float = 0.0, consequence: bool = False) -> None:
-        mishap = Mishap(kind, member.rank, member.place, consequence, seconds)
+    def _found(
+        self, kind: str, member: Member, seconds: float = 0.0, consequence: bool = False, limit: float = 0.0
+    ) -> None:
+        mishap = Mishap(kind, member.rank, member.place, consequence, seconds, limit)
         known = self.mishaps.get(mishap.rank)
         if known is None or known.order > mishap.order:
             self.mishaps[mishap.rank] = mishap
@@ -141,6 +144,8 @@ class Watch:
         """What has gone wrong so far, the first cause first."""
         now, late = time.monotonic(), time.monotonic() - self._looked
         self._looked = now
+        # a rank that is stopped for the moment keeps itself and others from beating: none of them hangs
+        stopped = any(member.end is None and member.pulse.get("frozen", 0) for member in self.members)
         for member in self.members:
             line = self.board.lines.get(member.rank)
             if line is None or member.end is not None:
@@ -153,8 +158,8 @@ class Watch:
                 self._found("silent", member, now - line.heard)
             elif member.pulse.get("frozen", 0) > FROZEN_SECONDS:
                 self._found("frozen", member, member.pulse["frozen"])
-            elif (quiet := member.pulse.get("quiet", 0)) > self.limit(member.phase):
-                self._found("hung", member, quiet)
+            elif (quiet := member.pulse.get("quiet", 0)) > (limit := self.limit(member.phase)) and not stopped:
+                self._found("hung", member, quiet, limit=limit)
         began = [member.began for member in self.members if member.began is not None]
         if began and len(began) < len(self.members) and now - min(began) > BEGIN_SECONDS:
             for member in self.members:

@@ -52,7 +52,7 @@ def folder_of(config: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     for bias in biases.values():
         bias.copy_(torch.rand(bias.shape))
     model.config.save_pretrained(path)
-    # as exports have them: `save_pretrained` takes experts apart
+    # with whole stacks of experts; `save_pretrained` takes them apart (test_published.py)
     save_file({name: t.clone() for name, t in model.state_dict().items()}, path / "model.safetensors", {"format": "pt"})
     return {name: bias.clone() for name, bias in biases.items()}
 

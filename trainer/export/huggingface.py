@@ -28,6 +28,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_writer import FileTensor, in_groups, write_safetensors
 from ..run.directory import run_directory, run_precision, tokenizer_folder
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
+from .published import PublishedWeights
 
 SHARD_BYTES = 4 * 10**9
 # |difference| of logits over the largest |logit| between the live training engine and the reloaded export, at the
@@ -90,7 +91,8 @@ def export(
     precision = run_precision(checkpoint.path, checkpoint.state)
     chosen = torch_dtype(dtype or precision.weights)
     with publishing(target, overwrite) as folder:
-        weights = MergedWeights(checkpoint, base, merge_onto)
+        merged = MergedWeights(checkpoint, base, merge_onto)
+        weights = PublishedWeights(merged, checkpoint.state["model_config"])
         write_model(checkpoint, weights, folder, chosen, shard_bytes)
         if (tokenizer := tokenizer_folder(checkpoint.path)) is not None:
             with completed(tokenizer) as whole:
@@ -101,14 +103,14 @@ def export(
         if probe is not None:
             bound = None if merge_onto == "original" else max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
             deviation = verify_logits(partial(load_folder, folder, None), *probe, bound, verifier)
-        lost = weights.lost()
+        lost = merged.lost()
     files = sorted(p.name for p in target.iterdir())
     size = sum((target / name).stat().st_size for name in files)
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound, lost)
 
 
 def write_model(
-    checkpoint: Checkpoint, weights: MergedWeights, folder: Path, dtype: torch.dtype, shard_bytes: int
+    checkpoint: Checkpoint, weights: PublishedWeights, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
     tensors = [
@@ -130,7 +132,7 @@ def write_model(
     write_configs(checkpoint.state["model_config"], folder, dtype, checkpoint.state.get("stop_ids", []))
 
 
-def _dtype_of(name: str, weights: MergedWeights, dtype: torch.dtype) -> torch.dtype:
+def _dtype_of(name: str, weights: PublishedWeights, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name in weights.buffers else dtype
 
 
@@ -164,14 +166,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def verify_weights(weights: MergedWeights, folder: Path, dtype: torch.dtype) -> None:
+def verify_weights(weights: PublishedWeights, folder: Path, dtype: torch.dtype) -> None:
     """Reads every tensor back and compares it with what should have been written, bit for bit."""
     found = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             names = set(handle.keys())
             found |= names
-            for name in names:
+            for name in filter(names.__contains__, weights.names()):  # in their order, which reads each source once
                 if not same_bits(handle.get_tensor(name), weights.read(name).to(_dtype_of(name, weights, dtype))):
                     raise UserError(f"{file.name}: {name} reads back other than it was written; is the disk sound?")
     missing = set(weights.names()) - found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from ...data_prep.errors import UserError
 from ..anatomy.buffers import kept_buffers
-from ..anatomy.skeleton import materialise_buffers
+from ..anatomy.published import Making, as_loaded
+from ..anatomy.skeleton import materialise_buffers, skeleton
 from ..checkpoint.boxes import pieces
 from ..families.specs import ParamSpec, parameter_seed
 from ..families.weight_files import WeightFiles
@@ -167,17 +169,48 @@ class FilePart:
 
 
 class FolderValues:
-    """Values from the safetensors files of a Hugging Face folder, read part by part.
+    """Values from the safetensors files of a Hugging Face folder, read part by part, in the form in which transformers
+    publishes them.
 
     Raises:
-        UserError: no safetensors there, or a parameter is missing or cannot be read.
+        UserError: no safetensors there, or a parameter is missing, does not come together or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._files = WeightFiles(folder)
+        config = json.loads((folder / "config.json").read_bytes())
+        self._makings = as_loaded(skeleton(config), self._files.shapes, f"model.init: {folder}")
 
-    def __call__(self, spec: ParamSpec) -> FilePart:
-        return FilePart(*self._files.find(spec.name))
+    def __call__(self, spec: ParamSpec) -> Any:
+        if spec.name not in self._makings:
+            raise self._files.lacks(spec.name)
+        making, shape = self._makings[spec.name]
+        if making.renames:
+            return self._part(making.sources[0][1])
+        return _MadePart(spec.name, shape, making, self._part)
+
+    def _part(self, key: str) -> FilePart:
+        return FilePart(self._files.file_of(key), key)
+
+
+class _MadePart:
+    """A parameter that is made of several tensors in files; of a stack of experts, of those that are asked for."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], making: Making, part: Callable[[str], FilePart]) -> None:
+        self._name, self.shape, self._making, self._part = name, shape, making, part
+        self._whole = functools.cache(lambda: self._make(slice(None)))
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        if self._making.stacks:
+            return self._make(index[0])[(slice(None), *index[1:])]
+        return self._whole()[index]
+
+    def _make(self, rows: slice) -> Tensor:
+        return self._making.make(self._read, rows)[self._name]
+
+    def _read(self, key: str) -> Tensor:
+        part = self._part(key)
+        return part[tuple(map(slice, part.shape))]
 
 
 def merge_slices(pieces: list[Tensor], spec: ParamSpec) -> Tensor:

@@ -13,7 +13,7 @@ from ..families.declared import declared_default, declared_keys, folders_for, mo
 from ..families.family import COMMON, Family
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
-from ..families.weight_files import WeightFiles, refuse_own_code
+from ..families.weight_files import WeightFiles, refuse_own_code, refuse_quantised
 from ..recipe.recipe import Recipe
 from ..recipe.text_files import did_you_mean, parse_json, read_text
 
@@ -69,6 +69,7 @@ def pretrained_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or "model_type" not in config:
             raise UserError(f"{path}: not a transformers configuration: model_type is missing")
         refuse_own_code(config, path)
+        refuse_quantised(config, path)
         return config
     states = sorted((*folder.glob("state.json"), *folder.glob("step-*/state.json")))
     states += sorted(folder.glob("checkpoints/step-*/state.json"))
@@ -179,9 +180,20 @@ def _same_shapes(folder: str, base: Mapping[str, Any], config: Mapping[str, Any]
 def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """What a folder's weights lack is found by the plan, and by every rank alike."""
     if (folder / "config.json").is_file():
-        files = WeightFiles(folder)
-        if family_of(config) is not None:
+        files, family = WeightFiles(folder), family_of(config)
+        if isinstance(family, Family):
             files.check(parameter_table(config))
+        elif family is not None:
+            files.check(parameter_table(config), _made(config, files))
+
+
+def _made(config: Mapping[str, Any], files: WeightFiles) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that transformers makes of a folder's tensors."""
+    from ..anatomy.published import as_loaded
+    from ..anatomy.skeleton import skeleton
+
+    makings = as_loaded(skeleton(config), files.shapes, f"model.init: {files.folder}")
+    return {name: shape for name, (_, shape) in makings.items()}
 
 
 def _shape_is_possible(config: Mapping[str, Any], family: Family) -> None:

@@ -73,7 +73,8 @@ def write_run(
     run.mkdir(parents=True)
     recipe = run_recipe(store, run, {k: v for k, v in config.items() if k != "vocab_size"})
     (run / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    tensors = dict(sorted(model.named_parameters()))
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict()]
+    tensors = dict(sorted([*model.named_parameters(), *buffers]))
     folder, step = run / "checkpoints", 1
     begin(folder, step)
     partial = partial_path(folder, step)

@@ -12,7 +12,8 @@ from zeropipe.launcher.hosts.hostfile import Host
 GOOD = {
     "name": "node1", "python": "3.11.7", "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "code": "c0de",
     "files": {"a.yaml": "d1"}, "accelerators": 8, "cores": 96, "disk": 10**12, "shared_memory": 10**11,
-    "memory": 10**12, "addresses": [["eth0", "10.0.0.1"]], "compiler": "/usr/bin/c++", "ninja": "/usr/bin/ninja",
+    "memory": 10**12, "addresses": [["eth0", "10.0.0.1"]], "interfaces": ["eth0", "lo"],
+    "compiler": "/usr/bin/c++", "ninja": "/usr/bin/ninja",
     "nvcc": "/usr/local/cuda/bin/nvcc", "build_locks": [],
 }  # fmt: skip
 

@@ -46,10 +46,11 @@ class Pretended:
         request = json.loads(self.asked)
         value = {
             "facts": {**GOOD, "addresses": [["dead", "10.1.0.9"], ["eth0", f"10.0.{self.number}.1"]],
+                      "interfaces": ["dead", "eth0", "lo"], "accelerators": 8,
                       "code": "stale" if self.number % 10 == 4 else "c0de"},
             "clock": time.time() + (60 if self.number == 5 else 0),
             "listen": 20000, "own_address": f"10.0.{self.number}.1",
-            "reach": [None if target[0] == "10.1.0.9" else 0.001 for target in request["with"].get("targets", ())],
+            "reach": [0.001 if ip.startswith("10.0.") else None for ip, _ in request["with"].get("targets", ())],
         }.get(request["do"])  # fmt: skip
         return REPLY + json.dumps({"value": value}) + "\n"
 
@@ -60,14 +61,14 @@ class Pretended:
         pass
 
 
-def pretend(hosts, **options) -> tuple[Examination, int]:
+def pretend(hosts, environment=None, **options) -> tuple[Examination, int]:
     """An examination of hosts that are not there, and how many were asked at once at most."""
     under_way = [0, 0]
 
     async def connect(name):
         return Pretended(name, under_way)
 
-    found = examine(Case(hosts, ["a.yaml"], ".", None, seconds=4.0), Crew(connect), **options)
+    found = examine(Case(hosts, ["a.yaml"], ".", None, environment or {}, 4.0), Crew(connect), **options)
     return found, under_way[1]
 
 
@@ -161,3 +162,22 @@ def test_an_agent_that_ends_while_it_is_closed(monkeypatch):
         await line.close()
 
     asyncio.run(close())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth0", None),
+        ("GLOO_SOCKET_IFNAME", "eth", "GLOO_SOCKET_IFNAME=eth, but its interfaces are dead, eth0, lo"),
+        ("GLOO_SOCKET_IFNAME", "dead", "GLOO_SOCKET_IFNAME=dead does not lead to gpu0001 (tried 10.1.0.9)"),
+        ("GLOO_SOCKET_IFNAME", "lo", "GLOO_SOCKET_IFNAME=lo does not lead to gpu0001 (tried 127.0.0.1)"),
+        ("NCCL_SOCKET_IFNAME", "eth", None),
+        ("NCCL_SOCKET_IFNAME", "=eth", "NCCL_SOCKET_IFNAME==eth, but its interfaces are dead, eth0, lo"),
+        ("NCCL_SOCKET_IFNAME", "^dead,lo", None),
+        ("NCCL_SOCKET_IFNAME", "^eth", "NCCL_SOCKET_IFNAME=^eth does not lead to gpu0001 (tried 10.1.0.9, 127.0.0.1)"),
+    ],
+)
+def test_an_interface_that_the_user_has_named(variable, value, says):
+    found, _ = pretend(MANY[1:3], {variable: value}, thorough=False)
+    told = {finding.host: finding.says for finding in found.findings if finding.check == "interface"}
+    assert told.get("gpu0002") == says

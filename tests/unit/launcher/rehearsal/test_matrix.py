@@ -1,12 +1,14 @@
 """What a rehearsal takes for wrong: each thing that a launch could do amiss, planted."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
-from zeropipe.launcher.rehearsal.drive import Outcome
+from zeropipe.launcher.rehearsal.drive import Outcome, other_launches
 from zeropipe.launcher.rehearsal.faults import FAULTS
 from zeropipe.launcher.rehearsal.matrix import Matrix, Rehearsed, write_line
 from zeropipe.launcher.rehearsal.rank import Harm
@@ -61,3 +63,14 @@ def test_faults_by_name():
     assert chosen_faults("all") == list(FAULTS)
     with pytest.raises(UserError, match=r"there is no 'kil'.*kill"):
         chosen_faults("kil")
+
+
+def test_other_launches_of_this_environment_are_seen():
+    """… which `deepspeed` would end with a rehearsed one; those of another Python are not its business."""
+    words = ["-c", "import time; time.sleep(60)", "deepspeed.launcher.launch"]
+    with subprocess.Popen([sys.executable, *words]) as mine, subprocess.Popen(["/usr/bin/env", "sleep", "60"]) as other:
+        found = other_launches()
+        mine.kill()
+        other.kill()
+    assert mine.pid in found
+    assert other.pid not in found

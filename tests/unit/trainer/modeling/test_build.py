@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -126,6 +128,7 @@ def test_chunked_head_gives_the_same_loss_and_gradients(monkeypatch):
 
 
 def test_folder_values_refuse_pickles_and_missing_parameters(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["gpt2"], "vocab_size": VOCAB}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match=r"pytorch_model.bin.*run code"):
         FolderValues(tmp_path)
