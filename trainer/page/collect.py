@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from ..families.registry import FAMILIES
 from ..metrics.reading import read_lines, read_metrics
+from ..sinks.base import flattened
 from ..tune.hardware import DEVICES, GIB
 from ..tune.work import model_flops
 from .decimate import kept, rounded
@@ -69,16 +69,6 @@ def collect(run: str | Path, points: int) -> dict[str, Any]:
         "deepspeed": flattened(_yaml(run / "deepspeed.json")),
         "environment": _environment(run),
     }
-
-
-def flattened(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys of nested mappings, with their values as JSON."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: json.dumps(value, ensure_ascii=False, default=str)} if prefix else {}
-    found: dict[str, str] = {}
-    for key, inner in value.items():
-        found |= flattened(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def _yaml(path: Path) -> Any:
