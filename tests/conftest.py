@@ -7,10 +7,24 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
+VERIFY_ONLY = Path(__file__).with_name("verify_only.txt")
 IN_CI = os.environ.get("CI", "").lower() in ("true", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lines = VERIFY_ONLY.read_text(encoding="utf-8").splitlines()
+    listed = {line for line in lines if not line.startswith("#")}
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    gone = listed - {item.nodeid for item in items}
+    if gone and config.args_source is pytest.Config.ArgsSource.TESTPATHS:  # all tests were collected
+        raise pytest.UsageError(f"{VERIFY_ONLY.name}: there is no test {min(gone)}")
 
 
 @pytest.hookimpl(wrapper=True)

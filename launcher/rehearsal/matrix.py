@@ -21,7 +21,7 @@ from ...trainer.metrics.reading import read_lines, read_metrics
 from .drive import Outcome, launch_words, plain_words, rehearse
 from .faults import ENDS, EVAL_EVERY, FAULTS, GOES_ON, REFUSED, SAVE_EVERY, START, Fault, Scene
 from .netns import VirtualHost
-from .rank import HARM, Harm
+from .rank import HARM, IN_A_RANK, Harm
 
 _STEPS_AFTERWARDS = 6  # after a fault that a run survives
 _CODES = {GOES_ON: 4, REFUSED: 2}
@@ -111,8 +111,7 @@ class Matrix:
         self._turns[name] += 1
         first = checkpointed_step(run) + 1
         spread = {STEP: 8, EVALUATION: EVAL_EVERY, SAVING: SAVE_EVERY}.get(phase, 1)
-        inside = name in ("exception", "exit", "kill", "segfault", "stop", "hang", "pause")
-        ranks = range(0 if inside else self.slots, len(self.hosts) * self.slots)
+        ranks = range(0 if name in IN_A_RANK else self.slots, len(self.hosts) * self.slots)
         step = first + self._random.randrange(spread)
         return Harm(name, self._random.choice(ranks), SET_UP if fault.before else phase, step, str(self.folder))
 
