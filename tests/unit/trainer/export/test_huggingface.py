@@ -68,9 +68,11 @@ def check(run: Path, output: Path | None = None) -> None:
 def test_the_folder_is_complete(gpt2_run, text_store, tmp_path):
     done = export(gpt2_run, tmp_path / "export")
     assert done.files == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "provenance.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
