@@ -47,7 +47,7 @@ BACKENDS = {
     SLURM: Backend(("srun", "sinfo"), "slurm-client", files_only=True, alike=True),
 }
 # DeepSpeed sends variables with these beginnings by itself, in quotes where a shell would need them
-_SENT_BY_DEEPSPEED = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")
+SENT_BY_DEEPSPEED = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")
 
 
 def check_backend(name: str, hosts: Sequence[Host], ssh_port: int | None) -> None:
@@ -103,7 +103,7 @@ def check_variables(name: str, environ: Mapping[str, str]) -> None:
     """
     plain = r"[\w@%+=:./-]*" if name == SLURM else r"[\w@%+=:,./-]*"
     for variable in sorted(environ):
-        if variable.startswith(_SENT_BY_DEEPSPEED) and not re.fullmatch(plain, environ[variable].strip()):
+        if variable.startswith(SENT_BY_DEEPSPEED) and not re.fullmatch(plain, environ[variable].strip()):
             raise UserError(
                 f"{variable}={environ[variable]}: DeepSpeed hands it on changed with --launcher {name}; unset it, or "
                 "use pdsh"

@@ -19,9 +19,12 @@ from .hosts.selection import include_words
 DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # taken by DeepSpeed, unasked, wherever it exists
 # DeepSpeed itself sends only PYTHON*, MLFLOW*, MV2*, UCX* and NCCL* to other hosts
 FORWARDED = re.compile(
-    r"(OMP|GLOO|NCCL|UCX|FI|DS|HF|TORCH|PYTORCH|CUDA|TRITON|TRANSFORMERS|TOKENIZERS|ZEROPIPE)_\w+|LD_LIBRARY_PATH"
+    r"(OMP|GLOO|NCCL|UCX|FI|DS|HF|TORCH|PYTORCH|CUDA|TRITON|TRANSFORMERS|TOKENIZERS|WANDB|MLFLOW|TRACKIO|ZEROPIPE)_\w+"
+    r"|LD_LIBRARY_PATH"
 )
-SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")  # a command line is visible to everyone on a host
+# a command line is visible to everyone on a host
+_SECRET_NAME = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")
+_SECRET_VALUE = re.compile(r"://[^/\s@]*@|[?&]\w*(token|key|secret|password)=", re.IGNORECASE)
 NOT_FORWARDED = {"DS_ENV_FILE", "DS_ACCELERATOR", "HF_HOME", "CUDA_VISIBLE_DEVICES"}  # true of this host only
 QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -146,12 +149,17 @@ def rank_environment(environ: Mapping[str, str], launch: Launch, accelerators: i
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable is named like a secret, or holds an address with one in it."""
+    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
+
+
 def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """What of this environment matters to ranks on other hosts; nothing that is named like a secret."""
+    """What of this environment matters to ranks on other hosts; no secret."""
     return {
         name: environ[name]
         for name in sorted(environ)
-        if FORWARDED.fullmatch(name) and not SECRET.search(name) and name not in NOT_FORWARDED
+        if FORWARDED.fullmatch(name) and not is_secret(name, environ[name]) and name not in NOT_FORWARDED
     }
 
 

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..trainer.keeper.wire import LAUNCH_FOLDER
-from .backends import MPICH, OPENMPI, check_programs, check_variables
+from .backends import MPICH, OPENMPI, SENT_BY_DEEPSPEED, check_programs, check_variables
 from .command import (
     NOT_FORWARDED,
     Launch,
     deepspeed_command,
     forwarded_lines,
     forwarded_variables,
+    is_secret,
     rank_environment,
     user_environment_files,
     user_variables,
@@ -102,6 +103,10 @@ def child_environment(launch: Launch, folder: Path) -> dict[str, str]:
     environment[LAUNCH_FOLDER] = str(folder)
     if launch.device_ids is not None:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include
+    if launch.remote:  # DeepSpeed would write these onto the command lines of other hosts, whatever they are
+        sent = [name for name in environment if name.startswith(SENT_BY_DEEPSPEED)]
+        for name in (name for name in sent if is_secret(name, environment[name])):
+            del environment[name]
     if launch.shells:
         lines = forwarded_lines(environment, user_environment_files(environment))
         carrier = folder / "deepspeed_env"

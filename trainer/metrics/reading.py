@@ -57,6 +57,21 @@ def resumed_from(first: Mapping[str, Any]) -> int:
     return first["step"] - (first["kind"] == "train")
 
 
+def begun_as(run_directory: str | Path) -> str | None:
+    """The id of the process group that last began the run afresh, or was the first to go on with it here.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    if not (Path(run_directory) / METRICS).exists():
+        return None
+    found = None
+    for record in read_lines(run_directory):
+        if found is None or record.get("event") == "start":
+            found = record["run"]
+    return found
+
+
 def skipped_samples(run_directory: str | Path) -> list[tuple[int, int]]:
     """Ranges of samples that any process group of this run left out, or went back to leave out, since it was started
     afresh; none without a record.

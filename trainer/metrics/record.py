@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -22,11 +21,12 @@ from ..ranks.ranks import Ranks
 from ..run.environment import describe_host, environment
 from ..run.guard import StopRequest, claim, record_configuration
 from ..run.state import StepOutput, TrainState
+from ..sinks.aside import Aside, close_all
 from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
 from ..sinks.registry import ALWAYS, SINKS
 from .fared import by_host
-from .reading import resumed_from
+from .reading import begun_as, resumed_from
 
 _DOING = "the run's record cannot be written"
 
@@ -37,7 +37,7 @@ class RunLog:
     A resumed run appends; each record carries the id of its process group (`run`), by which `read_metrics` leaves out
     what a dead run did beyond the step that was resumed from. So `start` comes first; nothing is written before it, for
     a run that is refused must leave the record of an earlier one as it was. A record that cannot be written later asks
-    all ranks to save and stop; a sink that the recipe has added is left out from there on, which is told.
+    all ranks to save and stop; a sink that the recipe has added costs the run nothing, whatever becomes of it.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest) -> None:
@@ -45,7 +45,9 @@ class RunLog:
         self.plan, self.ranks, self.stop = plan, ranks, stop
         self.directory, self.run = plan.recipe.output, secrets.token_hex(4)
         self.hosts = ranks.gather_on_main(describe_host())  # by rank, on the main one
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[str, Sink] = {}  # the record itself; of a run that has started
+        self._asides: dict[str, Aside] = {}  # what the recipe has added
+        self._settings: SinkSettings | None = None
         self._last_step, self._clock = 0, time.monotonic()
         self._warmth: list[float] = []  # seconds of the first steps, where something is compiled
 
@@ -59,7 +61,7 @@ class RunLog:
             UserError: on every rank, if the run directory cannot be written.
         """
         if self._sinks:  # a run that went back: what comes now takes the place of what it did beyond `step`
-            self._close_all()
+            self._close()
             self.run, self._last_step = secrets.token_hex(4), step
         self.ranks.together(
             lambda: self._start(event, step, message, fields) if self.ranks.is_main else None, _DOING, self.directory
@@ -80,6 +82,7 @@ class RunLog:
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
+            **{name: value for name, value in output.routed.items() if self._shows(state.step, value)},
         }
         self._attempt({"kind": "train", "step": state.step, **record})
         if self.plan.recipe.compile != "none" and len(self._warmth) < 2:
@@ -88,6 +91,10 @@ class RunLog:
             first, stop = output.samples
             said = f"step {state.step}: loss {output.loss}, no update; samples {first} to {stop - 1} are left out"
             self.event("skip", state.step, said, samples=list(output.samples))
+
+    def _shows(self, step: int, value: Any) -> bool:
+        """Whether a step's record has a value: the loads of all experts are many, and people are shown some steps."""
+        return not isinstance(value, list) or (self._settings is not None and self._settings.shown(step))
 
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
@@ -102,7 +109,8 @@ class RunLog:
             return
         if error is not None:
             self._attempt({"kind": "event", "event": "failed", "step": self._last_step, "error": f"{error!r}"})
-        self._close_all()
+        self._close()
+        close_all(self._asides.values())
         if error is None:
             hosts = len({host["host"] for host in self.hosts})
             print(closing(self.plan, self._last_step, hosts, self._clock), flush=True)
@@ -125,13 +133,12 @@ class RunLog:
             "computes_in": plan.precision.products,
         }
         record = {"kind": "event", "event": event, "step": step, **fields, **facts, "planned": planned}
-        settings = SinkSettings(self.directory, plan.recipe.log.every, plan.total_steps, resumed_from(record))
         self.directory.mkdir(parents=True, exist_ok=True)
         claim(self.directory, self.run)
         record_configuration(plan)
         text = json.dumps(environment(self.run, self.hosts), indent=2)
         write_durably(self.directory / "environment.json", text + "\n")
-        self._sinks = {name: SINKS[name](settings) for name in [*ALWAYS, *plan.recipe.log.sinks]}
+        self._open(record)
         said = [heading(plan)] if LAUNCH_FOLDER not in os.environ else []  # `zeropipe launch` has said so already
         self._write(record, "\n".join([*said, *([message] if message else [])]) or None)
 
@@ -143,39 +150,42 @@ class RunLog:
         except UserError as error:
             self.stop.because(str(error))
 
+    def _open(self, first: Mapping[str, Any]) -> None:
+        plan = self.plan
+        settings = self._settings = SinkSettings(
+            directory=self.directory,
+            name=plan.recipe.name,
+            run=self.run,
+            begun=self.run if first["event"] == "start" else begun_as(self.directory) or self.run,
+            configuration={"recipe": plan.recipe.model_dump(mode="json"), "deepspeed": plan.deepspeed},
+            every=plan.recipe.log.every,
+            total_steps=plan.total_steps,
+            resumed_from=resumed_from(first),
+        )
+        self._sinks = {name: SINKS[name](settings) for name in ALWAYS}
+        for name in plan.recipe.log.sinks:
+            if name in self._asides:
+                self._asides[name].reopen(settings)
+            else:
+                self._asides[name] = Aside(name, settings)
+
     def _write(self, record: dict[str, Any], message: str | None) -> None:
         self._last_step = max(self._last_step, record["step"])  # a checkpoint is recorded when it has been published
         stamped = {**record, "run": self.run, "time": time.time()}
-        for name, sink in list(self._sinks.items()):
+        for sink in self._sinks.values():
             try:
                 sink.write(stamped, message)
-            except Exception as error:
-                if name in ALWAYS and isinstance(error, OSError):
-                    where = error.filename or f"{self.directory} ({type(sink).__name__})"
-                    raise UserError(f"{where}: {_DOING}: {error.strerror}") from error
-                if name in ALWAYS:
-                    raise
-                self._leave_out(name, error)
+            except OSError as error:
+                where = error.filename or f"{self.directory} ({type(sink).__name__})"
+                raise UserError(f"{where}: {_DOING}: {error.strerror}") from error
+        for aside in self._asides.values():
+            aside.write(stamped, message)
 
-    def _leave_out(self, name: str, error: Exception) -> None:
-        """A curve for people is not worth a run."""
-        with contextlib.suppress(Exception):
-            self._sinks[name].close()
-        del self._sinks[name]
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        print(f"warning: log.sinks: {name} fails and is left out from here on: {why}", file=sys.stderr, flush=True)
-
-    def _close_all(self) -> None:
-        for name in list(self._sinks):
-            self._close(name)
+    def _close(self) -> None:
+        for sink in self._sinks.values():
+            with contextlib.suppress(OSError):  # what matters of metrics.jsonl was flushed with its record
+                sink.close()
         self._sinks = {}
-
-    def _close(self, name: str) -> None:
-        try:
-            self._sinks[name].close()
-        except Exception as error:  # what matters of metrics.jsonl was flushed with its record
-            if name not in ALWAYS:
-                self._leave_out(name, error)
 
 
 def heading(plan: Plan) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from ..families.registry import FAMILIES
 from ..metrics.reading import read_lines, read_metrics
+from ..sinks.base import flattened
 from ..tune.hardware import DEVICES, GIB
 from ..tune.work import model_flops
 from .decimate import kept, rounded
@@ -71,16 +71,6 @@ def collect(run: str | Path, points: int) -> dict[str, Any]:
     }
 
 
-def flattened(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys of nested mappings, with their values as JSON."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: json.dumps(value, ensure_ascii=False, default=str)} if prefix else {}
-    found: dict[str, str] = {}
-    for key, inner in value.items():
-        found |= flattened(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
 def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
@@ -126,7 +116,8 @@ def _losses(records: Sequence[_Record], train: Sequence[_Record], points: int) -
             at = [record["step"] for record in own]
             group.append(_line(f"{name}, {split}", at, (record.get(name) for record in own), points, dots=True))
     for group, lines in groups.items():
-        figures += _figure(f"metric-{group}", group[:1].upper() + group[1:], "of the objective", lines)
+        whose = "of a mixture's experts" if group == "router" else "of the objective"
+        figures += _figure(f"metric-{group}", group[:1].upper() + group[1:], whose, lines)
     return figures
 
 

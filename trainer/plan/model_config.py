@@ -120,8 +120,8 @@ def _unknown(key: str, known: frozenset[str]) -> str:
 
 
 def _refuse_auxiliary(own: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuses a router's auxiliary loss that somebody counts on: none is added here. transformers' is a product of
-    means over a batch, which changes with every split of the batch.
+    """Refuses transformers' own auxiliary loss of a router where somebody counts on it: it is a product of means over a
+    batch, which changes with every split of the batch. That of `model.router` does not.
     """
     stated = [key for key in _AUXILIARY if own.get(key)]
     if config.get("output_router_logits"):
@@ -129,8 +129,9 @@ def _refuse_auxiliary(own: Mapping[str, Any], config: Mapping[str, Any]) -> None
     for key in stated:
         off = "false" if key == "output_router_logits" else "0, or leave it out"
         raise UserError(
-            f"model.config.{key}: a router's auxiliary loss is not added in training, and transformers' changes with "
-            f"the layout; set it to {off}"
+            f"model.config.{key}: transformers' auxiliary loss of a router is a product of means over a batch, which "
+            f"changes with the layout; set it to {off}, and state model.router."
+            f"{'z_loss' if 'z_loss' in key else 'aux_loss'}, whose loss does not"
         )
 
 

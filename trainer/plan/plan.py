@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...data_prep.errors import UserError, did_you_mean
+from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..adapters.base import rows_of
 from ..adapters.registry import adapter_of
@@ -22,7 +22,7 @@ from ..objectives.registry import objective_of
 from ..recipe.errors import explain
 from ..recipe.precision import Precision
 from ..recipe.recipe import Recipe
-from ..sinks.registry import SINKS
+from ..sinks.registry import check_sink
 from .deepspeed_json import fill_scheduler, reconcile
 from .layout import Layout
 from .legality import check, layout_of
@@ -129,10 +129,7 @@ def check_names(recipe: Recipe) -> None:
     objective_of(recipe.objective)
     adapter_of(recipe.adapter)
     for sink in recipe.log.sinks:
-        if sink not in SINKS:
-            raise UserError(
-                f"log.sinks: no metric sink {sink!r}{did_you_mean(sink, SINKS)}; there are {', '.join(SINKS)}"
-            )
+        check_sink(sink)
 
 
 def check_stores(recipe: Recipe, stores: Sequence[TokenStore]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import SinkSettings, measurements
+from .base import SinkSettings, figures
 
 
 class TensorBoard:
@@ -19,12 +19,10 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=settings.resumed_from + 1)
 
     def write(self, record: Mapping[str, Any], message: str | None) -> None:
-        kind, step = record["kind"], record["step"]
-        if kind == "event" or (kind == "train" and not self._settings.shown(step)):
+        if record["kind"] == "train" and not self._settings.shown(record["step"]):
             return
-        prefix = "train/" if kind == "train" else f"eval/{record['split']}_"
-        for name, value in measurements(record).items():
-            self._writer.add_scalar(prefix + name, value, step)
+        for name, value in figures(record).items():
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         self._writer.close()

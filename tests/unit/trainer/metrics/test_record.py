@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,38 +186,6 @@ def test_a_record_that_cannot_be_written_is_named(tmp_path):
     log.step(State(1), output(1.0, (0, 4)))  # all ranks must save and stop before it is told
     assert log.stop.asked and log.stop.problem is not None
     assert "JsonLines" in log.stop.problem and "No space left" in log.stop.problem
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_a_full_disk_under_tensorboard_is_told_once_and_ends_nothing(tmp_path, capfd):
-    with open_log(tmp_path, steps=100, every=1) as log:
-        log.start("start", 0)
-        board = log._sinks["tensorboard"]
-        records = board._writer.file_writer.event_writer._async_writer._writer  # type: ignore[attr-defined]
-        records._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 (the sink closes it)
-        for step in range(1, 51):
-            take(log, step, step)
-            time.sleep(0.01)  # its thread writes
-        assert set(log._sinks) == {"jsonl", "console"}
-    assert not log.stop.asked
-    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(51))
-    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warnings == ["warning: log.sinks: tensorboard fails and is left out from here on: No space left on device"]
-
-
-def test_a_sink_that_fails_when_it_is_closed_ends_nothing(tmp_path, capfd):
-    class Remote:
-        def write(self, *_) -> None: ...
-
-        def close(self) -> None:
-            raise ConnectionError("the service is gone")
-
-    with open_log(tmp_path) as log:
-        log.start("start", 0)
-        log._sinks["remote"] = Remote()
-        take(log, 1, 3)
-    told = "warning: log.sinks: remote fails and is left out from here on: ConnectionError: the service is gone"
-    assert told in capfd.readouterr().err
 
 
 def test_environment_names_versions_and_command(tmp_path):
