@@ -62,6 +62,7 @@ def refuse_unlike(config: Any) -> None:
         raise UserError(f"--gguf: cannot write {kind}; families that can be: {', '.join(ARCHITECTURES)}")
     reasons = {
         f"rope type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
+        "a head_dim other than 128, as transformers reads it": kind == "qwen3" and config.head_dim != 128,
         "biases": kind == "llama" and (config.attention_bias or config.mlp_bias),
         "a sliding window": bool(getattr(config, "sliding_window", None))
         and getattr(config, "use_sliding_window", True),

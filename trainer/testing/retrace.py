@@ -42,7 +42,7 @@ class Stretch:
     steps: tuple[int, int]  # taken when it begins, and when it ends
 
 
-def stretches(run: Path) -> list[Stretch]:
+def stretches_of(run: Path) -> list[Stretch]:
     """Those of a run, by step; checkpoints that can be seen to be damaged are left out."""
     whole = sorted((item for item in ls(run) if item.problem is None), key=lambda item: item.step)
     return [Stretch(a.path, b.path, (a.step, b.step)) for a, b in itertools.pairwise(whole)]
@@ -54,7 +54,7 @@ def chosen_stretches(run: Path, count: int, seed: int | None = None) -> list[Str
     Raises:
         UserError: the run has not two checkpoints.
     """
-    found = stretches(run)
+    found = stretches_of(run)
     if not found:
         raise UserError(f"{run}: a replay goes from one checkpoint to the next, and there are not two whole ones")
     return sorted(random.Random(seed).sample(found, min(count, len(found))), key=lambda stretch: stretch.steps)

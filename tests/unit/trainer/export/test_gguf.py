@@ -21,7 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**CONFIGS["llama"], **OWN},
     "llama_tied": {**CONFIGS["llama_tied"], **OWN},
     "qwen2": {**QWEN, "model_type": "qwen2"},
-    "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 32},
+    "qwen3": {**QWEN, "model_type": "qwen3", "head_dim": 128},
 }
 
 

@@ -15,7 +15,7 @@ from tests.unit.trainer.runs import CONFIGS, run_recipe
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.export.huggingface import export
 from zeropipe.trainer.export.provenance import read_provenance
-from zeropipe.trainer.testing.retrace import retrace, stretches
+from zeropipe.trainer.testing.retrace import retrace, stretches_of
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_replay_of_another_seed_differs(handed, tmp_path):
     text = (other / "recipe.yaml").read_text()
     seed = yaml.safe_load(text)["seed"]
     (other / "recipe.yaml").write_text(text.replace(f"seed: {seed}\n", f"seed: {seed + 1}\n"))
-    (stretch,) = stretches(other)
+    (stretch,) = stretches_of(other)
     loss, tensors = retrace(other, stretch)
     assert loss.startswith("step 4: its loss is ") and tensors.startswith("steps 4 to 6: ")
 
