@@ -40,6 +40,8 @@ class WeightedStore(_Section):
     """A token store, or a bare Megatron prefix."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the mixture, relative to the other sources."""
+    license: str | None = None
+    """Of the texts, such as CC-BY-SA-4.0: for the model card."""
 
 
 class Data(_Section):
