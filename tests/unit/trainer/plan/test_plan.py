@@ -375,7 +375,7 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "phimoe"}, "model_type 'phimoe' is not trained here: its router draws experts at random"),
     (
         {"model_type": "gemma3"},
-        "of several models (text_config, vision_config); train its model of texts, 'gemma3_text'",
+        "several models (text_config, vision_config); train its model of texts, 'gemma3_text'",
     ),
     ({**GPT2, "vocab_size": 400}, "vocab_size is 400, the store's tokenizer has 500 tokens; leave it out or state 500"),
     ({**GPT2, "vocab_size": 512}, "vocab_size is 512, the store's tokenizer has 500 tokens; leave it out: the padding"),
