@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from ..families.registry import family_of
 from ..families.specs import ParamSpec
 from ..keeper.pulse import Pulse
 from ..modeling.build import make_parameter
+from ..modeling.mixtures.routers import Routers, told
 from ..modeling.tiles import tile_mlps
 from ..modeling.values import RandomValues
 from ..objectives.base import LossSum, Objective
@@ -67,6 +69,7 @@ class Engine(ABC):
         self.counting = self.objective.penalty, self.objective.uniform, self.objective.reads != "text"
         self.adapter = adapter_of(plan.recipe.adapter)
         self.dtype: torch.dtype = getattr(torch, plan.precision.weights)
+        self.routers: Routers | None = None  # of a mixture of experts, where its layout listens to them
         self._agreed: Agreed | None = None  # the next step's batch
         self.bad_steps, self.pace, self.pulse = BadSteps(plan), Pace(plan, ranks), Pulse.of_this_rank()
 
@@ -105,15 +108,17 @@ class Engine(ABC):
         rate, known = self._set_learning_rate(step), batch.first in self.bad_steps.known
         sums, norm = self._without_update() if known else self._update(batch, step, totals.weight)
         applied = not known and self._applied()
+        heard = () if self.routers is None else self.routers.take()
         sums, coming, more = self._own(sums), None, 0.0
         if step + 1 < self.plan.total_steps:
             before = time.perf_counter()
             coming = Coming.of(stream, self.ranks, self.objective)
             more = time.perf_counter() - before
         numbers = () if coming is None else coming.numbers
-        found = self.ranks.all_sum(sums, [stop, save, *numbers])
-        (loss, *metrics), (stopped, saving, *rest) = found[: len(sums)], found[len(sums) :]
+        found = self.ranks.all_sum(sums, heard, [stop, save, *numbers])
+        (loss, *metrics), routed, (stopped, saving, *rest) = stretches(found, len(sums), len(heard))
         self._agreed = None if coming is None else Agreed(coming, rest)
+        loss += 0.0 if self.routers is None else self.routers.cost(routed)
         loss, norm = loss / totals.weight, None if norm is None else float(norm)
         output = StepOutput(
             loss=loss,
@@ -131,9 +136,18 @@ class Engine(ABC):
             bad=known or self.bad_steps.left_out(loss, norm, applied),
             loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.plan.precision.name == "fp16" else None,
             metrics={name: m / totals.weight for name, m in zip(self.objective.metrics, metrics, strict=True)},
+            routed={} if self.routers is None or known else self._routed(routed, totals.tokens, applied),
             fared=self.pace.told(step, waited + more),
         )
         return replace(output, rewind=True) if self.bad_steps.judge(output, step) else output
+
+    def _routed(self, sums: list[float], tokens: int, applied: bool) -> dict[str, Any]:
+        """What the step says of the routers, whose biases follow from it."""
+        assert self.routers is not None
+        routing, weights = self.routers.routing, self.routers.weights
+        if applied and weights.bias_update:
+            self.routers.shift(torch.tensor(sums[2:]).view(-1, routing.experts))
+        return told(sums, routing, tokens)
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
         """The objective's sums over all ranks' batches, without gradients."""
@@ -236,6 +250,12 @@ class Engine(ABC):
         engine.global_steps, engine.skipped_steps = engine.global_steps + 1, engine.skipped_steps + 1
         engine.global_samples += engine.train_batch_size()
         return self._vector(None).fill_(float("nan")), None
+
+
+def stretches(values: list[float], *lengths: int) -> list[list[float]]:
+    """Stretches of such lengths, and what is left."""
+    ends = [*itertools.accumulate(lengths, initial=0), len(values)]
+    return [values[first:last] for first, last in itertools.pairwise(ends)]
 
 
 def planned_rate(plan: Plan, step: int) -> float:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.routing import routing_of
 from ..data.batches import Batch, StepBatch
 from ..data.noise import noisy
-from ..families.registry import family_of
+from ..families.registry import FAMILIES, family_of
 from ..kernels.compiled import blocks_of, compile_blocks
 from ..modeling.build import build_model
 from ..modeling.causal import CausalLM
 from ..modeling.derived.words import split_over_ranks
+from ..modeling.mixtures.routers import Routers
 from ..modeling.values import Values
 from ..objectives.base import LossSum
 from ..plan.plan import Plan
@@ -41,8 +43,9 @@ class ZeroEngine(Engine):
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if plan.recipe.compile == "blocks":
             compile_blocks(blocks_of(model))
+        self.routers = _routers(plan, model, ranks)
         self.module: nn.Module = CausalLM(
-            model, plan.vocab_size, ranks, *self.counting, family=family_of(plan.model_config)
+            model, plan.vocab_size, ranks, *self.counting, family=family_of(plan.model_config), routers=self.routers
         ).train()
         if ranks.sequence_size > 1:
             from ..modeling.sequence_parallel import SequenceParallel
@@ -56,7 +59,8 @@ class ZeroEngine(Engine):
             self._seed(step, number)
             loss = self._forward(micro)
             # DeepSpeed averages gradients over the replicas; the loss is a mean over the whole global batch
-            self.deepspeed.backward(loss.sum * (self.ranks.replicas / weight), scale_wrt_gas=False)
+            trained = loss.sum if self.routers is None else loss.sum + self.routers.loss
+            self.deepspeed.backward(trained * (self.ranks.replicas / weight), scale_wrt_gas=False)
             if number + 1 == len(batch.micro_batches):
                 norm = self._unpartitioned_norm()
                 # without ZeRO it is torch's own optimizer, which would go on with it
@@ -102,6 +106,14 @@ class ZeroEngine(Engine):
         square = torch.nn.utils.get_total_norm(counted).square()  # type: ignore[arg-type]
         torch.distributed.all_reduce(square, group=self.ranks.tensor_group)
         return square.sqrt()
+
+
+def _routers(plan: Plan, model: nn.Module, ranks: Ranks) -> Routers | None:
+    """Those of a mixture of experts, where they can be listened to."""
+    if plan.model_config["model_type"] in FAMILIES or plan.recipe.compile != "none":
+        return None
+    routing = routing_of(plan.model_config)
+    return None if isinstance(routing, str) else Routers(model, routing, plan.recipe.model.router, ranks)
 
 
 @contextmanager

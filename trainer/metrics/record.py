@@ -47,6 +47,7 @@ class RunLog:
         self.hosts = ranks.gather_on_main(describe_host())  # by rank, on the main one
         self._sinks: dict[str, Sink] = {}  # the record itself; of a run that has started
         self._asides: dict[str, Aside] = {}  # what the recipe has added
+        self._settings: SinkSettings | None = None
         self._last_step, self._clock = 0, time.monotonic()
         self._warmth: list[float] = []  # seconds of the first steps, where something is compiled
 
@@ -81,6 +82,7 @@ class RunLog:
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
+            **{name: value for name, value in output.routed.items() if self._shows(state.step, value)},
         }
         self._attempt({"kind": "train", "step": state.step, **record})
         if self.plan.recipe.compile != "none" and len(self._warmth) < 2:
@@ -89,6 +91,10 @@ class RunLog:
             first, stop = output.samples
             said = f"step {state.step}: loss {output.loss}, no update; samples {first} to {stop - 1} are left out"
             self.event("skip", state.step, said, samples=list(output.samples))
+
+    def _shows(self, step: int, value: Any) -> bool:
+        """Whether a step's record has a value: the loads of all experts are many, and people are shown some steps."""
+        return not isinstance(value, list) or (self._settings is not None and self._settings.shown(step))
 
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
@@ -146,7 +152,7 @@ class RunLog:
 
     def _open(self, first: Mapping[str, Any]) -> None:
         plan = self.plan
-        settings = SinkSettings(
+        settings = self._settings = SinkSettings(
             directory=self.directory,
             name=plan.recipe.name,
             run=self.run,

@@ -16,6 +16,8 @@ POINTS = 10
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # characters
 
+_LOADS = {"router/load_entropy": ".3f", "router/load_max": ".2f"}
+
 _Record = dict[str, Any]
 
 
@@ -30,6 +32,8 @@ def report(run: str | Path) -> str:
     sections = [_heading(run, records, train)]
     if train:
         sections += [curve(train), table(train), throughput(train)]
+    if any("router/load" in record for record in train):
+        sections.append(experts(train))
     evals = [record for record in records if record["kind"] == "eval"]
     if evals:
         sections.append(evaluations(evals))
@@ -83,6 +87,23 @@ def throughput(train: Sequence[_Record]) -> str:
     if rates and "data_seconds" in train[0]:
         text += f", {100 * waited / sum(seconds):.1f} % of it waiting for data"
     return f"{text}; {duration(sum(seconds))} in steps"
+
+
+def experts(train: Sequence[_Record]) -> str:
+    """Where the tokens of a mixture went: at the first and the last step, and in the last record of all loads a bar for
+    each expert.
+    """
+    first, last = (next(record for record in order if "router/load_max" in record) for order in (train, train[::-1]))
+    loads = next(record["router/load"] for record in reversed(train) if "router/load" in record)
+    entropy, most = (f"{first[key]:{form}} to {last[key]:{form}}" for key, form in _LOADS.items())
+    unused = f"{last['router/unused']} of {sum(map(len, loads))} unused"
+    lines = [f"experts: load entropy {entropy} of 1, largest load {most} of the mean, {unused}"]
+    highest = max(max(shares) * len(shares) for shares in loads)
+    for number, shares in enumerate(loads):
+        times = [share * len(shares) for share in shares]
+        bars = "".join(BARS[round(load / highest * (len(BARS) - 1))] for load in times)
+        lines.append(f"  router {number}: {bars}  {min(times):.2f} to {max(times):.2f} of the mean")
+    return "\n".join(lines)
 
 
 def evaluations(evals: Sequence[_Record]) -> str:

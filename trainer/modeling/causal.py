@@ -13,6 +13,7 @@ from ..families.registry import FAMILIES
 from ..ranks.ranks import Ranks
 from .attention import text_lengths
 from .cross_entropy import Scoring, head_token_losses, token_losses, whole_logits
+from .mixtures.routers import Routers
 from .penalty import NO_PENALTY, Penalty
 
 
@@ -26,6 +27,7 @@ class CausalLM(nn.Module):
         penalty: on every token in training.
         uniform, sparse: whether all tokens count alike, and whether many places carry no label.
         family: its record; None: that of the registry, if there is one.
+        routers: those of a mixture of experts, whose part of the loss a training forward pass leaves in them.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class CausalLM(nn.Module):
         uniform: bool = False,
         sparse: bool = False,
         family: Family | Derived | None = None,
+        routers: Routers | None = None,
     ) -> None:
         super().__init__()
         self.penalty, self.uniform, self.sparse = penalty, uniform, sparse
@@ -44,6 +47,7 @@ class CausalLM(nn.Module):
         self.family: Any = family or FAMILIES.get(self.model.config.model_type)
         self.vocab_size = vocab_size
         self.ranks: Any = ranks
+        self.routers = routers
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Nats of every label, 0 for `IGNORE`; without labels, the logits.
@@ -64,7 +68,15 @@ class CausalLM(nn.Module):
         inputs["position_ids"] = None if position_ids is None else position_ids.to(input_ids.device, non_blocking=True)
         if labels is None:
             return whole_logits(self.model(**inputs).logits, self.vocab_size, self.ranks)
-        columns = self.model.config.get_text_config().vocab_size
+        if self.routers is None or not self.training:
+            return self._losses(inputs, labels)
+        with self.routers.listening():
+            losses = self._losses(inputs, labels)
+        self.routers.weigh(labels)
+        return losses
+
+    def _losses(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        family, columns = self.family, self.model.config.get_text_config().vocab_size
         scoring = Scoring(self.vocab_size, columns, self.ranks, self.penalty if self.training else NO_PENALTY)
         if family is None or family.shape is None:
             return token_losses(self.model(**inputs).logits, labels, scoring)

@@ -119,7 +119,8 @@ def _losses(records: Sequence[_Record], train: Sequence[_Record], points: int) -
             at = [record["step"] for record in own]
             group.append(_line(f"{name}, {split}", at, (record.get(name) for record in own), points, dots=True))
     for group, lines in groups.items():
-        figures += _figure(f"metric-{group}", group[:1].upper() + group[1:], "of the objective", lines)
+        whose = "of a mixture's experts" if group == "router" else "of the objective"
+        figures += _figure(f"metric-{group}", group[:1].upper() + group[1:], whose, lines)
     return figures
 
 

@@ -122,6 +122,31 @@ def family_texts(recipe: Recipe, model: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
+def family_routers(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of what `model.router` asks for."""
+    stated = [key for key, value in recipe.model.router.model_dump().items() if value]
+    if not stated:
+        return
+    asked = f"model.router.{' and '.join(stated)} of model_type {model['model_type']!r}"
+    routing: Any = "it has no router"
+    if not isinstance(family_of(model), Family):
+        from ..anatomy.routing import BIAS, routing_of
+
+        routing = routing_of(model)
+        if not isinstance(routing, str) and "bias_update" in stated and not routing.biases:
+            yield f"model.router.bias_update of model_type {model['model_type']!r}: its routers have no {BIAS}"
+    if isinstance(routing, str):
+        yield f"{asked}: {routing}; leave it out"
+    if layout.pipeline > 1:
+        yield f"{asked} with pipeline {layout.pipeline}: labels, by which tokens count, reach the last stage alone"
+    if recipe.compile != "none":
+        yield f"{asked} with compile {recipe.compile}: compiled blocks are not listened to; set compile to none"
+    if not objective_of(recipe.objective).per_token:
+        yield f"{asked}: its mean is over tokens, that of the objective is not; leave it out"
+    if "bias_update" in stated and recipe.adapter != "none":
+        yield "model.router.bias_update with an adapter: its checkpoints do not hold the biases; leave it out"
+
+
 def family_tried(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     """Refusals of what did not follow one process when it was tried: wrong unsaid, or a traceback."""
     name = model["model_type"]

@@ -13,7 +13,15 @@ from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
 from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
-from .family_layouts import divisors, family_pipeline, family_sequence, family_tensor, family_texts, family_tried
+from .family_layouts import (
+    divisors,
+    family_pipeline,
+    family_routers,
+    family_sequence,
+    family_tensor,
+    family_texts,
+    family_tried,
+)
 from .layout import Layout
 from .model_config import longest_sequence
 from .settings import Settings, section_of
@@ -64,6 +72,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         *family_sequence(recipe, layout, model),
         *family_texts(recipe, model),
         *family_tried(layout, model),
+        *family_routers(recipe, layout, model),
         *_adapter(recipe, settings, layout, model),
     ]
     if not refusals:

@@ -16,6 +16,7 @@ from .errors import explain
 from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home, split_shares
 from .fields import Section as _Section
 from .overrides import apply_override
+from .router import Router
 from .text_files import parse_yaml, read_named, yaml_lines
 
 
@@ -24,6 +25,8 @@ class Model(_Section):
     """"random", a Hugging Face folder (safetensors), or a run directory of ours to continue from."""
     config: dict[str, Any] = Field(default_factory=dict)
     """transformers' own configuration names, e.g. {model_type: gpt2, n_layer: 12}. vocab_size comes from the store."""
+    router: Router = Router()
+    """Of a mixture of experts: what balances its experts, whatever the layout."""
 
     @model_validator(mode="after")
     def _complete(self) -> Model:
@@ -37,6 +40,8 @@ class WeightedStore(_Section):
     """A token store, or a bare Megatron prefix."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the mixture, relative to the other sources."""
+    license: str | None = None
+    """Of the texts, such as CC-BY-SA-4.0: for the model card."""
 
 
 class Data(_Section):
@@ -92,9 +97,7 @@ class Parallel(_Section):
 
 
 class BatchSize(_Section):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, validate_by_name=True
-    )
+    model_config = ConfigDict(validate_by_name=True)
     global_batch: Count | None = Field(default=None, alias="global")
     """Sequences of one optimizer step, over all ranks. The micro batch comes from the DeepSpeed JSON."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Fared(NamedTuple):
@@ -35,6 +35,7 @@ class StepOutput:
     bad: bool = False  # no update, since loss or gradient is no number, now or the first time these samples came
     loss_scale: float | None = None  # of fp16
     metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, divided by the weight too
+    routed: Mapping[str, Any] = field(default_factory=dict)  # of a mixture of experts: where its tokens went
     fared: tuple[Fared, ...] = ()  # by rank, on steps that people are shown
 
 

@@ -50,3 +50,13 @@ def test_evenly_keeps_both_ends():
     chosen = evenly([record(step) for step in range(1, 101)], 10)
     assert len(chosen) == 10 and chosen[0]["step"] == 1 and chosen[-1]["step"] == 100
     assert len(evenly([record(1), record(2)], 10)) == 2
+
+
+def test_the_loads_of_experts(tmp_path):
+    routed = {"router/load_entropy": 0.5, "router/load_max": 3.2, "router/unused": 2}
+    last = {"router/load_entropy": 0.75, "router/load_max": 2.0, "router/unused": 1}
+    shares = [[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]]
+    write(tmp_path, [record(1, **routed), record(2, **last, **{"router/load": shares}), record(3, **last)])
+    text = report(tmp_path)
+    assert "experts: load entropy 0.500 to 0.750 of 1, largest load 3.20 to 2.00 of the mean, 1 of 8 unused" in text
+    assert "  router 0: █▅▅▁  0.00 to 2.00 of the mean\n  router 1: ▅▅▅▅  1.00 to 1.00 of the mean" in text

@@ -323,6 +323,37 @@ def test_several_refusals_come_in_one_line(plan):
     assert message.count(";") >= 2 and "overlap_comm" in message and "ZeRO-2" in message and "seq_len" in message
 
 
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+MIXTRAL = {"model_type": "mixtral", **SMALL, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "router", "sections", "told"),
+    [
+        (GPT2, {"aux_loss": 0.1}, {}, "model.router.aux_loss of model_type 'gpt2': it has no router; leave it out"),
+        ({"model_type": "qwen3", **SMALL}, {"z_loss": 0.1}, {}, "it has no router that transformers names"),
+        (MIXTRAL, {"bias_update": 0.1}, {}, "bias_update of model_type 'mixtral': its routers have no e_score_corr"),
+        (
+            MIXTRAL,
+            {"aux_loss": 0.1, "z_loss": 0.1},
+            {"parallel": {"pipeline": 2}},
+            "model.router.aux_loss and z_loss of model_type 'mixtral' with pipeline 2: labels",
+        ),
+        (MIXTRAL, {"aux_loss": 0.1}, {"compile": "blocks"}, "compiled blocks are not listened to; set compile to none"),
+    ],
+)
+def test_what_balances_experts_is_refused_where_it_cannot(plan, config, router, sections, told):
+    world = 2 if sections.get("parallel") else 1
+    assert told in refusal(plan, world, model={"config": config, "router": router}, **sections)
+
+
 MODELS: list[tuple[dict[str, Any], str]] = [
     ({**GPT2, "n_layers": 3}, "model.config.n_layers: unknown key, did you mean 'n_layer'?"),
     ({**LLAMA, "n_embd": 3}, "model.config.n_embd: unknown key"),
@@ -334,7 +365,7 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3", "hiden_size": 3}, "model.config.hiden_size: unknown key, did you mean 'hidden_size'?"),
     (
         {"model_type": "mixtral", "router_aux_loss_coef": 0.1},
-        "config.router_aux_loss_coef: a router's",
+        "changes with the layout; set it to 0, or leave it out, and state model.router.aux_loss, whose loss does not",
     ),
     ({"model_type": "mixtral", "output_router_logits": True}, "layout; set it to false"),
     ({**GPT2, "n_head": 5}, "model.config.n_head 5 does not divide n_embd 64; numbers that do: 1, 2, 4, 8, 16, 32, 64"),
