@@ -37,7 +37,7 @@ def is_of_this_machine(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_of_this_machine
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
