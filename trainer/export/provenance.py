@@ -20,7 +20,8 @@ from ..checkpoint.files import MANIFEST
 from ..checkpoint.folder import CHECKPOINTS, step_folders
 from ..checkpoint.reader import Checkpoint
 from ..metrics.reading import read_metrics
-from ..recipe.recipe import Recipe, WeightedStore
+from ..recipe.recipe import Recipe
+from ..recipe.sources import WeightedStore
 from ..run.directory import is_hf_folder, load_run_recipe, tokenizer_files, tokenizer_folder
 from ..sinks.jsonl import METRICS
 
