@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -17,7 +16,7 @@ import psutil
 import xxhash
 
 from ...data_prep.lock import LockedError, lock_file
-from ...trainer.run.environment import versions
+from ...trainer.run.environment import code_digest, versions
 from ..hosts.devices import count_accelerators, cpu_cores
 
 
@@ -47,19 +46,6 @@ def facts(files: Sequence[str], output: str) -> dict[str, Any]:
         "nvcc": shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda}/bin"),
         "build_locks": build_locks(os.environ),
     }
-
-
-def code_digest() -> str:
-    """Of the Python files of this package: two hosts with one digest run the same code, in or out of a repository."""
-    digest = xxhash.xxh3_64()
-    for room in ("data_prep", "trainer", "launcher"):
-        spec = importlib.util.find_spec(f"zeropipe.{room}")
-        assert spec is not None and spec.origin is not None
-        root = Path(spec.origin).parent
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{room}/{path.relative_to(root)}\n".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str | None:

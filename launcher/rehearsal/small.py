@@ -26,7 +26,8 @@ SMALL_SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8, "v_head_dim": 16, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4,
     "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_n_groups": 1, "mamba_chunk_size": 16, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": None,
-    "attention_types": [[["global", "local"], 1]],
+    "attention_types": [[["global", "local"], 1]], "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 512, "laurel_rank": 8,
 }  # fmt: skip
 FOR_EVER = 100_000  # steps
 _TEXT_TOKENS, _RECORD_TOKENS = 32, 128

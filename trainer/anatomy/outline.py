@@ -49,14 +49,15 @@ class _Recorder(nn.Module):
 class _StandIn(nn.Module):
     """For a module with weights outside the blocks: hands hidden states on, and looks nothing up."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, looks_up: bool) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.looks_up = width, looks_up
         self.seen: Tensor | None = None  # what came in last
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.seen = x
-        return x if x.is_floating_point() else torch.zeros(*x.shape, self.width, device=x.device)
+        looks_up = self.looks_up or not x.is_floating_point()
+        return torch.zeros(*x.shape, self.width, device=x.device) if looks_up else x
 
 
 class Outline:
@@ -75,9 +76,10 @@ class Outline:
         for path, module in base.named_modules():
             has_weights = any(p is not None for p in module._parameters.values())
             if path and has_weights and not f"{path}.".startswith(inside):
-                self._stand_ins[path] = _StandIn(self._width)
+                self._stand_ins[path] = _StandIn(self._width, isinstance(module, nn.Embedding))
         self.outside = [prefix + path for path in self._stand_ins if path not in (self._blocks, self._norm)]
         self._prefix, self._base, self._twin = prefix, base, None
+        self.ran = False  # whether it could be run
 
     def install(self, name: str, module: nn.Module) -> None:
         """Puts a module with weights back where `outside` names one."""
@@ -98,28 +100,39 @@ class Outline:
         if self._twin is None:
             self._twin = with_parts(self._base, self._stand_ins)
         _train(self._twin, training)
-        self._calls.clear()
-        given = {} if mask is None else {"attention_mask": mask}
-        output = self._twin(inputs_embeds=hidden, position_ids=positions, use_cache=False, **given)  # type: ignore[misc]
+        given: dict[str, Any] = {"inputs_embeds": hidden, "position_ids": positions, "use_cache": False}
+        if mask is not None:
+            given["attention_mask"] = mask
+        output = self._output(given)
         calls = [call for _, call in self._calls]
         self._numbers = [number for number, _ in self._calls]
         self._calls.clear()
         return calls, output.last_hidden_state
 
+    def _output(self, given: dict[str, Any]) -> Any:
+        """Of the twin, whose blocks return a tensor, or a tuple where its forward wants one."""
+        self._calls.clear()
+        try:
+            output = self._twin(**given)  # type: ignore[misc]
+        except Exception:  # whatever a forward of theirs raises of a tensor that it takes for a tuple
+            if self.ran:
+                raise
+            for recorder in self._recorders:
+                recorder.in_tuple = not recorder.in_tuple
+            self._calls.clear()
+            output = self._twin(**given)  # type: ignore[misc]
+        self.ran = True
+        return output
+
     def in_the_way(self) -> str | None:
         """Why the blocks of this model cannot be called one by one, in words; None where they can."""
         positions = torch.arange(6).expand(2, -1)
         one, other = torch.randn(2, 2, 6, self._width, generator=torch.Generator().manual_seed(0))
-        for in_tuple in (False, True):
-            for recorder in self._recorders:
-                recorder.in_tuple = in_tuple
-            try:
-                calls, last = self.run(one, positions)
-                again, _ = self.run(other, positions)
-                break
-            except Exception as error:  # whatever a forward of theirs raises: it was asked for what it cannot do
-                failure = f"its forward fails without its weights ({type(error).__name__}: {error})"
-        else:
+        try:
+            calls, last = self.run(one, positions)
+            again, _ = self.run(other, positions)
+        except Exception as error:  # whatever a forward of theirs raises: it was asked for what it cannot do
+            failure = f"its forward fails without its weights ({type(error).__name__}: {error})"
             return failure.splitlines()[0][:160]
         if self._numbers != list(range(len(self._recorders))):
             return "it does not call its blocks once each, in their order"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +51,7 @@ def materialise_buffers(model: Any, device: torch.device) -> None:
     with torch.random.fork_rng(devices=[]):
         model.initialize_weights()
     for (module, name), _ in buffers.items():
-        module._buffers[name] = filled(module._buffers[name], name, model).to(device)
+        module._buffers[name] = filled(module._buffers[name], module, name, model).to(device)
 
 
 def unset(like: Tensor) -> Tensor:
@@ -58,10 +59,37 @@ def unset(like: Tensor) -> Tensor:
     return torch.full(like.shape, math.nan if like.is_floating_point() else 0, dtype=like.dtype, device="cpu")
 
 
-def filled(tensor: Tensor, name: str, model: nn.Module) -> Tensor:
-    if tensor.is_floating_point() and tensor.isnan().any():
-        raise UserError(f"model.config: transformers' {type(model).__name__} draws no initial value for {name}")
-    return tensor
+def filled(tensor: Tensor, owner: nn.Module, name: str, model: nn.Module) -> Tensor:
+    """A parameter or buffer `name` of its owner, drawn; what nothing drew has the value that the constructor gives it.
+
+    Raises:
+        UserError: it has none that can be asked for.
+    """
+    if not (tensor.is_floating_point() and tensor.isnan().any()):
+        return tensor
+    value = _constructed(owner, name, tensor)
+    if value is None or value.shape != tensor.shape:
+        kind = type(owner).__name__
+        raise UserError(
+            f"model.config: transformers' {type(model).__name__} draws no initial value for {name} of {kind}"
+        )
+    return value.detach().to(tensor.dtype)
+
+
+def _constructed(owner: nn.Module, name: str, like: Tensor) -> Tensor | None:
+    """What a module with the same scalars holds, of a class that can be made without being told anything."""
+    known = inspect.signature(type(owner).__init__).parameters.values()
+    told = [p for p in known if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(told) > 1:  # more than self
+        return None
+    fresh = type(owner)(**{"dtype": like.dtype} if any(p.name == "dtype" for p in known) else {})
+    if _scalars(fresh) != _scalars(owner):
+        return None
+    return {**fresh._parameters, **fresh._buffers}.get(name)
+
+
+def _scalars(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if type(value) in (int, float, str) and key[:2] != "__"}
 
 
 def with_parts(module: nn.Module, parts: Mapping[str, nn.Module]) -> Any:

@@ -27,6 +27,9 @@ def register(verbs: argparse._SubParsersAction) -> None:
         choices=("dequantized", "original"),
         help="what a qlora adapter is folded into: what was trained on (default), or the weights before quantisation",
     )
+    parser.add_argument(
+        "--gguf", choices=("f16", "q8_0"), help="also write model-TYPE.gguf, for llama.cpp (extra: gguf)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
 
 
@@ -43,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--adapter: say --output FOLDER; RUN/export is for the whole model")
         if args.merge_onto is not None:
             raise UserError("--merge-onto: is for the whole model; with --adapter nothing is merged")
+        if args.gguf is not None:
+            raise UserError("--gguf: is for the whole model; leave out --adapter")
         done = export_adapter(source, args.output, args.dtype, args.overwrite, args.device, args.base)
     else:
-        where = args.device, args.base, args.merge_onto
+        where = args.device, args.base, args.merge_onto, args.gguf
         done = export_folder(source, args.output, args.dtype, args.overwrite, shard, *where)
     dtype = str(done.dtype).removeprefix("torch.")
     what = "the adapter of step" if args.adapter else "step"
@@ -56,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"logits differ from training's, on the quantised base, by {done.deviation:.1e} of the largest")
     else:
         print(f"verified: logits within {done.deviation:.1e} of training's, allowed {done.bound:.0e} of the largest")
+    if args.gguf is not None:
+        print(f"verified: {done.folder}/model-{args.gguf}.gguf reads back by transformers as it was written")
     if done.lost is not None:
         print(f"quantisation took {done.lost:.2%} from the weights it packed (norm of original - dequantized)")
     if "tokenizer.json" not in done.files:

@@ -26,8 +26,11 @@ from ..adapters.qlora import Onto
 from ..checkpoint.files import PROBE
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_writer import FileTensor, in_groups, write_safetensors
-from ..run.directory import run_directory, run_precision, tokenizer_folder
+from ..run.directory import run_directory, run_precision, tokenizer_files, tokenizer_folder
+from .card import write_card
+from .gguf import GgufType, add_gguf
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
+from .provenance import provenance, write_provenance
 from .published import PublishedWeights
 
 SHARD_BYTES = 4 * 10**9
@@ -63,8 +66,9 @@ def export(
     device: str | None = None,
     base: str | Path | None = None,
     merge_onto: Onto | None = None,
+    gguf: GgufType | None = None,
 ) -> Exported:
-    """Writes safetensors, config, tokenizer and generation config, and verifies what it wrote.
+    """Writes safetensors, configs, tokenizer, model card and provenance, and verifies what it wrote.
 
     Memory: one parameter while writing; the whole model once, in `dtype`, while its logits are verified.
 
@@ -78,6 +82,7 @@ def export(
         base: where the base of the run's adapter is now, if it has moved.
         merge_onto: of a quantised base, what the adapter is folded into: dequantized, which was trained on, or the
             original, whose logits are not those of training.
+        gguf: also write the model as one GGUF file of this type, verified as transformers reads it.
 
     Raises:
         UserError: nothing to export, `output` is there already, or the reloaded model differs from training.
@@ -104,6 +109,11 @@ def export(
             bound = None if merge_onto == "original" else max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
             deviation = verify_logits(partial(load_folder, folder, None), *probe, bound, verifier)
         lost = merged.lost()
+        if gguf is not None:
+            add_gguf(folder, weights, checkpoint.state["model_config"], gguf)
+        facts = provenance(checkpoint, run) | {"export": {"dtype": str(chosen)[6:], "merge_onto": merge_onto}}
+        write_card(folder, facts, run)
+        write_provenance(folder, facts)
     files = sorted(p.name for p in target.iterdir())
     size = sum((target / name).stat().st_size for name in files)
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound, lost)
@@ -160,10 +170,8 @@ def write_configs(model_config: dict[str, Any], folder: Path, dtype: torch.dtype
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files as they are."""
-    for file in sorted(source.iterdir()):
-        is_models = file.name in ("config.json", "generation_config.json") or "safetensors" in file.name
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and not is_models:
-            shutil.copyfile(file, folder / file.name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)
 
 
 def verify_weights(weights: PublishedWeights, folder: Path, dtype: torch.dtype) -> None:

@@ -42,6 +42,17 @@ def declared_default(model_type: str, key: str) -> Any:
     return None
 
 
+def declared_parts(model_type: str) -> list[str]:
+    """Keys under which a configuration holds those of whole models: of texts, of images; empty for a plain one."""
+    found = _configuration(model_type)
+    for statement in [] if found is None else found[1].body:
+        match statement:
+            case ast.Assign(targets=[ast.Name("sub_configs_defaults" | "sub_configs")], value=ast.Dict(keys=keys)):
+                names = [str(key.value) for key in keys if isinstance(key, ast.Constant)]
+                return [name for name in names if name not in ("attn_config", "ffn_config")]  # of every block
+    return []
+
+
 @lru_cache(maxsize=64)
 def _configuration(model_type: str) -> tuple[Path, ast.ClassDef] | None:
     """File and class of a family's configuration."""

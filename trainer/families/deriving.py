@@ -5,7 +5,6 @@ Needs torch and transformers, which are imported when it is asked: a few seconds
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,9 +13,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...data_prep.errors import UserError
+from .axes import check_blocks, check_sequence
 from .derived import COLUMN_WORDS, GATHERED, PACKED, ROW_WORDS, SUMMED, WORDS, Axis, Derived
 from .derived import word_for as _word_for
-from .overrides import OVERRIDES
+from .overrides import MORE_WORDS, OVERRIDES
 from .param_spec import Kind, ParamSpec, Split
 
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout_prob")
@@ -54,7 +54,7 @@ def _record(config: Mapping[str, Any], model: Any) -> Derived:
     refusals: dict[Axis, str] = dict(OVERRIDES.get(config["model_type"], {}))  # type: ignore[arg-type]
     blocks, norm = _places(model, own, refusals)
     words = _words(model, own, refusals)
-    sizes = {key: getattr(own, key, None) for key in _SIZES}
+    sizes = {key: _stated(own, key) for key in _SIZES}
     sizes["hidden_size"] = model.get_input_embeddings().weight.shape[1]
     sizes["head_dim"] = _head_size(own, sizes)
     pads = _pads(config, model, embedding, head)
@@ -64,9 +64,9 @@ def _record(config: Mapping[str, Any], model: Any) -> Derived:
     shape = logit_shape(model)
     if shape is None:
         refusals.setdefault("pipeline", "its logits are more than a scale and a cap of head(hidden)")
-    _check_blocks(model, blocks, embedding, norm, refusals)
-    _check_sequence(model, blocks, refusals)
-    dropouts = {key: value for key, value in own.to_dict().items() if "drop" in key and type(value) is float}
+    check_blocks(model, blocks, embedding, norm, refusals)
+    check_sequence(model, blocks, refusals)
+    dropouts = [key for key, value in own.to_dict().items() if re.search("drop|jitter", key) and type(value) is float]
     return Derived(
         model_type=config["model_type"],
         sizes=sizes,
@@ -121,6 +121,7 @@ def _words(model: Any, own: Any, refusals: dict[Axis, str]) -> dict[str, str]:
     if not plan:
         refusals.setdefault("tensor", "transformers declares no split of it (base_model_tp_plan)")
         return {}
+    plan = {**plan, **MORE_WORDS.get(own.model_type, {})}
     words = {f"{model.base_model_prefix}.{name}": word for name, word in plan.items()}
     present = {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_modules()}
     present |= {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_parameters()}
@@ -132,10 +133,17 @@ def _words(model: Any, own: Any, refusals: dict[Axis, str]) -> dict[str, str]:
     return used
 
 
+def _stated(own: Any, key: str) -> Any:
+    """A size that a configuration comes to; of one that some layers have of their own, what it is for the others."""
+    try:
+        return getattr(own, key, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return own.__dict__[key]
+
+
 def _head_size(own: Any, sizes: Mapping[str, Any]) -> int:
     heads = sizes["num_attention_heads"]
-    stated = getattr(own, "head_dim", None)
-    return stated or (sizes["hidden_size"] // heads if isinstance(heads, int) and heads else 1)
+    return _stated(own, "head_dim") or (sizes["hidden_size"] // heads if isinstance(heads, int) and heads else 1)
 
 
 def _pads(config: Mapping[str, Any], model: Any, embedding: str, head: str) -> bool:
@@ -172,6 +180,8 @@ def _rows(
     from transformers.pytorch_utils import Conv1D
 
     seen: set[int] = set()  # tied ones count once, where they come first
+    # what chooses tokens to attend to: no gradient goes through a choice, and plain AdamW leaves such weights alone
+    choosing = tuple(f"{path}." for path, module in model.named_modules() if "Indexer" in type(module).__name__)
     for path, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
@@ -180,7 +190,8 @@ def _rows(
             name = f"{path}.{leaf}" if path else leaf
             number = re.match(re.escape(blocks) + r"\.(\d+)\.", name) if blocks else None
             layer = int(number[1]) if number else None
-            spec = ParamSpec(name, tuple(parameter.shape), "replicated", layer=layer, trained=parameter.requires_grad)
+            trained = parameter.requires_grad and not f"{path}.".startswith(choosing)
+            spec = ParamSpec(name, tuple(parameter.shape), "replicated", layer=layer, trained=trained)
             if path in vocabulary and parameter.shape[0] == model.get_input_embeddings().weight.shape[0]:
                 yield _changed(spec, "vocab", Split(0))
                 continue
@@ -236,49 +247,3 @@ def _in_order(rows: Iterator[ParamSpec], embedding: str, norm: str | None, head:
         return (4 if module == head else 3 if module == norm else 1), 0
 
     return sorted({spec.name: spec for spec in rows}.values(), key=place)
-
-
-def _check_blocks(model: Any, blocks: str | None, embedding: str, norm: str | None, refusals: dict[Axis, str]) -> None:
-    """Whether the blocks can be called one by one; masks over whole sequences come from the same calls."""
-    import torch
-
-    from ..anatomy.outline import Outline
-    from ..anatomy.skeleton import materialise_buffers
-
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        for axis in ("pipeline", "sequence"):
-            refusals.setdefault(axis, "it takes no position_ids")
-        return
-    if blocks is None or not blocks.startswith(f"{model.base_model_prefix}."):
-        for axis in ("pipeline", "sequence"):
-            refusals.setdefault(axis, "its blocks are in no list of its own")
-        return
-    materialise_buffers(model, torch.device("cpu"))
-    if reason := Outline(model, blocks, embedding, norm).in_the_way():
-        refusals.setdefault("pipeline", reason)
-
-
-def _check_sequence(model: Any, blocks: str | None, refusals: dict[Axis, str]) -> None:
-    """Sequence parallelism exchanges what goes through transformers' attention interface, and nothing else."""
-    if "sequence" in refusals:
-        return
-    mixing = sorted(
-        {
-            type(module).__name__
-            for module in model.modules()
-            if re.search(
-                r"Conv1d|Mamba|GatedDelta|ShortConv|LinearAttention|Mixer|Rwkv|RecurrentBlock|Lightning",
-                type(module).__name__,
-            )
-        }
-    )
-    if mixing:
-        refusals["sequence"] = f"{', '.join(mixing)} would mix tokens of other ranks"
-    elif not any(_attends(module) for module in model.modules()):
-        refusals["sequence"] = "its attention does not go through transformers' interface"
-    elif any("sinks" in module._parameters for module in model.modules()):
-        refusals["sequence"] = "the sinks of its attention belong to heads, which move"
-
-
-def _attends(module: Any) -> bool:
-    return hasattr(module, "is_causal") and hasattr(module, "config") and hasattr(module, "layer_idx")

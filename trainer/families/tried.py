@@ -12,7 +12,7 @@ from typing import Any
 @lru_cache(maxsize=1)
 def outcomes() -> Mapping[str, Any]:
     """By `model_type`: the number of steps, and for each kind of layout one of `works` (with its differences from one
-    process), `refused`, `differs` and `fails` (with the reason).
+    process), `refused`, `differs`, `fails` (with the reason) and `sensitive` (nothing can be told of small models).
     """
     return json.loads(Path(__file__).with_name("tried.json").read_text(encoding="utf-8"))
 

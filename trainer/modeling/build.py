@@ -227,7 +227,8 @@ class _OwnValues:
     def __call__(self, spec: ParamSpec) -> Tensor:
         if spec.name not in self._drawn:
             self._drawn = self._draw(*self._block_of(spec.name))
-        return filled(self._drawn.pop(spec.name), spec.name, self._model)
+        path, _, leaf = spec.name.rpartition(".")
+        return filled(self._drawn.pop(spec.name), self._model.get_submodule(path), leaf, self._model)
 
     def unit(self, name: str) -> str:
         """What is drawn together with a parameter: its block."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data_prep.errors import UserError
-from ..families.declared import declared_default, declared_keys, folders_for, model_folders
+from ..families.declared import declared_default, declared_keys, declared_parts, folders_for, model_folders
 from ..families.family import COMMON, Family
+from ..families.overrides import UNTRAINED
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import parameter_table
 from ..families.weight_files import WeightFiles, refuse_own_code, refuse_quantised
@@ -80,7 +81,9 @@ def pretrained_config(folder: Path) -> dict[str, Any]:
 
 
 def _known_to_transformers(model_type: Any) -> None:
-    """Refuses a misspelt family, where transformers is installed: it has a folder for each, some for several."""
+    """Refuses a misspelt family, where transformers is installed: it has a folder for each, some for several; and those
+    that cannot be trained.
+    """
     if not isinstance(model_type, str):
         raise UserError(f"model.config.model_type: must be text, got {model_type!r}")
     folders = model_folders()
@@ -89,6 +92,12 @@ def _known_to_transformers(model_type: Any) -> None:
             f"model.config.model_type: transformers has no {model_type!r}"
             + (did_you_mean(model_type, FAMILIES) or did_you_mean(model_type, folders))
         )
+    if model_type in UNTRAINED:
+        raise UserError(f"model.config.model_type {model_type!r} is not trained here: {UNTRAINED[model_type]}")
+    if parts := declared_parts(model_type):
+        text = f"{model_type}_text"
+        cure = f"train its model of texts, {text!r}" if declared_keys(text) else "use a family of texts alone"
+        raise UserError(f"model.config.model_type {model_type!r} is of several models ({', '.join(parts)}); {cure}")
 
 
 def _registered(model_type: str) -> bool:

@@ -10,7 +10,8 @@ from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..plan.settings import precision_of
 from ..recipe.precision import PRECISIONS, Precision
-from ..recipe.recipe import Recipe, WeightedStore, load_recipe
+from ..recipe.recipe import Recipe, load_recipe
+from ..recipe.sources import WeightedStore
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -25,7 +26,7 @@ def run_directory(path: str | Path) -> Path | None:
 
 
 def load_run_recipe(run: Path) -> Recipe:
-    """The recipe of a run, its stores found from here.
+    """The recipe of a run, its stores, tokenizer and initial model found from here.
 
     Relative paths are meant from the directory in which the run was started; that one is recorded, so that a run can be
     evaluated from anywhere.
@@ -41,8 +42,17 @@ def load_run_recipe(run: Path) -> Recipe:
 
     data = recipe.data
     moved = {key: sources(getattr(data, key)) for key in ("train", "valid", "test")}
-    tokenizer = recipe.tokenizer and found(recipe.tokenizer)
-    return recipe.model_copy(update={"data": data.model_copy(update=moved), "tokenizer": tokenizer})
+    tokenizer, init = recipe.tokenizer and found(recipe.tokenizer), recipe.model.init
+    model = recipe.model.model_copy(update={"init": init if init == "random" else found(init)})
+    sets = {name: sources(listed) for name, listed in recipe.eval.sets.items()}
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "data": data.model_copy(update=moved),
+            "eval": recipe.eval.model_copy(update={"sets": sets}),
+            "tokenizer": tokenizer,
+        }
+    )
 
 
 def _started_in(run: Path) -> Path | None:
@@ -67,6 +77,19 @@ def tokenizer_folder(path: str | Path) -> Path | None:
         return TokenStore.open(recipe.data.train[0].store).tokenizer
     except UserError:  # the store has moved away; the model itself can still be read
         return None
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer, in a folder that may hold a model too."""
+
+    def is_models(name: str) -> bool:
+        return name in ("config.json", "generation_config.json", "provenance.json") or "safetensors" in name
+
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and not is_models(file.name)
+    ]
 
 
 def run_precision(path: str | Path, state: dict[str, Any]) -> Precision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 PACKAGES = ("zeropipe", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "peft")
 
@@ -41,6 +44,7 @@ def environment(run: str, hosts: Sequence[Mapping[str, Any]] = ()) -> dict[str, 
         "platform": platform.platform(),
         "versions": versions(),
         "git": git_revision(),
+        "code": code_digest(),
         "hosts": list(hosts) or [{"host": socket.gethostname()}],
         "variables": {key: os.environ[key] for key in sorted(os.environ) if _matters(key)},
     }
@@ -65,6 +69,19 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return revision + ("+changes" if changed else "")
+
+
+def code_digest() -> str:
+    """Of the Python files of this package: two hosts with one digest run the same code, in or out of a repository."""
+    digest = xxhash.xxh3_64()
+    for room in ("data_prep", "trainer", "launcher"):
+        spec = importlib.util.find_spec(f"zeropipe.{room}")
+        assert spec is not None and spec.origin is not None
+        root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{room}/{path.relative_to(root)}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str:

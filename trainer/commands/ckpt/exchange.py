@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...data_prep.errors import UserError
-from ..run.quiet import quiet
-from .arguments import add_verb
+from ....data_prep.errors import UserError
+from ...run.quiet import quiet
+from ..arguments import add_verb
 
 
 def register(actions: argparse._SubParsersAction) -> None:
@@ -39,7 +39,7 @@ def _register_convert(actions: argparse._SubParsersAction) -> None:
 
 def _import(args: argparse.Namespace) -> int:
     quiet()  # before the libraries are imported
-    from ..export.deepspeed_import import import_checkpoint
+    from ...export.deepspeed_import import import_checkpoint
 
     done = import_checkpoint(args.source, args.output, args.recipe, args.config, args.samples, args.trust)
     print(f"imported {done.kind}: {done.parameters} parameters at step {done.step}: {done.path}")
@@ -53,11 +53,11 @@ def _convert(args: argparse.Namespace) -> int:
     if args.to == "safetensors":
         if args.prefix:
             raise UserError("--prefix: Hugging Face folders have Hugging Face's names; leave it out")
-        from ..export.huggingface import export
+        from ...export.huggingface import export
 
         print(f"exported: {export(args.source, args.output, overwrite=args.overwrite).folder}")
         return 0
-    from ..export.universal import write_universal
+    from ...export.universal import write_universal
 
     folder = write_universal(args.source, Path(args.output), args.prefix, args.overwrite)
     print(f'DeepSpeed universal checkpoint: {folder}; load it with {{"checkpoint": {{"load_universal": true}}}}')

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...data_prep.errors import UserError
-from ...data_prep.sizes import format_bytes
+from ....data_prep.errors import UserError
+from ....data_prep.sizes import format_bytes
+from ..arguments import add_verb
 from . import exchange
-from .arguments import add_verb
 
 
 def register(verbs: argparse._SubParsersAction) -> None:
@@ -32,7 +32,7 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..checkpoint.folder import ls
+    from ...checkpoint.folder import ls
 
     for item in ls(args.path):
         word = item.problem or ("whole, milestone" if item.milestone else "whole")
@@ -41,7 +41,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..checkpoint.folder import verify_checkpoints
+    from ...checkpoint.folder import verify_checkpoints
 
     found = verify_checkpoints(args.path)
     if not found:
@@ -55,7 +55,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from ..checkpoint.folder import prune, surplus
+    from ...checkpoint.folder import prune, surplus
 
     removed = surplus(args.path, args.keep)
     prune(removed)
@@ -64,7 +64,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> int:
-    from ..run.requests import SAVE, STOP, ask
+    from ...run.requests import SAVE, STOP, ask
 
     ask(Path(args.path), STOP if args.stop else SAVE, args.wait)
     print(f"{args.path}: the run saves at the end of its step" + (", and stops" if args.stop else ""))
@@ -72,7 +72,7 @@ def _request(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from ..metrics.audit import audit, audit_text
+    from ...metrics.audit import audit, audit_text
 
     print(audit_text(audit(args.path)))
     return 0
