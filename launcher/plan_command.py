@@ -58,6 +58,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("run", f"{recipe.name} -> {recipe.output}"),
         ("model", f"{config['model_type']}, {parameters}, {vocabulary}{init}"),
+        *_experts(plan),
         ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
         *_records(plan),
         ("batch", _batch(plan)),
@@ -75,6 +76,23 @@ def launch_lines(args: argparse.Namespace) -> list[str]:
     launch = Launch(("--run", args.recipe, *config, *args.overrides), args.devices)
     ours = ["zeropipe", "launch", args.recipe, *config, "--devices", str(args.devices), *args.overrides]
     return [shlex.join(ours), shlex.join(deepspeed_command(launch))]
+
+
+def _experts(plan: Plan) -> list[tuple[str, str]]:
+    """Of a mixture: how much of it a token meets, and how many tokens an expert would get."""
+    from ..trainer.plan.experts import experts_of
+
+    found = experts_of(plan.model_config)
+    if found is None:
+        return []
+    share = plan.micro_batch * plan.seq_len * found.chosen / found.each_layer
+    return [
+        (
+            "experts",
+            f"{found.chosen} of {found.each_layer} for a token in {found.layers} layers: {found.active:,} of "
+            f"{found.total:,} parameters at work; balanced, each gets {share:,.0f} tokens of a micro batch",
+        )
+    ]
 
 
 def _records(plan: Plan) -> list[tuple[str, str]]:
