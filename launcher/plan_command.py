@@ -60,6 +60,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("run", f"{recipe.name} -> {recipe.output}"),
         ("model", f"{config['model_type']}, {parameters}, {vocabulary}{init}"),
         *_record(plan),
+        *_experts(plan),
         ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
         *_records(plan),
         ("batch", _batch(plan)),
@@ -87,6 +88,23 @@ def _record(plan: Plan) -> list[tuple[str, str]]:
     if not isinstance(family_of(plan.model_config), Derived):
         return []
     return [("record", "derived from transformers' declarations and its model's shapes; torch was imported for it")]
+
+
+def _experts(plan: Plan) -> list[tuple[str, str]]:
+    """Of a mixture: how much of it a token meets, and how many tokens an expert would get."""
+    from ..trainer.plan.experts import experts_of
+
+    found = experts_of(plan.model_config)
+    if found is None:
+        return []
+    share = plan.micro_batch * plan.seq_len * found.chosen / found.each_layer
+    return [
+        (
+            "experts",
+            f"{found.chosen} of {found.each_layer} for a token in {found.layers} layers: {found.active:,} of "
+            f"{found.total:,} parameters at work; balanced, each gets {share:,.0f} tokens of a micro batch",
+        )
+    ]
 
 
 def _records(plan: Plan) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -22,7 +23,7 @@ EVAL_EVERY, SAVE_EVERY = 6, 4  # steps of what is rehearsed
 
 START = "start"  # the phase before a rank begins
 ENDS, GOES_ON, REFUSED = "ends", "goes on", "refused"
-FAR_TOO_MANY = 999  # slots
+TOO_MANY = (os.cpu_count() or 1) + 8  # slots
 
 
 def processes_of(folder: str | Path) -> list[psutil.Process]:
@@ -179,7 +180,7 @@ FAULTS = {
     "wrong-interface": _refused(
         "{host}: GLOO_SOCKET_IFNAME=aaa0 does not lead to .*", environment=(("GLOO_SOCKET_IFNAME", "aaa0"),)
     ),
-    "slot-mismatch": _refused(f"{{host}}: {FAR_TOO_MANY} slots, but .*", slots=FAR_TOO_MANY),
+    "slot-mismatch": _refused(f"{{host}}: {TOO_MANY} slots, but .*", slots=TOO_MANY),
     "unreachable-host": _refused(
         "{host}: ssh without a password failed.*", act=lambda scene, launch: scene.host.without_sshd()
     ),

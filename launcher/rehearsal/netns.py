@@ -76,7 +76,10 @@ class VirtualHost:
         with contextlib.ExitStack() as undo:
             # of each, its oldest process, which outlives what is done to the others
             oldest_last = sorted(self.processes(), reverse=True)
-            views = {os.readlink(f"/proc/{process}/ns/mnt"): process for process in oldest_last}
+            views = {}
+            for process in oldest_last:
+                with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+                    views[os.readlink(f"/proc/{process}/ns/mnt")] = process
             for process in views.values():
                 inside = ["nsenter", "--target", str(process), "--mount"]
                 subprocess.run([*inside, "mount", *words], check=True)

@@ -10,7 +10,8 @@ import numpy as np
 
 from ...data_prep.errors import UserError
 from ...data_prep.store import BEGINS, TRAINED
-from ..recipe.recipe import Recipe, WeightedStore
+from ..recipe.recipe import Recipe
+from ..recipe.sources import WeightedStore
 from .labels import IGNORE
 from .order import SampleOrder, Source
 from .packing import Rows, best_fit, single

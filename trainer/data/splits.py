@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from ...data_prep.store import TokenStore
-from ..recipe.recipe import Data, WeightedStore
+from ..recipe.sources import Data, WeightedStore
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")

@@ -252,7 +252,7 @@ def store_data(path: str, seq_len: int, tokenizer: Path | None, recipe: Recipe |
     """A whole store to evaluate on; as a run's recipe says, where it is one that the run could have learnt from."""
     from ..data.samples import samples_of
     from ..data.splits import whole_part
-    from ..recipe.recipe import WeightedStore
+    from ..recipe.sources import WeightedStore
 
     part = whole_part(WeightedStore(store=path))
     kind, mask, packing, initial = part.store.kind, False, None, None

@@ -27,6 +27,13 @@ _SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _RES
 _LAST_OF_ROUNDING = 1.001  # the scale is a rounded f16, too
 
 
+def add_gguf(folder: Path, weights: PublishedWeights, config: Mapping[str, Any], kind: GgufType) -> None:
+    """Writes model-KIND.gguf beside an exported model, and verifies it. Raises as `write_gguf` and `verify_gguf`."""
+    path = folder / f"model-{kind}.gguf"
+    write_gguf(path, weights, config, folder, kind)
+    verify_gguf(path, weights, kind)
+
+
 def write_gguf(path: Path, weights: PublishedWeights, config: Mapping[str, Any], folder: Path, kind: GgufType) -> None:
     """Writes the file, holding one parameter at a time.
 
@@ -72,8 +79,8 @@ def refuse_unlike(config: Any) -> None:
             raise UserError(f"--gguf: cannot write a {kind} with {reason}")
 
 
-def verify_gguf(path: Path, weights: PublishedWeights, kind: GgufType) -> Any:
-    """The model as transformers reads it from the file, in float32, compared tensor by tensor.
+def verify_gguf(path: Path, weights: PublishedWeights, kind: GgufType) -> None:
+    """Compares the model as transformers reads it from the file, in float32, tensor by tensor.
 
     f16 must be the rounded weight, bit for bit; of q8_0 no weight may be off by more than half a step, which is the
     largest weight of its 32 divided by 127, and what f16 takes from the step.
@@ -91,7 +98,6 @@ def verify_gguf(path: Path, weights: PublishedWeights, kind: GgufType) -> Any:
         worst = _excess(weights.read(name), read[name], kind)
         if not worst <= 0:
             raise UserError(f"{path}: {name} reads back other than it was written, by {worst:.3g} too much")
-    return model.eval()
 
 
 def _excess(wanted: Tensor, found: Tensor, kind: GgufType) -> float:

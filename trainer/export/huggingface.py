@@ -28,7 +28,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.safetensors_writer import FileTensor, in_groups, write_safetensors
 from ..run.directory import run_directory, run_precision, tokenizer_files, tokenizer_folder
 from .card import write_card
-from .gguf import GgufType, verify_gguf, write_gguf
+from .gguf import GgufType, add_gguf
 from .load import build_plain, hf_config, load_folder, pick_device, torch_dtype
 from .provenance import provenance, write_provenance
 from .published import PublishedWeights
@@ -110,9 +110,7 @@ def export(
             deviation = verify_logits(partial(load_folder, folder, None), *probe, bound, verifier)
         lost = merged.lost()
         if gguf is not None:
-            file = folder / f"model-{gguf}.gguf"
-            write_gguf(file, weights, checkpoint.state["model_config"], folder, gguf)
-            verify_gguf(file, weights, gguf)
+            add_gguf(folder, weights, checkpoint.state["model_config"], gguf)
         facts = provenance(checkpoint, run) | {"export": {"dtype": str(chosen)[6:], "merge_onto": merge_onto}}
         write_card(folder, facts, run)
         write_provenance(folder, facts)

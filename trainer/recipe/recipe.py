@@ -13,10 +13,11 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 from ...data_prep.errors import UserError
 from .bad_step import BadStepName, OnBadStep, as_type
 from .errors import explain
-from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home, split_shares
+from .fields import Choice, Count, CountOrNever, Fraction, Place, Steps, from_home
 from .fields import Section as _Section
 from .overrides import apply_override
 from .router import Router
+from .sources import Data, WeightedStore
 from .text_files import parse_yaml, read_named, yaml_lines
 
 
@@ -33,45 +34,6 @@ class Model(_Section):
         if self.init == "random" and "model_type" not in self.config:
             raise ValueError("config.model_type is missing: state the family, e.g. {model_type: gpt2, n_layer: 12}")
         return self
-
-
-class WeightedStore(_Section):
-    store: Place
-    """A token store, or a bare Megatron prefix."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the mixture, relative to the other sources."""
-    license: str | None = None
-    """Of the texts, such as CC-BY-SA-4.0: for the model card."""
-
-
-class Data(_Section):
-    train: list[WeightedStore] = Field(min_length=1)
-    """The stores to train on."""
-    valid: list[WeightedStore] | None = Field(default=None, min_length=1)
-    """Stores of their own for validation; replaces `split`."""
-    test: list[WeightedStore] | None = Field(default=None, min_length=1)
-    """Stores of their own for testing; replaces `split`."""
-    split: str = "949,50,1"
-    """Shares of the documents of `train` for train, valid and test, in this order."""
-    seq_len: Count = 1024
-    """Tokens of one sample."""
-    document_mask: bool = False
-    """Whether attention stops at document boundaries. It always does between records."""
-    packing: Literal["best_fit", "none"] | None = None
-    """Of records: several in a sample as they fit best (best_fit, if left out), or one in each (none)."""
-
-    @model_validator(mode="after")
-    def _one_source_of_validation(self) -> Data:
-        split_shares(self.split)
-        own = [key for key in ("valid", "test") if getattr(self, key) is not None]
-        if own and "split" in self.model_fields_set and split_shares(self.split)[1:] != (0, 0):
-            raise ValueError(f"split and {' and '.join(own)} are both stated; keep one")
-        return self
-
-    @property
-    def shares(self) -> tuple[float, float, float]:
-        """Shares of the train stores' documents that go to train, valid and test."""
-        return split_shares(self.split) if self.valid is None and self.test is None else (1, 0, 0)
 
 
 class Parallel(_Section):

@@ -10,7 +10,8 @@ from ...data_prep.errors import UserError
 from ...data_prep.store import TokenStore
 from ..plan.settings import precision_of
 from ..recipe.precision import PRECISIONS, Precision
-from ..recipe.recipe import Recipe, WeightedStore, load_recipe
+from ..recipe.recipe import Recipe, load_recipe
+from ..recipe.sources import WeightedStore
 
 
 def is_hf_folder(path: Path) -> bool:

@@ -13,7 +13,8 @@ from zeropipe.trainer.adapters.registry import ADAPTERS
 from zeropipe.trainer.objectives.registry import OBJECTIVES
 from zeropipe.trainer.optim.registry import OPTIMIZERS
 from zeropipe.trainer.plan.settings import read_settings
-from zeropipe.trainer.recipe.recipe import Data, Recipe
+from zeropipe.trainer.recipe.recipe import Recipe
+from zeropipe.trainer.recipe.sources import Data
 
 LORA = """\
 base_model: ./llama

@@ -3,6 +3,7 @@
 import pytest
 
 from zeropipe.trainer.anatomy.routing import routing_of
+from zeropipe.trainer.plan.experts import Experts, experts_of
 
 SIZES = {
     "vocab_size": 100,
@@ -36,3 +37,14 @@ def test_routers_are_where_transformers_records_them(name, own, first, routers, 
 @pytest.mark.parametrize(("name", "told"), [("qwen3", "it has no router"), ("phimoe", "choice by their softmax")])
 def test_what_is_no_such_router_is_said(name, told):
     assert told in routing_of({"model_type": name, **SIZES})
+
+
+def test_what_of_a_mixture_is_at_work():
+    """By hand: a layer has `num_experts` times three matrices, of which a token meets `chosen`; the rest is dense."""
+    config = {"model_type": "glm4_moe", **SIZES, **ROUTED, "n_shared_experts": 1}
+    one = 3 * 32 * 16
+    found = experts_of(config)
+    assert isinstance(found, Experts) and (found.each_layer, found.layers, found.chosen) == (8, 2, 3)
+    assert found.total - found.active == 2 * (8 - 3) * one
+    assert experts_of({"model_type": "qwen3", **SIZES}) is None
+    assert experts_of({"model_type": "llama", **SIZES}) is None
