@@ -13,6 +13,7 @@ from ..data_prep.command_line import Parser
 from ..data_prep.errors import EXIT_USER_ERROR, UserError, did_you_mean, os_problem
 from ..trainer.commands import cli as trainer_verbs
 from . import (
+    completion_command,
     doctor_command,
     families_command,
     import_command,
@@ -59,6 +60,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         import_command,
     ):
         room.register(verbs)
+    completion_command.register(verbs, parser)
     return parser, dict(verbs.choices)
 
 

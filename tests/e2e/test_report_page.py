@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from tests.unit.trainer.page.runs import write_whole_run
+from tests.unit.trainer.page.runs import step_record, write_whole_run
+from zeropipe.trainer.page.live import LiveRuns
 from zeropipe.trainer.page.page import write_page
+from zeropipe.trainer.page.server import PageServer
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (scripts/system_packages.sh)")
@@ -102,3 +106,46 @@ def test_it_is_worked_with_mouse_and_keys(browser, page_file):
         and "optimizer.lr" in page.locator("#recipe tr.differs").inner_text()
     )
     assert said == []
+
+
+def test_the_live_page_follows_a_run_and_outlives_its_server(browser, tmp_path):
+    """A run grows, another is begun in its folder, the server goes and comes back."""
+    from playwright.sync_api import expect
+
+    write_whole_run(tmp_path / "one", 50)
+    server = served(tmp_path)
+    page = browser.new_context(viewport=DESK).new_page()
+    said: list[str] = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(server.url)
+    expect(page.locator("#state li")).to_have_text(["one: finished, step 50 of 50"], timeout=60_000)
+    last = "zeropipe.charts[0].plot.data[0].at(-1)"
+    assert page.evaluate(last) == 50
+    page.get_by_text("Loss as a table").click()
+    page.evaluate("zeropipe.zoom(10, 20)")
+    with (tmp_path / "one" / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(step_record(step, 1e-4, 0, "b")) + "\n" for step in range(51, 61))
+    expect(page.locator("#state li")).to_have_text(["one: finished, step 60 of 50"], timeout=60_000)
+    assert page.evaluate(last) == 60
+    assert page.evaluate("zeropipe.charts[0].plot.scales.x.max") == 20, "what is looked at stays"
+    assert page.locator("#charts section").first.locator("table").count() == 2
+    server.shutdown()
+    server.server_close()
+    expect(page.locator("#link")).to_contain_text("No answer", timeout=60_000)
+    write_whole_run(tmp_path / "two", 50)
+    server = served(tmp_path, server.server_address[1])
+    expect(page.locator("#state li")).to_have_text(
+        ["one: finished, step 60 of 50", "two: finished, step 50 of 50"], timeout=60_000
+    )
+    expect(page.locator("#link")).to_be_empty()
+    assert page.locator("#runs input").count() == 2 and page.locator("#charts section").count() == 9
+    assert said == []
+    page.context.close()
+    server.shutdown()
+    server.server_close()
+
+
+def served(folder: Path, port: int = 0) -> PageServer:
+    server = PageServer(LiveRuns(folder), "127.0.0.1", port)
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server

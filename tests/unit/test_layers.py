@@ -19,8 +19,8 @@ ORDER = {
     ],
     "launcher": [
         "__main__", "cli", "rehearse_command", "rehearsal", "doctor_command", "families_command", "import_command",
-        "init_command", "launch_command", "plan_command", "running", "supervision", "doctor", "ways", "command",
-        "backends", "run_module", "hosts", "axolotl",
+        "init_command", "completion_command", "launch_command", "plan_command", "running", "supervision",
+        "doctor", "ways", "command", "backends", "run_module", "hosts", "axolotl",
     ],
 }  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tensorboard"}

@@ -21,6 +21,7 @@ examples:
   zeropipe eval runs/gpt2-345m
   zeropipe eval runs/gpt2-345m --split test --batches 100
   zeropipe eval some-hf-folder --store data/other --json
+  zeropipe eval runs/gpt2-345m --tasks tasks/ours.yaml arc_easy
 """
 
 
@@ -32,11 +33,20 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--reference", metavar="MODEL", help="that preferences are compared with; default: model.init")
     parser.add_argument("--batches", default="all", metavar="N|all", help="global batches; default: all of the split")
     parser.add_argument("--seq-len", type=int, metavar="T", help="with --store; default: the run's, or the context")
+    tasks = parser.add_argument_group("tasks (EleutherAI's lm-evaluation-harness; extra: tasks)")
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="instead of held-out tokens: names, or task files")
+    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question; default: the task's own")
+    tasks.add_argument("--limit", type=int, metavar="N", help="samples of each task at most; default: all")
+    tasks.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     quiet()  # before the libraries are imported
+    if args.tasks is not None:
+        return _run_tasks(args)
+    if args.shots is not None or args.limit is not None:
+        raise UserError("--shots, --limit: are of --tasks; leave them out")
     from ..evaluation.evaluate import as_json, compared, evaluate_model, evaluation_text
     from ..export.load import load_model, pick_device
 
@@ -51,6 +61,32 @@ def run(args: argparse.Namespace) -> int:
     model, _ = load_model(source, args.dtype, args.base)
     evaluation = evaluate_model(model.to(device), data, batches, _progress)
     print(json.dumps(as_json(evaluation)) if args.json else evaluation_text(evaluation))
+    return 0
+
+
+def _run_tasks(args: argparse.Namespace) -> int:
+    """Evaluates at tasks; of a run's checkpoint the results go into its record, too."""
+    from ..checkpoint.reader import Checkpoint
+    from ..evaluation.harness import record_tasks, run_tasks, tasks_text
+    from ..export.load import load_model, pick_device
+    from ..run.directory import is_hf_folder, run_directory
+
+    if args.store is not None or args.reference is not None or args.batches != "all" or args.seq_len is not None:
+        raise UserError("--tasks: takes no --store, --reference, --batches or --seq-len: tasks have their own texts")
+    for name in ("limit", "shots", "batch_size"):
+        least = 0 if name == "shots" else 1
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    source = chosen_checkpoint(args.model, args.checkpoint)
+    run = None if is_hf_folder(source) else run_directory(source)
+    if not is_hf_folder(source):
+        source = Checkpoint.find(source)  # one and the same for the model and the record
+    model, tokenizer = load_model(source, args.dtype, args.base)
+    model.to(pick_device(args.device))
+    results = run_tasks(model, tokenizer, args.tasks, args.shots, args.limit, args.batch_size)
+    print(json.dumps([result.record() for result in results]) if args.json else tasks_text(results))
+    if run is not None and args.limit is None:  # of some samples they are nothing to keep
+        record_tasks(run, Checkpoint(source).step, results)
     return 0
 
 

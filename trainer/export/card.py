@@ -40,14 +40,14 @@ def front_matter(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     measured = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=record["split"],
-            dataset_name=f"{record['split']} of {facts['run']}",
-            metric_type=name,
-            metric_value=record[name],
+            dataset_type=record["task"] if "task" in record else record["split"],
+            dataset_name=record["task"] if "task" in record else f"{record['split']} of {facts['run']}",
+            metric_type=name.partition(",")[0],
+            metric_value=value,
         )
         for record in facts.get("evaluation", ())
-        for name in _NUMBERS
-        if isinstance(record.get(name), float)
+        for name, value in record.items()
+        if isinstance(value, float) and (name in _NUMBERS or ("," in name and "_stderr" not in name))
     ]
     kept = {key: base[key] for key in ("license", "license_name", "license_link", "language") if key in base}
     initial = facts.get("initial")
@@ -131,7 +131,7 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
 
 def _evaluation(facts: Mapping[str, Any]) -> list[str]:
     rows = [
-        (record["split"], f"{record['step']:,}", name, f"{value:.6g}")
+        (record.get("split") or record["task"], f"{record['step']:,}", name, f"{value:.6g}")
         for record in facts.get("evaluation", ())
         for name, value in record.items()
         if isinstance(value, float)

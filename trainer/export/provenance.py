@@ -76,11 +76,16 @@ def sources_of(recipe: Recipe) -> list[tuple[str, WeightedStore]]:
 
 
 def evaluated_until(run: Path, step: int) -> list[dict[str, Any]]:
-    """The newest evaluation of each set until `step`, as the record has it."""
+    """The newest evaluation of each set and at each task until `step`, as the record has it."""
+    newest = {record.get("split") or record["task"]: record for record in _evaluations(run, step)}
+    return list(newest.values())
+
+
+def _evaluations(run: Path, step: int) -> list[dict[str, Any]]:
     if not (run / METRICS).exists():
         return []
-    newest = {r["split"]: r for r in read_metrics(run) if r["kind"] == "eval" and r["step"] <= step}
-    return [{key: value for key, value in record.items() if key not in ("run", "time")} for record in newest.values()]
+    told = (r for r in read_metrics(run) if r["kind"] in ("eval", "task") and r["step"] <= step)
+    return [{key: value for key, value in record.items() if key not in ("run", "time")} for record in told]
 
 
 def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -140,7 +145,8 @@ def run_problems(run: Path, facts: Mapping[str, Any]) -> list[str]:
             problems += _differences("", {str(path): digest}, {str(path): _digest_of(path)} if path.exists() else {})
     if _record(run, step) != facts["record"]:
         problems.append(f"{run / METRICS}: its steps until {step} are not those that the model was exported with")
-    if evaluated_until(run, step) != facts["evaluation"]:
+    known = _evaluations(run, step)
+    if not all(record in known for record in facts["evaluation"]):
         problems.append(f"{run / METRICS}: its evaluations until step {step} are not those of the model's card")
     return problems
 

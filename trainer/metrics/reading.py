@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from ...data_prep.errors import UserError
 from ..sinks.jsonl import METRICS
 
@@ -29,9 +31,16 @@ def read_lines(run_directory: str | Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
+                yield _parsed(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON, the file is damaged ({error})") from error
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return orjson.loads(line)  # several times as fast; both read floats back bit for bit
+    except ValueError:
+        return json.loads(line)  # which also takes NaN and Infinity
 
 
 def read_metrics(run_directory: str | Path) -> list[dict[str, Any]]:

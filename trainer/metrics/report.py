@@ -37,6 +37,9 @@ def report(run: str | Path) -> str:
     evals = [record for record in records if record["kind"] == "eval"]
     if evals:
         sections.append(evaluations(evals))
+    tasks = [record for record in records if record["kind"] == "task"]
+    if tasks:
+        sections.append(reached(tasks))
     profiles = [record for record in records if record.get("event") == "profile"]
     if profiles:
         sections.append(instruments(profiles[-1]))
@@ -117,6 +120,15 @@ def evaluations(evals: Sequence[_Record]) -> str:
         shown = (f"{record['step']}: {record['loss']:.4f}" for record in evenly(of_split, POINTS))
         lines.append("  " + "  ".join(shown))
     return "\n".join(lines)
+
+
+def reached(tasks: Sequence[_Record]) -> str:
+    """What `zeropipe eval --tasks` found, in the order in which it was asked."""
+    return "\n".join(
+        f"{record['task']} at step {record['step']}: "
+        + ", ".join(f"{name.partition(',')[0]} {value:.4f}" for name, value in record.items() if "," in name)
+        for record in tasks
+    )
 
 
 def instruments(profile: _Record) -> str:

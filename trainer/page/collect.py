@@ -47,14 +47,17 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def collect(run: str | Path, points: int) -> dict[str, Any]:
+def collect(run: str | Path, points: int, records: Sequence[_Record] | None = None) -> dict[str, Any]:
     """A run as plain JSON values; each line of a figure has at most `points` points.
+
+    Args:
+        records: those that count, where they have been read.
 
     Raises:
         UserError: there is no record, or it is damaged.
     """
     run = Path(run)
-    records = read_metrics(run)
+    records = read_metrics(run) if records is None else records
     train = [record for record in records if record["kind"] == "train"]
     starts = [record for record in records if record.get("event") in ("start", "resume", "rewind")]
     return {

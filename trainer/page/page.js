@@ -1,13 +1,13 @@
 "use strict";
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
-  const RUNS = DATA.runs;
+  let RUNS = [];
   const LIGHT = ["#0b57a4", "#b3400a", "#0f7a4f", "#8a2a9b", "#8a6100", "#b3174b", "#006d7a", "#4b4fbf", "#5c6b00", "#6b4a3a"];
   const DARK = ["#6fb4ff", "#ff9d5c", "#5fd6a0", "#dd94f0", "#f0c04a", "#ff8fb0", "#5cd3e0", "#aab0ff", "#c4d45a", "#d8b09c"];
   const DASHES = [[], [6, 4], [2, 3], [10, 4, 2, 4], [1, 5]];
   const KINDS = { resume: "resumes", rewind: "rewinds", skip: "skipped samples", save: "saves", failed: "faults" };
   const MARK_COLOURS = { resume: "#2f8f4e", rewind: "#a86f00", skip: "#8a5cd6", save: "#8a949e", failed: "#d0342c" };
-  const state = { axis: "step", smooth: 0, log: false, shown: RUNS.map(() => true), marks: { resume: true, rewind: true, skip: true, save: false, failed: true }, range: null };
+  const state = { axis: "step", smooth: 0, log: false, shown: [], marks: { resume: true, rewind: true, skip: true, save: false, failed: true }, range: null };
   const $ = (id) => document.getElementById(id);
   const make = (tag, attributes = {}, ...children) => {
     const node = document.createElement(tag);
@@ -49,14 +49,17 @@
 
   // one figure holds a key's lines of all runs
   const figures = new Map();
-  RUNS.forEach((run, number) => run.figures.forEach((figure) => {
-    if (!figures.has(figure.key)) figures.set(figure.key, { ...figure, lines: [], labels: [] });
-    const whole = figures.get(figure.key);
-    figure.lines.forEach((line) => {
-      if (!whole.labels.includes(line.label)) whole.labels.push(line.label);
-      whole.lines.push({ ...line, run: number, dash: whole.labels.indexOf(line.label) });
-    });
-  }));
+  const gather = () => {
+    figures.clear();
+    RUNS.forEach((run, number) => run.figures.forEach((figure) => {
+      if (!figures.has(figure.key)) figures.set(figure.key, { ...figure, lines: [], labels: [] });
+      const whole = figures.get(figure.key);
+      figure.lines.forEach((line) => {
+        if (!whole.labels.includes(line.label)) whole.labels.push(line.label);
+        whole.lines.push({ ...line, run: number, dash: whole.labels.indexOf(line.label) });
+      });
+    }));
+  };
 
   const charts = [];
   const data = (figure) => {
@@ -177,6 +180,7 @@
     });
     return parts;
   };
+  const tables = (chart) => { if (chart.details.open) chart.details.replaceChildren(chart.details.firstChild, ...figureTable(chart.figure)); };
   const summary = (figure) => figure.lines.map((line) => {
     const values = line.y.filter((value) => value !== null);
     return `${RUNS.length > 1 ? RUNS[line.run].name + " " : ""}${line.label} from ${short(values[0])} to ${short(values[values.length - 1])}`;
@@ -184,9 +188,9 @@
 
   const addChart = (figure) => {
     const box = make("div", { class: "plot", tabindex: "0", role: "img", "aria-label": `${figure.title}: ${summary(figure)}` });
-    const own = { figure, box, at: make("p", { class: "at", "aria-live": "off" }), key: make("ul", { class: "key" }) };
     const details = make("details", {}, make("summary", {}, `${figure.title} as a table`));
-    details.addEventListener("toggle", () => { if (details.open && details.children.length === 1) details.append(...figureTable(figure)); });
+    const own = { figure, box, details, at: make("p", { class: "at", "aria-live": "off" }), key: make("ul", { class: "key" }) };
+    details.addEventListener("toggle", () => tables(own));
     const heading = make("h2", {}, figure.title, " ", make("span", { class: "unit" }, figure.unit));
     box.addEventListener("keydown", (event) => {
       const plot = own.plot, { min, max } = plot.scales.x, x = plot.data[0];
@@ -204,13 +208,15 @@
       else return;
       event.preventDefault();
     });
-    $("charts").append(make("section", { "aria-label": figure.title }, heading, box, own.at, own.key, details));
+    own.section = make("section", { "aria-label": figure.title }, heading, box, own.at, own.key, details);
+    $("charts").append(own.section);
     charts.push(own);
   };
 
   const sections = () => {
     const marks = RUNS.flatMap((run) => Object.entries(run.marks).flatMap(([kind, own]) => own.map((mark) => [mark.step, KINDS[kind], run.name, mark.said])));
     marks.sort((a, b) => a[0] - b[0]);
+    for (const id of ["marks", "facts", "answers", "recipe", "environment"]) $(id).replaceChildren();
     $("marks").append(marks.length ? table("What happened, by step", ["step", "what", "run", "more"], marks.map((row) => row.map((cell, place) => (place ? cell : String(cell))))) : "Nothing but steps.");
     RUNS.forEach((run) => $("facts").append(table(run.name, ["what", "planned", "measured"], run.facts)));
     const answers = RUNS.flatMap((run) => run.answers.map((own) => table(`${run.name}: ${own.prompt}`, ["step", "answer"], own.answers.map((one) => [String(one.step), one.answer]))));
@@ -241,23 +247,51 @@
     swatches.forEach((swatch, run) => { swatch.style.background = colour(run); });
   };
 
-  $("title").textContent = `ZeroPipe report: ${RUNS.map((run) => run.name).join(", ")}`;
-  document.title = $("title").textContent;
-  RUNS.forEach((run, number) => {
-    swatches.push(make("span", { class: "swatch" }));
-    check($("runs"), run.name, true, (on) => { state.shown[number] = on; }, swatches[number]);
-  });
-  const present = Object.keys(KINDS).filter((kind) => RUNS.some((run) => run.marks[kind]));
-  present.forEach((kind) => {
-    const swatch = make("span", { class: "swatch" });
-    swatch.style.background = MARK_COLOURS[kind];
-    check($("mark-kinds"), KINDS[kind], state.marks[kind], (on) => { state.marks[kind] = on; }, swatch);
-  });
-  if (!present.length) $("mark-kinds").remove();
-  theme();
-  figures.forEach(addChart);
-  redraw();
-  sections();
+  const refill = (fieldset, boxes) => {  // what has not changed keeps the focus
+    const wanted = JSON.stringify(boxes.map((box) => box[0]));
+    if (fieldset.dataset.of === wanted) return;
+    fieldset.dataset.of = wanted;
+    fieldset.replaceChildren(fieldset.firstElementChild);
+    boxes.forEach((box) => check(fieldset, ...box));
+  };
+  const fill = (runs) => {
+    const before = new Map(RUNS.map((run, number) => [run.path, state.shown[number]]));
+    RUNS = runs;
+    state.shown = RUNS.map((run) => before.get(run.path) ?? true);
+    $("title").textContent = `ZeroPipe ${DATA.live ? "watch" : "report"}: ${RUNS.map((run) => run.name).join(", ")}`;
+    document.title = $("title").textContent;
+    swatches.splice(0, swatches.length, ...RUNS.map(() => make("span", { class: "swatch" })));
+    delete $("runs").dataset.of;
+    const focused = $("runs").contains(document.activeElement) ? [...$("runs").querySelectorAll("input")].indexOf(document.activeElement) : -1;
+    refill($("runs"), RUNS.map((run, number) => [run.name, state.shown[number], (on) => { state.shown[number] = on; }, swatches[number]]));
+    if (focused >= 0) $("runs").querySelectorAll("input")[focused]?.focus();
+    refill($("mark-kinds"), Object.keys(KINDS).filter((kind) => RUNS.some((run) => run.marks[kind])).map((kind) => {
+      const swatch = make("span", { class: "swatch" });
+      swatch.style.background = MARK_COLOURS[kind];
+      return [KINDS[kind], state.marks[kind], (on) => { state.marks[kind] = on; }, swatch];
+    }));
+    $("mark-kinds").hidden = $("mark-kinds").children.length === 1;
+    $("state").replaceChildren(...RUNS.filter((run) => run.state).map((run) => make("li", { class: run.state.kind }, `${run.name}: ${run.state.said}`)));
+    gather();
+    charts.filter((chart) => !figures.has(chart.figure.key)).forEach((chart) => { chart.plot.destroy(); chart.section.remove(); charts.splice(charts.indexOf(chart), 1); });
+    figures.forEach((figure) => {
+      const own = charts.find((chart) => chart.figure.key === figure.key);
+      if (!own) { addChart(figure); return; }
+      own.figure = figure;
+      own.box.setAttribute("aria-label", `${figure.title}: ${summary(figure)}`);
+      tables(own);
+    });
+    theme();
+    redraw();
+    sections();
+  };
+
+  fill(DATA.runs);
+  if (DATA.live) {
+    const source = new EventSource("events");
+    source.onmessage = (event) => { $("link").textContent = ""; fill(JSON.parse(event.data)); document.documentElement.setAttribute("data-heard", ""); };
+    source.onerror = () => { $("link").textContent = "No answer from zeropipe watch; trying again."; };
+  }
   $("axis").addEventListener("change", () => { state.axis = $("axis").value; state.range = null; redraw(); });
   $("smooth").addEventListener("input", () => { state.smooth = +$("smooth").value; $("smooth-value").textContent = $("smooth").value; redraw(); });
   $("log").addEventListener("change", () => { state.log = $("log").checked; redraw(); });

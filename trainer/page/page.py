@@ -13,7 +13,7 @@ from .collect import collect
 
 _POINTS = 1500  # of a line, where one run is shown
 _ALL_POINTS = 6000  # of the lines of all runs together
-_MOST_RUNS = 20
+MOST_RUNS = 20
 
 
 def write_page(runs: Sequence[str | Path], file: Path) -> int:
@@ -22,11 +22,10 @@ def write_page(runs: Sequence[str | Path], file: Path) -> int:
     Raises:
         UserError: a run has no record, or the file cannot be written.
     """
-    if len(runs) > _MOST_RUNS:
-        raise UserError(f"{len(runs)} runs on one page: {_MOST_RUNS} at most, or nobody can tell them apart")
-    points = max(200, min(_POINTS, _ALL_POINTS // len(runs)))
-    found = [collect(run, points) for run in runs]
-    page = page_of({"runs": found}).encode()
+    if len(runs) > MOST_RUNS:
+        raise UserError(f"{len(runs)} runs on one page: {MOST_RUNS} at most, or nobody can tell them apart")
+    found = [collect(run, points_of(len(runs))) for run in runs]
+    page = page_of(found).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_durably(file, page)
@@ -35,13 +34,20 @@ def write_page(runs: Sequence[str | Path], file: Path) -> int:
     return len(page)
 
 
-def page_of(data: object) -> str:
-    """The page with its data inside."""
+def points_of(runs: int) -> int:
+    """Of a line, where so many runs are shown."""
+    return max(200, min(_POINTS, _ALL_POINTS // max(1, runs)))
+
+
+def page_of(runs: Sequence[object], live: bool = False) -> str:
+    """The page with its data inside; `live`: it takes more from where it came from."""
     # in a script element only "</" and "<!--" could end or open something
+    data = {"runs": runs, "live": live}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     page = _asset("page.html")
     parts = {
+        "/*LIVE*/": "; connect-src 'self'" if live else "",
         "/*UPLOT_CSS*/": _asset("vendor/uPlot.min.css"),
         "/*PAGE_CSS*/": _asset("page.css"),
         "/*UPLOT_JS*/": _asset("vendor/uPlot.iife.min.js"),

@@ -25,9 +25,9 @@ def write_whole_run(folder: Path, steps: int, rate: float = 3e-4, spike: int = 3
     for step in range(1, steps + 1):
         if step == steps // 2:
             back = {"kind": "event", "event": "resume", "step": step - 2, "run": "b", "path": "old", **start}
-            records += [back, train(step - 1, rate, spike, "b")]
+            records += [back, step_record(step - 1, rate, spike, "b")]
         run = "b" if step >= steps // 2 else "a"
-        records.append(train(step, rate, spike, run))
+        records.append(step_record(step, rate, spike, run))
         if step % 10 == 0:
             drawn = {"data/web": step * 6, "data/code": step * 2}
             records += [
@@ -51,7 +51,7 @@ def write_whole_run(folder: Path, steps: int, rate: float = 3e-4, spike: int = 3
     return folder
 
 
-def train(step: int, rate: float, spike: int, run: str) -> dict[str, Any]:
+def step_record(step: int, rate: float, spike: int, run: str) -> dict[str, Any]:
     seen = {"hosts": {"node1": {"host_memory": 3 * 2**30}}, "most_memory": 2**30 + step, "most_data_seconds": 0.1}
     return {
         "kind": "train", "step": step, "run": run, "time": 1e9 + step,
