@@ -69,7 +69,8 @@ ONE = Layout(world=1, data=1, zero_stage=0)
 # each kind of word in a plan, each way to a head, each kind of mask is there once on the layout that it matters for
 SAMPLE = [
     ("qwen2", "pp2"), ("qwen3", "tp2"), ("mistral", "sp2"), ("gemma2", "tp2"), ("gemma3_text", "pp2"), ("phi3", "tp2"),
-    ("olmo2", "tp2"), ("gpt_neox", "tp2"), ("granite", "pp2"), ("cohere2", "sp2-zero3"), ("glm4", "tp2"), ("mixtral", "tp2"),
+    ("olmo2", "tp2"), ("gpt_neox", "tp2"), ("granite", "pp2"), ("cohere2", "sp2-zero3"), ("glm4", "tp2"),
+    ("mixtral", "tp2"),
 ]  # fmt: skip
 
 
