@@ -17,7 +17,8 @@ examples:
   zeropipe plan gpt2_345m --deepspeed_config zero2 --devices 2
   zeropipe plan my.yaml --deepspeed_config my.json --devices 16 batch.global=512 --json
 
-Needs the token stores, but neither torch nor a GPU. What cannot run is refused here, with what to do instead.
+Needs the token stores, but no GPU; and torch only for a family without a written record (all but gpt2 and llama), whose
+record is derived with it: some seconds more. What cannot run is refused here, with what to do instead.
 """
 
 
@@ -58,6 +59,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("run", f"{recipe.name} -> {recipe.output}"),
         ("model", f"{config['model_type']}, {parameters}, {vocabulary}{init}"),
+        *_record(plan),
         *_experts(plan),
         ("layout", f"{plan.layout.world} devices: {plan.layout}, {plan.precision}"),
         *_records(plan),
@@ -76,6 +78,16 @@ def launch_lines(args: argparse.Namespace) -> list[str]:
     launch = Launch(("--run", args.recipe, *config, *args.overrides), args.devices)
     ours = ["zeropipe", "launch", args.recipe, *config, "--devices", str(args.devices), *args.overrides]
     return [shlex.join(ours), shlex.join(deepspeed_command(launch))]
+
+
+def _record(plan: Plan) -> list[tuple[str, str]]:
+    """Where what is known of the family comes from, if nobody wrote it down."""
+    from ..trainer.families.derived import Derived
+    from ..trainer.families.registry import family_of
+
+    if not isinstance(family_of(plan.model_config), Derived):
+        return []
+    return [("record", "derived from transformers' declarations and its model's shapes; torch was imported for it")]
 
 
 def _experts(plan: Plan) -> list[tuple[str, str]]:

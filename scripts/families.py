@@ -46,7 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
     # what a block puts out is normed: of weights this small, with hardly a signal in them, that makes much of rounding
     "olmo2": {"initializer_range": 0.1},
 }
-RANKS_SECONDS, FAMILY_SECONDS = 300, 1200  # a family that hangs is given up, the next one tried
+RANKS_SECONDS, FAMILY_SECONDS = 600, 1800  # a family that hangs is given up, the next one tried
 TRIED = ROOT / "trainer" / "families" / "tried.json"
 LAYOUTS = {
     "ZeRO-0": Layout(1, 1, zero_stage=0),

@@ -44,7 +44,7 @@ def activation_bytes(
     family = family_of(model)
     assert family is not None
     width = family.value(model, "hidden_size")
-    block = round(_block_bytes(model, family, precision, tensor))
+    block = round(kept_by_block(model, family, precision, tensor))
     tile = 0
     if (
         layers and isinstance(family, Family) and family.mlp_bytes is not None and 0 < mlp_tile < tokens
@@ -62,7 +62,8 @@ def activation_bytes(
     return total
 
 
-def _block_bytes(model: Mapping[str, Any], family: Family | Derived, precision: Precision, tensor: int) -> float:
+def kept_by_block(model: Mapping[str, Any], family: Family | Derived, precision: Precision, tensor: int) -> float:
+    """Bytes kept for backward by a block per token, of tensor ranks."""
     if isinstance(family, Family):
         return family.block_bytes(family.complete(model), precision, tensor)
     from ..modeling.derived.shapes import block_bytes

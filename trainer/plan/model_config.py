@@ -10,6 +10,7 @@ from typing import Any
 
 from ...data_prep.errors import UserError
 from ..families.declared import declared_default, declared_keys, declared_parts, folders_for, model_folders
+from ..families.derived import Derived
 from ..families.family import COMMON, Family
 from ..families.overrides import UNTRAINED
 from ..families.registry import FAMILIES, family_of
@@ -47,6 +48,8 @@ def resolve_model(recipe: Recipe, vocab: int | None, eod: int | None) -> dict[st
         _check_weights(Path(recipe.model.init), config)
     if isinstance(family := family_of(config), Family):
         _shape_is_possible(config, family)
+    elif family is not None:
+        _heads_fit(family)
     return config
 
 
@@ -204,6 +207,15 @@ def _made(config: Mapping[str, Any], files: WeightFiles) -> dict[str, tuple[int,
 
     makings = as_loaded(skeleton(config), files.shapes, f"model.init: {files.folder}")
     return {name: shape for name, (_, shape) in makings.items()}
+
+
+def _heads_fit(family: Derived) -> None:
+    heads, keys = family.sizes["num_attention_heads"], family.sizes["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(keys, int) and keys and heads % keys:
+        raise UserError(
+            f"model.config.num_key_value_heads: {keys} (the family's default, where it is not stated) does not divide "
+            f"the {heads} heads; state a number that does"
+        )
 
 
 def _shape_is_possible(config: Mapping[str, Any], family: Family) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..families.registry import FAMILIES
 from ..families.specs import ParamSpec, parameter_table
+from ..plan.activations import kept_by_block
 from ..plan.settings import Settings
 from ..plan.stages import split_layers
 from .hardware import Device
-from .work import Product, StageWork, attention_flops, head_product, model_flops, stage_work
+from .work import Product, StageWork, attention_flops, head_product, known_family, model_flops, stage_work
 
 # what the host does, in operations (`Device.dispatch`), fitted on a GPT-2 of four layers on two cores
 OPERATIONS = 40  # of a block's forward pass; twice as many of its backward pass
@@ -91,8 +91,8 @@ def _block(training: Training, part: StageWork, settings: Settings, device: Devi
     forward = sum(seconds for _, seconds in times)
     slopes = forward + sum(seconds for product, seconds in times if product.trained)
     attend, slope = _attention(training, settings, device, tensor, tokens)
-    family = FAMILIES[training.model["model_type"]]
-    kept = family.block_bytes(family.complete(training.model), settings.precision, tensor)
+    family = known_family(training.model)
+    kept = kept_by_block(training.model, family, settings.precision, tensor)
     if not training.fused:
         kept += SCORES * family.value(training.model, "num_attention_heads") / tensor * training.seq_len
     moved = device.passes * kept * tokens / device.bandwidth

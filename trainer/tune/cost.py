@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from ..families.registry import FAMILIES
 from ..plan.layout import Layout
 from ..plan.settings import Settings
 from .compute import Passes, Training, stage_passes
 from .hardware import Device
 from .links import Links
-from .work import StageWork
+from .work import StageWork, known_family
 
 OVERLAP = 0.8
 # what the host does, in operations, fitted as those of `compute`
@@ -104,7 +103,7 @@ def _tensor(
 ) -> float:
     """All-reduces of a micro batch: two a block forward and two backward, and two more where it is computed again."""
     group = Links(device, layout.tensor, 1)
-    width = FAMILIES[training.model["model_type"]].value(training.model, "hidden_size")
+    width = known_family(training.model).value(training.model, "hidden_size")
     calls = part.blocks * (6 if settings.activation_checkpointing else 4) + 1 + last
     return group.reduce(calls * tokens * width * settings.precision.compute, calls)
 
@@ -114,7 +113,7 @@ def _sequence(
 ) -> float:
     """Queries, keys, values and the output change hands in both passes (Jacobs et al., arXiv:2309.14509)."""
     group = Links(device, layout.sequence, layout.tensor)
-    family = FAMILIES[training.model["model_type"]]
+    family = known_family(training.model)
     heads, head = family.value(training.model, "num_attention_heads"), family.head_size(training.model)
     kv_heads = max(family.value(training.model, "num_key_value_heads") or heads, layout.sequence * layout.tensor)
     rounds = part.blocks * (3 if settings.activation_checkpointing else 2)
@@ -138,7 +137,7 @@ def _waiting(
     """
     if layout.pipeline == 1:
         return 0.0
-    width = FAMILIES[training.model["model_type"]].value(training.model, "hidden_size")
+    width = known_family(training.model).value(training.model, "hidden_size")
     group = Links(device, layout.pipeline, layout.world // layout.pipeline)
     # Megatron-LM's tensor ranks send a part each and gather it on the other node (arXiv:2104.04473, 4.1)
     shares = layout.tensor if training.interleave > 1 else 1

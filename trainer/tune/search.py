@@ -10,7 +10,6 @@ from typing import Any
 from ...data_prep.errors import UserError
 from ..adapters.base import rows_of
 from ..adapters.registry import adapter_of
-from ..families.registry import FAMILIES
 from ..objectives.registry import objective_of
 from ..plan.deepspeed_json import reconcile
 from ..plan.layout import Layout
@@ -23,6 +22,7 @@ from ..recipe.recipe import Recipe
 from .compute import Training
 from .cost import Cost, predict
 from .hardware import Device
+from .work import uncounted
 
 MOST_MICRO = 64  # sequences of a micro batch
 SHARE = 0.94  # of a device's memory that a plan may take: the rest is the library's and the allocator's
@@ -107,10 +107,10 @@ def base_plan(recipe: Recipe, ds: Mapping[str, Any]) -> Plan:
         )
     plan = make_plan(with_pipeline(recipe, 1), json, 1)
     family = plan.model_config["model_type"]
-    if family not in FAMILIES:
+    if reason := uncounted(plan.model_config):
         raise UserError(
-            f"tune cannot count the work of model_type {family!r}: it can for {', '.join(FAMILIES)}. Such a model "
-            "trains all the same, on the layouts that `zeropipe plan` takes: try them with --deepspeed_config"
+            f"tune cannot count the work of model_type {family!r}: {reason}. Such a model trains all the same, on the "
+            "layouts that `zeropipe plan` takes: try them with --deepspeed_config"
         )
     return plan
 

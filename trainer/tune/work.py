@@ -7,8 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..families.registry import FAMILIES
-from ..families.specs import ParamSpec, padded_vocab, parameter_table
+from ..families.derived import Derived
+from ..families.family import Family
+from ..families.registry import family_of
+from ..families.specs import ParamSpec, parameter_table, trained_vocab
+
+
+def known_family(model: Mapping[str, Any]) -> Family | Derived:
+    """The record of a model's family, where it is known that there is one."""
+    family = family_of(model)
+    assert family is not None
+    return family
+
+
+def uncounted(model: Mapping[str, Any]) -> str | None:
+    """Why the work of a model cannot be counted from its table, in words; None where it can: where its blocks are
+    linears and attention. Attention that looks back no further than a window is counted as if it did.
+    """
+    family = family_of(model)
+    if family is None:
+        return "nothing is known of it without torch and transformers"
+    if not isinstance(family, Derived):
+        return None
+    if family.stateful:
+        return "it carries a state from token to token"
+    more = next((spec.name for spec in family.rows if spec.layer is not None and len(spec.shape) > 2), None)
+    return None if more is None else f"{more} is no linear: experts, or a convolution"
 
 
 @dataclass(frozen=True)
@@ -39,13 +63,13 @@ def products_of(specs: Sequence[ParamSpec], tensor: int = 1) -> list[Product]:
 
 def head_product(model: Mapping[str, Any], tensor: int = 1) -> Product:
     """The product of the output embedding."""
-    family = FAMILIES[model["model_type"]]
-    return Product(family.value(model, "hidden_size"), padded_vocab(model["vocab_size"], tensor) // tensor)
+    family = known_family(model)
+    return Product(family.value(model, "hidden_size"), trained_vocab(model, tensor) // tensor)
 
 
 def attention_flops(model: Mapping[str, Any], seq_len: int) -> int:
     """Of one token and block in a forward pass: scores and their use, every token with every other."""
-    family = FAMILIES[model["model_type"]]
+    family = known_family(model)
     width = family.value(model, "num_attention_heads") * family.head_size(model)
     return 4 * width * seq_len
 
@@ -56,7 +80,7 @@ def model_flops(model: Mapping[str, Any], seq_len: int) -> float:
     Three times the forward pass, nothing computed twice, attention not halved for being causal (Chowdhery et al.,
     PaLM, arXiv:2204.02311, appendix B): 6 N + 12 L H Q T, N without embeddings that are only looked up.
     """
-    family = FAMILIES[model["model_type"]]
+    family = known_family(model)
     layers = family.value(model, "num_hidden_layers")
     linears = sum(product.flops for product in products_of(parameter_table(model)))
     return 3.0 * (linears + head_product(model).flops + layers * attention_flops(model, seq_len))

@@ -158,7 +158,7 @@ def _localise(attention: Any, full: str, record: Derived, ranks: Ranks) -> None:
     if not own or not hasattr(attention, "config") or not hasattr(attention, "layer_idx") or not outputs:
         return
     heads, key_heads = record.sizes["num_attention_heads"], record.sizes["num_key_value_heads"]
-    if isinstance(groups := getattr(attention, "num_key_value_groups", None), int):  # which can differ by layer
+    if groups := getattr(attention, "num_key_value_groups", 0):  # which can differ by layer
         key_heads = heads // groups
     local = heads // ranks.tensor_size
     local_keys = max(1, key_heads // ranks.tensor_size) if isinstance(key_heads, int) else local

@@ -371,6 +371,12 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({**GPT2, "n_head": 5}, "model.config.n_head 5 does not divide n_embd 64; numbers that do: 1, 2, 4, 8, 16, 32, 64"),
     ({**GPT2, "n_layer": 0}, "model.config.n_layer: must be a positive whole number, got 0"),
     ({**LLAMA, "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    ({"model_type": "qwen3", **SMALL, "num_key_value_heads": 3}, "num_key_value_heads: 3 (the family's default, where"),
+    ({"model_type": "phimoe"}, "model_type 'phimoe' is not trained here: its router draws experts at random"),
+    (
+        {"model_type": "gemma3"},
+        "several models (text_config, vision_config); train its model of texts, 'gemma3_text'",
+    ),
     ({**GPT2, "vocab_size": 400}, "vocab_size is 400, the store's tokenizer has 500 tokens; leave it out or state 500"),
     ({**GPT2, "vocab_size": 512}, "vocab_size is 512, the store's tokenizer has 500 tokens; leave it out: the padding"),
 ]
@@ -583,7 +589,8 @@ def test_texts_that_a_state_would_carry_on_are_refused(plan):
     """Of Mamba no mask keeps two texts apart; of Mistral one does."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
     mamba = {"model_type": "mamba", "state_size": 8, **sizes}
-    mistral = {"model_type": "mistral", "num_attention_heads": 4, "intermediate_size": 64, **sizes}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    mistral = {"model_type": "mistral", "intermediate_size": 64, **heads, **sizes}
     for config, refused in ((mamba, True), (mistral, False)):
         sections = {"model": {"init": "random", "config": config}, "data": {"document_mask": True}}
         if refused:

@@ -9,6 +9,14 @@ from zeropipe.trainer.recipe.recipe import Recipe
 from zeropipe.trainer.tune.hardware import device_named, parse_device, with_network
 from zeropipe.trainer.tune.search import json_for, layouts, micro_batches, plan_of_candidate, search, with_pipeline
 
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
 H100 = device_named("h100")
 
 
@@ -83,9 +91,18 @@ def test_the_global_batch_of_the_json_is_kept(store):
 
 
 def test_a_family_whose_work_is_not_known_is_refused(store):
-    config = {"model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-    with pytest.raises(UserError, match=r"cannot count the work of model_type 'qwen3'.*gpt2, llama"):
+    config = {"model_type": "mixtral", "num_local_experts": 4, **SMALL}
+    with pytest.raises(UserError, match=r"'mixtral': model.layers.0.mlp.experts.gate_up_proj is no linear: experts"):
         search(recipe_of(store, config), tiny_json("zero1"), 2, H100)
+
+
+def test_a_derived_family_is_counted_as_the_written_one_of_its_sizes(store):
+    """Mistral's blocks are Llama's."""
+    recipes = [recipe_of(store, {"model_type": name, **SMALL}) for name in ("llama", "mistral")]
+    ours, derived = (search(recipe, tiny_json("zero1"), 2, H100).candidates for recipe in recipes)
+    assert [str(one) for one in ours] and {str(one) for one in ours} == {str(one) for one in derived}
+    layouts_of = {str(one): one for one in ours}
+    assert all(one.cost.seconds == pytest.approx(layouts_of[str(one)].cost.seconds, rel=0.1) for one in derived)
 
 
 def test_accelerators_by_name_and_by_numbers():
