@@ -10,6 +10,7 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/zeropipe
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
+COPY zeropipe zeropipe
 COPY data_prep data_prep
 COPY trainer trainer
 COPY launcher launcher

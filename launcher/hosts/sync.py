@@ -47,7 +47,8 @@ def _archive(paths: Sequence[Path]) -> bytes:
 
 def own_code() -> list[Path]:
     """The files of this package, wherever it is installed."""
-    found = []
+    top = importlib.util.find_spec("zeropipe")  # what Python users import, of no file where an installation is older
+    found = [Path(top.origin)] if top is not None and top.origin is not None else []
     for room in _ROOMS:
         spec = importlib.util.find_spec(f"zeropipe.{room}")
         assert spec is not None and spec.origin is not None

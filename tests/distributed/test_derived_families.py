@@ -61,6 +61,7 @@ LAYOUTS = {
     "tp2-zero3": Layout(world=4, data=2, tensor=2, zero_stage=3),
     "pp2": Layout(world=2, data=1, pipeline=2, zero_stage=1),
     "sp2": Layout(world=2, data=1, sequence=2, zero_stage=2),
+    "sp2-zero3": Layout(world=2, data=1, sequence=2, zero_stage=3),
     "tp2-pp2": Layout(world=4, data=1, tensor=2, pipeline=2, zero_stage=1),
     "tp2-sp2": Layout(world=4, data=1, tensor=2, sequence=2, zero_stage=1),
 }
@@ -68,7 +69,8 @@ ONE = Layout(world=1, data=1, zero_stage=0)
 # each kind of word in a plan, each way to a head, each kind of mask is there once on the layout that it matters for
 SAMPLE = [
     ("qwen2", "pp2"), ("qwen3", "tp2"), ("mistral", "sp2"), ("gemma2", "tp2"), ("gemma3_text", "pp2"), ("phi3", "tp2"),
-    ("olmo2", "tp2"), ("gpt_neox", "tp2"), ("granite", "pp2"), ("cohere2", "sp2"), ("glm4", "tp2"), ("mixtral", "tp2"),
+    ("olmo2", "tp2"), ("gpt_neox", "tp2"), ("granite", "pp2"), ("cohere2", "sp2-zero3"), ("glm4", "tp2"),
+    ("mixtral", "tp2"),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that no build folder is left in the tree, with what is installed here: no network."""
     source = tmp_path_factory.mktemp("source")
-    for room in SOURCES:
+    for room in ("zeropipe", *SOURCES):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, source / name)
@@ -46,6 +46,7 @@ def test_it_holds_every_source_and_data_file(wheel):
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    expected.add("zeropipe/__init__.py")
     assert len(expected) > 20
     assert {name for name in names if name.startswith("zeropipe/")} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -66,7 +66,8 @@ class Outline:
     def __init__(self, model: Any, blocks: str, embedding: str, norm: str | None) -> None:
         """Args: names of the list of blocks, the embedding and the last norm in `model`, whose buffers are there."""
         base, prefix = model.base_model, model.base_model_prefix + "."
-        self._width = model.get_input_embeddings().weight.shape[1]
+        weight = model.get_input_embeddings().weight
+        self._width = getattr(weight, "ds_shape", weight.shape)[1]  # the whole one's, where ZeRO-3 has cut it
         self._blocks, self._norm = blocks.removeprefix(prefix), (norm or "").removeprefix(prefix)
         self._calls: list[tuple[int, Call]] = []
         real = base.get_submodule(self._blocks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data_prep.errors import UserError
@@ -48,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
     if args.shots is not None or args.limit is not None:
         raise UserError("--shots, --limit: are of --tasks; leave them out")
     from ..evaluation.evaluate import as_json, compared, evaluate_model, evaluation_text
+    from ..evaluation.held_out import held_out_data
     from ..export.load import load_model, pick_device
 
     batches = _batches(args.batches)
     source = chosen_checkpoint(args.model, args.checkpoint)
     device = pick_device(args.device)
-    data = _eval_data(args, source)
+    data = held_out_data(source, args.split, args.store, args.seq_len)
     if data.objective.reference:
         data = compared(data, load_model(_reference(args, data), args.dtype)[0].to(device))
     elif args.reference is not None:
@@ -103,37 +103,6 @@ def _batches(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"--batches {text}: expected a number of 1 or more, or all")
     return int(text)
-
-
-def _eval_data(args: argparse.Namespace, source: Path) -> HeldOutData:
-    from ..checkpoint.reader import Checkpoint
-    from ..evaluation.evaluate import run_data, store_data
-    from ..run.directory import is_hf_folder, load_run_recipe, run_directory, tokenizer_folder
-
-    tokenizer = tokenizer_folder(source)
-    run = run_directory(source)
-    if is_hf_folder(source):
-        if args.store is not None:
-            return store_data(args.store, args.seq_len or _context(source), tokenizer)
-        if run is None:
-            raise UserError(f"{source}: a Hugging Face folder has no data of its own; name a token store with --store")
-        recipe = load_run_recipe(run)  # of the run that it was exported from
-        return run_data(recipe, args.split, tokenizer, recipe.batch.global_batch or 8)
-    if args.store is not None:
-        recipe = load_run_recipe(run) if run else None
-        seq_len = args.seq_len or Checkpoint.open(source, verify=False).state["seq_len"]
-        return store_data(args.store, seq_len, tokenizer, recipe)
-    if run is None:
-        raise UserError(f"{source}: this checkpoint lies in no run directory; name a token store with --store")
-    state = Checkpoint.open(source, verify=False).state
-    return run_data(load_run_recipe(run), args.split, tokenizer, state["global_batch"])
-
-
-def _context(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return min(1024, config.max_position_embeddings)
 
 
 def _progress(done: int, total: int) -> None:

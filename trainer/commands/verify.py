@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ...data_prep.cli import count, positive_count, run_verify
 from ...data_prep.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-from ..run.directory import is_hf_folder
 from ..run.quiet import quiet
 
 _DESCRIPTION = """\
@@ -33,6 +32,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..run.directory import is_hf_folder
+
     models = [path for path in args.store if is_hf_folder(Path(path))]
     if args.replay is not None and args.against is None:
         raise UserError("--replay: of which run? name it with --against")
