@@ -3,7 +3,7 @@
 # missing and what will not run without it. Never fails: all the rest of ZeroPipe works without them.
 set -uo pipefail
 
-packages=(pdsh openssh-server openssh-client iproute2 numactl openmpi-bin libopenmpi-dev mpich chromium)
+packages=(pdsh openssh-server openssh-client iproute2 numactl openmpi-bin libopenmpi-dev mpich chromium zsh fish)
 command -v dpkg-query >/dev/null || { echo "not a Debian system: see README for what launching on several hosts needs"; exit 0; }
 
 missing() {
@@ -26,6 +26,7 @@ for package in "${absent[@]}"; do
     iproute2) part="tests/hosts" ;;
     numactl) part="binding ranks to cores (--bind_cores_to_rank)" ;;
     mpich) part="zeropipe launch --launcher mpich" ;;
+    zsh | fish) part="tests of completion in that shell" ;;
     chromium) part="tests of the report page" ;;
     *) part="preparing text with mpirun" ;;
   esac

@@ -3,7 +3,6 @@ import errno
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,11 +18,9 @@ def zeropipe(*words: str, **options) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_there_and_quick():
-    before = time.monotonic()
+def test_help_is_there():
     done = zeropipe("--help")
     assert done.returncode == 0
-    assert time.monotonic() - before < 3  # 0.1 s on a quiet machine; torch alone would take longer than this
     assert "launch" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
 
