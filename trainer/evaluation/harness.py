@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,22 @@ def run_tasks(
         UserError: the harness is missing, or a task is not known or cannot be loaded.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        lm_eval: Any = import_module("lm_eval")
+        models: Any = import_module("lm_eval.models.huggingface")
+        catalogue: Any = import_module("lm_eval.tasks")
     except ImportError:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'zeropipe[tasks]'") from None
     if tokenizer is None:
         raise UserError("--tasks: are texts, and no tokenizer was found for this model")
     files = [task for task in tasks if is_file(task)]
-    manager = TaskManager(include_defaults=len(files) < len(tasks))
+    manager = catalogue.TaskManager(include_defaults=len(files) < len(tasks))
     named: list[str | dict[str, Any]] = [read_task(Path(task)) if task in files else task for task in tasks]
-    own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    own = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with offline(len(files) == len(tasks)):
         try:
             found: Any = lm_eval.simple_evaluate(
                 own, tasks=named, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
-            )  # type: ignore[arg-type]
+            )
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"--tasks {' '.join(tasks)}: the harness says: {error}") from error
     return [_result(name, values, found) for name, values in sorted(found["results"].items())]
@@ -111,8 +112,7 @@ def _beside(files: Any, folder: Path) -> Any:
 @contextlib.contextmanager
 def offline(yes: bool) -> Iterator[None]:
     """Data sets are looked for on this machine only."""
-    import datasets
-
+    datasets: Any = import_module("datasets")
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or yes
     try:

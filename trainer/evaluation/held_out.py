@@ -32,8 +32,8 @@ def held_out_data(source: Path, split: str, store: str | None, seq_len: int | No
         return run_data(recipe, split, tokenizer, recipe.batch.global_batch or 8)
     if store is not None:
         recipe = load_run_recipe(run) if run else None
-        seq_len = seq_len or Checkpoint.open(source, verify=False).state["seq_len"]
-        return store_data(store, seq_len, tokenizer, recipe)
+        length: int = seq_len or Checkpoint.open(source, verify=False).state["seq_len"]
+        return store_data(store, length, tokenizer, recipe)
     if run is None:
         raise UserError(f"{source}: this checkpoint lies in no run directory; name a token store with --store")
     state = Checkpoint.open(source, verify=False).state
