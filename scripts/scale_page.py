@@ -64,6 +64,7 @@ engine/pipeline.py | save, evaluation | activations from stage to stage, logits 
 modeling/tensor_parallel.py | step | activations, over tensor ranks | 2 log tensor a layer |
 modeling/derived/words.py | step | the same in derived families; columns, where a layer is cut so | tensor - 1 a layer |
 modeling/cross_entropy.py | step | sums over tensor ranks | 2 log tensor |
+modeling/mixtures/routers.py | step | sums of each sequence's routing, over sequence ranks | 2 log sequence a layer |
 modeling/sequence_parallel.py | step | heads for tokens, over sequence ranks | sequence - 1 a layer |
 testing/curves.py | parity alone | weights, to compare | N - 1 |
 tune/machine.py | tune alone | a sum that is timed | 2 log N |
