@@ -1,4 +1,7 @@
-"""Silences what DeepSpeed, transformers and torch print about themselves. Errors and exceptions always come through."""
+"""Silences what DeepSpeed, transformers and torch print about themselves, and keeps out what is loaded for nothing.
+
+Errors and exceptions always come through.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
 
 LOGGERS = ("DeepSpeed", "transformers", "datasets", "huggingface_hub", "torch.distributed", "torchao", "bitsandbytes")
 # read when the library is imported, so they help only before that
@@ -29,11 +33,26 @@ class ErrorsOnly(logging.Filter):
         return record.levelno >= logging.ERROR
 
 
+class NoMlflowForAutotuner(MetaPathFinder):
+    """Says that there is no MLflow while DeepSpeed's autotuner is imported, which every `import deepspeed` does.
+
+    Loading it would be 1.6 s of every start where it is installed. Who else imports it finds it.
+    """
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == "mlflow":
+            autotuner = getattr(sys.modules.get("deepspeed.autotuning.autotuner"), "__spec__", None)
+            if getattr(autotuner, "_initializing", False):
+                raise ModuleNotFoundError("DeepSpeed's autotuner is not used here", name=fullname)
+
+
 def quiet() -> None:
     """Silences the libraries' chatter in this process; call it before they are imported. Calling it again is harmless.
 
     A user who sets one of the environment variables, or PYTHONWARNINGS, gets what they asked for.
     """
+    if not any(isinstance(finder, NoMlflowForAutotuner) for finder in sys.meta_path):
+        sys.meta_path.insert(0, NoMlflowForAutotuner())
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     for name in LOGGERS:

@@ -42,6 +42,9 @@ def test_importing_the_libraries_after_quiet_says_nothing():
     script = (
         "from zeropipe.trainer.run.quiet import quiet; quiet()\n"
         "import deepspeed, transformers, warnings\n"
+        # which DeepSpeed's autotuner would load, in 1.6 s; who wants it finds it
+        "import importlib.util, sys\n"
+        "assert 'mlflow' not in sys.modules and importlib.util.find_spec('mlflow')\n"
         "from transformers import GPT2Config, GPT2LMHeadModel\n"
         "GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))\n"  # warns of its token ids
         "warnings.warn_explicit('chatter', UserWarning, 'x.py', 1, module='torch.nn.functional')\n"
