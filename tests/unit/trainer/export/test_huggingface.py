@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.trainer.runs import CONFIGS, VOCAB, fresh_model, train_run, write_run
 from zeropipe.data_prep.errors import UserError
 from zeropipe.launcher.cli import main
+from zeropipe.launcher.rehearsal.small import small_sizes
 from zeropipe.trainer.checkpoint.reader import Checkpoint
-from zeropipe.trainer.export.huggingface import BOUNDS, export
+from zeropipe.trainer.export.huggingface import BOUNDS, export, verify_logits
 
 SMALL = {**CONFIGS["gpt2"], "vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
 
@@ -199,3 +200,16 @@ def test_an_export_of_a_chosen_step(gpt2_run, tmp_path, capsys):
     assert "exported step 3" in capsys.readouterr().out
     assert main(["export", str(gpt2_run), "--checkpoint", "4", "--output", str(tmp_path / "four")]) == 2
     assert "no checkpoint at step 4; there are 3, 6" in capsys.readouterr().err
+
+
+def test_a_model_without_attention_that_has_a_cache_is_verified():
+    """transformers' cache cannot say how long it is where every layer's attention is linear."""
+    linear = ["linear_attention"] * 2
+    config = AutoConfig.for_model("qwen3_5_text", **small_sizes("qwen3_5_text"), layer_types=linear, vocab_size=VOCAB)
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    assert verify_logits(lambda: model, ids, expected, 0.0, torch.device("cpu")) == 0.0
+    with pytest.raises(ValueError, match="LinearAttention"):  # if this does not raise any more, this test is not needed
+        model(input_ids=ids)
