@@ -65,10 +65,15 @@ def shared_experts(model: Any, own: Any, refusals: dict[Axis, str]) -> tuple[fro
     Transformers says which they are (`base_model_ep_plan`). They are called with tokens, the experts that these go to
     and their weights, and hold nothing but stacks.
     """
-    plan = {f"{model.base_model_prefix}.{name}": word for name, word in (getattr(own, "base_model_ep_plan", None) or {}).items()}
+    plan = {
+        f"{model.base_model_prefix}.{name}": word
+        for name, word in (getattr(own, "base_model_ep_plan", None) or {}).items()
+    }
     found = {path: module for path, module in model.named_modules() if word_for(plan, path) == DISPATCHED}
     if not found:
-        refusals.setdefault("expert", "transformers declares no experts of it that ranks can share (base_model_ep_plan)")
+        refusals.setdefault(
+            "expert", "transformers declares no experts of it that ranks can share (base_model_ep_plan)"
+        )
         return frozenset(), 0
     counts = {getattr(module, "num_experts", None) for module in found.values()}
     held = {f"{path}.{name}": p for path, module in found.items() for name, p in module.named_parameters()}

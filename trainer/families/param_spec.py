@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-# vocab, column, row: cut over tensor ranks; expert: a stack [experts, …] over expert ranks; the others are whole on every
-# rank:
+# vocab, column, row: cut over tensor ranks; expert: a stack [experts, …], over expert ranks; the others are whole on
+# every rank:
 # feeding: of a norm whose output enters a split region, where its gradient must be summed
 # replicated: computes with the whole residual stream, so that its gradient is whole too (row biases, positions)
 # summed: computes with split activations (a norm of each head), so that its gradients on the ranks must be summed

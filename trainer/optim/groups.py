@@ -22,8 +22,8 @@ RATE = "lr_ratio"  # key of a group: its learning rate over the schedule's; left
 def grouped(
     things: Iterable[_T], spec_of: Callable[[_T], ParamSpec], optimizer: Optimizer, embedding_rate: float = 1.0
 ) -> list[tuple[Group, list[_T]]]:
-    """The optimizer's groups that have members, in its order, one for each learning rate, and one of its own for experts
-    that ranks share; members in the order of `things`.
+    """The optimizer's groups that have members, in its order, one for each learning rate, and apart from the others
+    those of experts that ranks share; members in the order of `things`.
 
     Args:
         embedding_rate: learning rate of embedding and head over that of the others.

@@ -99,7 +99,11 @@ class Ranks:
     def lay_out(self, tensor: int, sequence: int, pipeline: int, expert: int = 1) -> Ranks:
         """This process on the axes of a layout, with its groups. Collective over the world."""
         ranks = replace(self, **place_on_axes(self.rank, self.world, tensor, sequence, pipeline))
-        return ranks if expert == 1 else replace(ranks, expert_size=expert, **expert_groups(ranks.rank, ranks.world, expert))
+        return (
+            ranks
+            if expert == 1
+            else replace(ranks, expert_size=expert, **expert_groups(ranks.rank, ranks.world, expert))
+        )
 
     def all_sum(self, *values: Sequence[float] | Tensor) -> list[float]:
         """Sums float64 values, given in one or more rows, over all ranks of the world. Collective."""
