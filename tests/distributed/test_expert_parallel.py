@@ -79,8 +79,8 @@ def _counted_once_too_often() -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     def twice(self: Any, norms: list[Any]) -> None:
-        for number, shared in enumerate(self.is_moe_param_group):
-            norms[number] = norms[number] * 2**0.5 if shared else norms[number]
+        for number, of_experts in enumerate(self.is_moe_param_group):
+            norms[number] = norms[number] * 2**0.5 if of_experts else norms[number]
 
     DeepSpeedZeroOptimizer._average_expert_grad_norms = twice
 

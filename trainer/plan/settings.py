@@ -233,6 +233,8 @@ def _expert(json: Mapping[str, Any], problems: list[str]) -> None:
     enabled, size = (section_of(json, "expert_parallel", key) for key in ("enabled", "autoep_size"))
     if enabled not in (None, True, False):
         problems.append(f"expert_parallel.enabled must be true or false, got {enabled!r}")
+    elif enabled and size is None:
+        problems.append("expert_parallel.enabled without autoep_size: state over how many ranks, or leave both out")
     elif not enabled and size not in (None, 0, 1):
         problems.append(f"expert_parallel.autoep_size {size} does nothing without enabled: add it, or leave both out")
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .ranks import Ranks
 
-EXPERTS = "experts"  # by which name DeepSpeed looks the groups up
-MOE_GROUP = {"moe": True, "name": EXPERTS}  # of an optimizer's group that holds nothing but such parameters
+EXPERT_GROUPS = "experts"  # by which name DeepSpeed looks the groups up
+MOE_GROUP = {"moe": True, "name": EXPERT_GROUPS}  # of an optimizer's group that holds nothing but such parameters
 
 
 def mark_expert(parameter: Any, ranks: Ranks) -> None:
@@ -22,8 +22,8 @@ def mark_expert(parameter: Any, ranks: Ranks) -> None:
         return
     from deepspeed.utils import groups
 
-    groups._EXPERT_PARALLEL_GROUP[EXPERTS] = ranks.expert_group
-    groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = ranks.holder_group
-    parameter.allreduce, parameter.group_name = False, EXPERTS
-    parameter.ds_zero_placement_family, parameter.ds_zero_partition_group_name = "autoep_expert", EXPERTS
+    groups._EXPERT_PARALLEL_GROUP[EXPERT_GROUPS] = ranks.expert_group
+    groups._EXPERT_DATA_PARALLEL_GROUP[EXPERT_GROUPS] = ranks.holder_group
+    parameter.allreduce, parameter.group_name = False, EXPERT_GROUPS
+    parameter.ds_zero_placement_family, parameter.ds_zero_partition_group_name = "autoep_expert", EXPERT_GROUPS
     parameter.ds_zero_partition_process_group = ranks.holder_group
