@@ -7,14 +7,11 @@ inside the attention core the generators are seeded anew, by a number drawn from
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ..kernels.compiled import uncompiled
-from ..ranks.ranks import Ranks
+from ..ranks.ranks import Ranks, accelerator
 
 SEEDS = 1 << 62
 
@@ -40,9 +37,8 @@ class SplitRandomness:
         if not self.module.training or self.shared is not None:
             return
         seed = int(torch.randint(SEEDS, ()))  # advances the shared generator alike on every rank
-        accelerator: Any = get_accelerator()
-        on_device = accelerator.device_name() != "cpu"
-        self.shared = torch.get_rng_state(), accelerator.get_rng_state() if on_device else None
+        device = accelerator()
+        self.shared = torch.get_rng_state(), device.get_rng_state() if device.device_name() != "cpu" else None
         torch.manual_seed(seed + self.rank)
 
     @uncompiled
@@ -53,5 +49,4 @@ class SplitRandomness:
         self.shared = None
         torch.set_rng_state(host)
         if device is not None:
-            accelerator: Any = get_accelerator()
-            accelerator.set_rng_state(device)
+            accelerator().set_rng_state(device)

@@ -5,6 +5,8 @@ from zeropipe.trainer.ranks.late_compiling import LateCompile
 
 MUON = """
 import sys
+import zeropipe.trainer.modeling.derived.shapes  # as `plan` does for a family without a written record
+assert "deepspeed" not in sys.modules
 from zeropipe.trainer.ranks.ranks import prepare_backend
 prepare_backend()
 prepare_backend()
