@@ -44,7 +44,7 @@ def opened(browser: Any, page_file: Path, theme: str, size: dict[str, int]) -> t
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(page_file.as_uri())
-    page.wait_for_selector("html[data-ready]")
+    page.wait_for_selector("html[data-drawn]")  # what is below the screen, too
     return page, said
 
 
@@ -54,11 +54,11 @@ def test_it_is_whole_and_open_to_all(browser, page_file, theme, size):
 
     page, said = opened(browser, page_file, theme, size)
     page.get_by_text("Perplexity as a table").click()
-    assert page.locator("#charts section").count() == 9
+    assert page.locator("#charts section").count() == 10
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "wider than the screen"
     drawn = """zeropipe.charts.map(({plot}) => { const c = plot.ctx.canvas;
         return new Set(new Uint32Array(plot.ctx.getImageData(0, 0, c.width, c.height).data.buffer)).size > 5; })"""
-    assert page.evaluate(drawn) == [True] * 9
+    assert page.evaluate(drawn) == [True] * 10
     found = Axe().run(page).response["violations"]
     assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
     assert page.locator("#answers td").first.inner_text() == "</script><b>A" and page.locator("#answers b").count() == 0
@@ -138,7 +138,7 @@ def test_the_live_page_follows_a_run_and_outlives_its_server(browser, tmp_path):
         ["one: finished, step 60 of 50", "two: finished, step 50 of 50"], timeout=60_000
     )
     expect(page.locator("#link")).to_be_empty()
-    assert page.locator("#runs input").count() == 2 and page.locator("#charts section").count() == 9
+    assert page.locator("#runs input").count() == 2 and page.locator("#charts section").count() == 10
     assert said == []
     page.context.close()
     server.shutdown()

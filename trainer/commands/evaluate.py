@@ -32,6 +32,8 @@ def register(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument("--reference", metavar="MODEL", help="that preferences are compared with; default: model.init")
     parser.add_argument("--batches", default="all", metavar="N|all", help="global batches; default: all of the split")
     parser.add_argument("--seq-len", type=int, metavar="T", help="with --store; default: the run's, or the context")
+    by = "also the loss of each store, or by how much of a text comes before a token"
+    parser.add_argument("--by", nargs="+", choices=("source", "position"), help=by)
     tasks = parser.add_argument_group("tasks (EleutherAI's lm-evaluation-harness; extra: tasks)")
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="instead of held-out tokens: names, or task files")
     tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question; default: the task's own")
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_tasks(args)
     if args.shots is not None or args.limit is not None:
         raise UserError("--shots, --limit: are of --tasks; leave them out")
+    from ..evaluation.breakdown import breakdown_lines
     from ..evaluation.evaluate import as_json, compared, evaluate_model, evaluation_text
     from ..evaluation.held_out import held_out_data
     from ..export.load import load_model, pick_device
@@ -60,19 +63,31 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--reference is for preferences; leave it out")
     model, _ = load_model(source, args.dtype, args.base)
     evaluation = evaluate_model(model.to(device), data, batches, _progress)
-    print(json.dumps(as_json(evaluation)) if args.json else evaluation_text(evaluation))
+    breakdown, kinds = evaluation.breakdown, list(dict.fromkeys(args.by or ()))
+    if kinds and breakdown is None:
+        raise UserError(
+            f"--by {' '.join(kinds)}: of {evaluation.data} pairs have a loss, and tokens have none; leave it out"
+        )
+    if args.json:
+        more = {f"by_{kind}": [share.record() for share in breakdown.shares(kind)] for kind in kinds if breakdown}
+        print(json.dumps({**as_json(evaluation), **more}))
+    else:
+        print("\n".join([evaluation_text(evaluation), *(breakdown_lines(breakdown, kinds) if breakdown else [])]))
     return 0
 
 
 def _run_tasks(args: argparse.Namespace) -> int:
     """Evaluates at tasks; of a run's checkpoint the results go into its record, too."""
     from ..checkpoint.reader import Checkpoint
-    from ..evaluation.harness import record_tasks, run_tasks, tasks_text
+    from ..evaluation.harness import record_tasks, run_tasks
     from ..export.load import load_model, pick_device
     from ..run.directory import is_hf_folder, run_directory
 
-    if args.store is not None or args.reference is not None or args.batches != "all" or args.seq_len is not None:
-        raise UserError("--tasks: takes no --store, --reference, --batches or --seq-len: tasks have their own texts")
+    others = args.store, args.reference, args.seq_len, args.by
+    if args.batches != "all" or any(other is not None for other in others):
+        raise UserError(
+            "--tasks: takes no --store, --reference, --batches, --seq-len, --by: tasks have their own texts"
+        )
     for name in ("limit", "shots", "batch_size"):
         least = 0 if name == "shots" else 1
         if (value := getattr(args, name)) is not None and value < least:
@@ -84,7 +99,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(source, args.dtype, args.base)
     model.to(pick_device(args.device))
     results = run_tasks(model, tokenizer, args.tasks, args.shots, args.limit, args.batch_size)
-    print(json.dumps([result.record() for result in results]) if args.json else tasks_text(results))
+    print(json.dumps([result.record() for result in results]) if args.json else "\n".join(map(str, results)))
     if run is not None and args.limit is None:  # of some samples they are nothing to keep
         record_tasks(run, Checkpoint(source).step, results)
     return 0

@@ -18,6 +18,8 @@ from .ledger import digest, sample_ids
 from .order import SampleOrder
 from .samples import Record, Samples
 
+ROW_SOURCES = "sources"  # of a batch's extras: int64 [rows], which source of a mixture each row is of; there of several
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -26,7 +28,7 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
-    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the objective's own, by name
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the objective's own, by name, and ROW_SOURCES
     noise: torch.Tensor | None = None  # int64 [micro batch, time, 2], of embeddings in training; see `noise_of`
 
     def to(self, device: torch.device) -> Batch:
@@ -45,6 +47,11 @@ class Batch:
     def tokens(self) -> int:
         """Positions that carry loss."""
         return int((self.labels != IGNORE).sum())
+
+    def by_source(self, values: torch.Tensor, sources: int) -> torch.Tensor:
+        """Sums over the rows of each source, float64 [sources]: of `values` [rows, time], on their device."""
+        sums = torch.zeros(sources, dtype=torch.float64, device=values.device)
+        return sums.index_add_(0, self.extras[ROW_SOURCES], values.double().sum(1))
 
 
 def stack(records: Sequence[Record], extras: Mapping[str, torch.Tensor] | None = None) -> Batch:
@@ -97,12 +104,16 @@ class BatchShape:
 
 
 def make_batch(
-    rows: Sequence[tuple[Samples, int | None]], shape: BatchShape, drawn: Sequence[tuple[int, int]] | None = None
+    rows: Sequence[tuple[Samples, int | None]],
+    shape: BatchShape,
+    drawn: Sequence[tuple[int, int]] | None = None,
+    sources: np.ndarray | None = None,
 ) -> Batch:
     """A micro batch of samples; one without a number carries no loss (evaluation's last batch).
 
     Args:
         drawn: in training, of every row: as in `Record`.
+        sources: of every row, where they are to be told apart: which it is of.
 
     Raises:
         UserError: a sample holds a token id that the model's vocabulary does not.
@@ -122,7 +133,8 @@ def make_batch(
     if drawn is not None:
         records = [replace(record, drawn=place) for record, place in zip(records, drawn, strict=True)]
     width = shape.width(records)
-    return shape.collate([record.padded(width) for record in records])
+    batch = shape.collate([record.padded(width) for record in records])
+    return batch if sources is None else replace(batch, extras={**batch.extras, ROW_SOURCES: torch.from_numpy(sources)})
 
 
 def _strangest(record: Record) -> int:
@@ -156,7 +168,9 @@ class BatchStream:
 
     def named(self, first: int, stop: int) -> list[tuple[Samples, int]]:
         """The samples at these places of the run, whichever ranks consume them."""
-        sources, samples = self._order.sample(np.arange(first, stop))
+        return self._rows(*self._order.sample(np.arange(first, stop)))
+
+    def _rows(self, sources: np.ndarray, samples: np.ndarray) -> list[tuple[Samples, int]]:
         return [(self._samples[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
 
     def of_all_ranks(self, first: int, stop: int) -> list[Batch]:
@@ -166,10 +180,8 @@ class BatchStream:
         Raises:
             UserError: a sample cannot be read.
         """
-        size, rows = self._shape.micro_batch, self.named(first, stop)
-        drawn = [(self._order.seed, place) for place in range(first, stop)]
-        cuts = [slice(at, at + size) for at in range(0, stop - first, size)]
-        return [make_batch(rows[cut], self._shape, drawn[cut]) for cut in cuts]
+        size = self._shape.micro_batch
+        return [self._batch(np.arange(at, min(at + size, stop)))[0] for at in range(first, stop, size)]
 
     def drawn(self) -> dict[str, int]:
         """Samples consumed so far from each source, by the path of its store."""
@@ -189,13 +201,18 @@ class BatchStream:
         shape = self._shape
         micro_batches, ledger = [], 0
         for micro in range(shape.accumulation):
-            positions = first + np.array(shape.rows(self._ranks, micro))
-            sources, samples = self._order.sample(positions)
-            rows = [(self._samples[k], int(sample)) for k, sample in zip(sources, samples, strict=True)]
-            drawn = [(self._order.seed, int(position)) for position in positions]
-            micro_batches.append(make_batch(rows, shape, drawn).pinned(self._ranks.device))
-            ledger = (ledger + digest(positions, sample_ids(sources, samples))) % 2**64
+            batch, own = self._batch(first + np.array(shape.rows(self._ranks, micro)))
+            micro_batches.append(batch.pinned(self._ranks.device))
+            ledger = (ledger + own) % 2**64
         return StepBatch(tuple(micro_batches), first, first + shape.global_batch, ledger)
+
+    def _batch(self, places: np.ndarray) -> tuple[Batch, int]:
+        """The samples at these places of the run as a micro batch, and their digest."""
+        sources, samples = self._order.sample(places)
+        rows = self._rows(sources, samples)
+        drawn = [(self._order.seed, int(place)) for place in places]
+        several = sources if len(self._samples) > 1 else None
+        return make_batch(rows, self._shape, drawn, several), digest(places, sample_ids(sources, samples))
 
 
 def evaluation_batches(

@@ -7,7 +7,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -34,20 +34,10 @@ from ..optim.schedule import learning_rate
 from ..plan.plan import Plan
 from ..ranks.mpu import Mpu
 from ..ranks.ranks import Ranks
-from ..run.state import StepOutput
+from ..run.state import EvalSums, StepOutput
 from .bad_steps import BadSteps
 from .coming import Agreed, Coming
 from .pace import Pace
-
-
-@dataclass(frozen=True)
-class EvalSums:
-    """What all ranks together found on held-out batches: sums, and the weight to divide them by."""
-
-    loss: float
-    weight: float
-    tokens: int  # that carry loss
-    metrics: dict[str, float]
 
 
 class Engine(ABC):
@@ -101,7 +91,7 @@ class Engine(ABC):
         started, agreed = time.perf_counter(), self._agreed
         self.pace.begin(step)
         if agreed is None or agreed.coming.first != stream.samples_consumed:  # the first step of this process
-            coming = Coming.of(stream, self.ranks, self.objective)
+            coming = Coming.of(stream, self.ranks, self.objective, len(self.plan.sources))
             agreed = Agreed(coming, self.ranks.all_sum(coming.numbers))
         waited = time.perf_counter() - started
         batch, totals = agreed.take(stream, self.ranks)
@@ -112,11 +102,12 @@ class Engine(ABC):
         sums, coming, more = self._own(sums), None, 0.0
         if step + 1 < self.plan.total_steps:
             before = time.perf_counter()
-            coming = Coming.of(stream, self.ranks, self.objective)
+            coming = Coming.of(stream, self.ranks, self.objective, len(self.plan.sources))
             more = time.perf_counter() - before
         numbers = () if coming is None else coming.numbers
         found = self.ranks.all_sum(sums, heard, [stop, save, *numbers])
-        (loss, *metrics), routed, (stopped, saving, *rest) = stretches(found, len(sums), len(heard))
+        (loss, *more_sums), routed, (stopped, saving, *rest) = stretches(found, len(sums), len(heard))
+        metrics, of_sources = stretches(more_sums, len(self.objective.metrics))
         self._agreed = None if coming is None else Agreed(coming, rest)
         loss += 0.0 if self.routers is None else self.routers.cost(routed)
         loss, norm = loss / totals.weight, None if norm is None else float(norm)
@@ -136,6 +127,7 @@ class Engine(ABC):
             bad=known or self.bad_steps.left_out(loss, norm, applied),
             loss_scale=float(self.deepspeed.optimizer.loss_scale) if self.plan.precision.name == "fp16" else None,
             metrics={name: m / totals.weight for name, m in zip(self.objective.metrics, metrics, strict=True)},
+            sources=totals.by_source(self.plan.sources, of_sources),
             routed={} if self.routers is None or known else self._routed(routed, totals.tokens, applied),
             fared=self.pace.told(step, waited + more),
         )
@@ -152,6 +144,7 @@ class Engine(ABC):
     def evaluate(self, micro_batches: Iterable[Batch]) -> EvalSums:
         """The objective's sums over all ranks' batches, without gradients."""
         sums, weight, tokens = self._vector(None), 0.0, 0
+        names = self.objective.metrics
         for micro in micro_batches:
             losses = self.token_losses(micro)
             self.pulse.beat()
@@ -159,8 +152,9 @@ class Engine(ABC):
                 sums += self._vector(self.objective.loss(micro.to(self.ranks.device), losses))
             weight, tokens = weight + self.objective.weight(micro), tokens + micro.tokens
         mine = [weight, float(tokens)] if self.ranks.reads_samples else [0.0, 0.0]
-        loss, *metrics, weight, all_tokens = self.ranks.all_sum(self._own(sums), mine)
-        return EvalSums(loss, weight, int(all_tokens), dict(zip(self.objective.metrics, metrics, strict=True)))
+        found = self.ranks.all_sum(self._own(sums), mine)
+        (loss, *metrics), _, (weight, all_tokens) = stretches(found, 1 + len(names), len(self.plan.sources))
+        return EvalSums(loss, weight, int(all_tokens), dict(zip(names, metrics, strict=True)))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by Hugging Face name, sorted, tied ones once; each carries `.spec`."""
@@ -210,12 +204,23 @@ class Engine(ABC):
             return Live(self.deepspeed, named, self.ranks, list(kept_buffers(self.module)))
         return Live(self.deepspeed, [(name, p) for name, p in named if adapter.owns(name)], self.ranks)
 
+    def _loss(self, batch: Batch, token_losses: Tensor) -> LossSum:
+        """The objective's, of a micro batch in training; with what each source of a mixture adds."""
+        loss = self.objective.loss(batch, token_losses)
+        if not self.plan.sources:
+            return loss
+        return replace(loss, sources=batch.by_source(token_losses.detach(), len(self.plan.sources)))
+
     def _vector(self, loss: LossSum | None) -> Tensor:
-        """Loss sum and metric sums in float64, on the device: they are waited for once a step."""
+        """Sums of loss, metrics and sources in float64, on the device: they are waited for once a step."""
         names = self.objective.metrics
-        if loss is None:
-            return torch.zeros(1 + len(names), dtype=torch.float64, device=self.ranks.device)
-        return torch.stack([loss.sum.detach(), *(loss.metrics[name].detach() for name in names)]).double()
+        sums = torch.zeros(1 + len(names) + len(self.plan.sources), dtype=torch.float64, device=self.ranks.device)
+        if loss is not None:
+            own = torch.stack([loss.sum.detach(), *(loss.metrics[name].detach() for name in names)]).double()
+            sums[: len(own)] = own
+            if loss.sources is not None:
+                sums[len(own) :] = loss.sources
+        return sums
 
     def _own(self, sums: Tensor) -> Tensor:
         """What this rank adds to the sums over all ranks: those of a tensor or sequence group computed the same."""

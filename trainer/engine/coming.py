@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...data_prep.errors import UserError, as_user_error
 from ..data.batches import BatchStream, StepBatch
+from ..data.labels import IGNORE
 from ..data.ledger import join, split
 from ..objectives.base import Objective
 from ..ranks.ranks import Ranks
-
-NUMBERS = 5  # of a coming batch that are summed over all ranks
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,26 @@ class Coming:
     first: int  # of the stream's samples
     batch: StepBatch | None
     problem: str | None
-    numbers: tuple[float, ...]  # to be summed over all ranks: failed or not, weight, tokens, ledger (two)
+    # to be summed over all ranks: failed or not, weight, tokens, ledger (two), tokens of each source
+    numbers: tuple[float, ...]
 
     @classmethod
-    def of(cls, stream: BatchStream, ranks: Ranks, objective: Objective) -> Coming:
-        """Waits until the batch is read."""
+    def of(cls, stream: BatchStream, ranks: Ranks, objective: Objective, sources: int = 0) -> Coming:
+        """Waits until the batch is read. `sources`: of a mixture, whose tokens are counted."""
         first = stream.samples_consumed
+        nothing = [0.0] * (4 + sources)
         try:
             batch = stream.ahead()
         except (UserError, OSError, MemoryError) as error:
             told = str(error) if isinstance(error, UserError) else str(as_user_error(error, "cannot read the data"))
-            return cls(first, None, told, (1.0, 0.0, 0.0, 0.0, 0.0))
-        mine = [0.0] * 4
-        if ranks.reads_samples:
-            weight = sum(objective.weight(micro) for micro in batch.micro_batches)
-            mine = [weight, float(batch.tokens), *split(batch.ledger)]
+            return cls(first, None, told, (1.0, *nothing))
+        if not ranks.reads_samples:
+            return cls(first, batch, None, (0.0, *nothing))
+        weight = sum(objective.weight(micro) for micro in batch.micro_batches)
+        of_sources = np.zeros(sources)
+        for micro in batch.micro_batches if sources else ():
+            of_sources += micro.by_source(micro.labels != IGNORE, sources).numpy()
+        mine = weight, float(batch.tokens), *split(batch.ledger), *of_sources.tolist()
         return cls(first, batch, None, (0.0, *mine))
 
 
@@ -48,6 +54,12 @@ class StepTotals:
     weight: float  # of the global batch, by the objective
     tokens: int
     ledger: int
+    sources: tuple[int, ...] = ()  # tokens of each source of a mixture
+
+    def by_source(self, names: Sequence[str], nats: Sequence[float]) -> dict[str, tuple[float, int]]:
+        """Loss and tokens of each source that has any in the step."""
+        found = zip(names, nats, self.sources, strict=True)
+        return {name: (own / tokens, tokens) for name, own, tokens in found if tokens}
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Agreed:
         Raises:
             UserError: on every rank, where one of them cannot read its data, or no sample carries loss.
         """
-        failed, weight, tokens, low, high = self.sums
+        failed, weight, tokens, low, high, *sources = self.sums
         if failed:
             ranks.raise_together(self.coming.problem)
         batch = stream.next_step()
@@ -72,4 +84,4 @@ class Agreed:
                 f"samples {batch.first} to {batch.stop - 1} hold nothing to train on: every label is masked; look at "
                 "them with `zeropipe inspect`, or use a larger batch.global"
             )
-        return batch, StepTotals(weight, int(tokens), join([low, high]))
+        return batch, StepTotals(weight, int(tokens), join([low, high]), tuple(map(int, sources)))

@@ -86,7 +86,7 @@ class PipelineEngine(Engine):
         """The objective's loss of a micro batch in training, on the last stage; its sums are kept."""
         labels, *extras = tensors  # the inputs went to the first stage
         batch = Batch(labels, labels, None, dict(zip(self._extras, extras, strict=True)))
-        loss = self.objective.loss(batch, token_losses)
+        loss = self._loss(batch, token_losses)
         self._sums += self._vector(loss)
         return loss.sum
 

@@ -100,7 +100,7 @@ class ZeroEngine(Engine):
         with noisy(self._embedding, noise):
             # labels and positions as they are on the host: what the model looks up in them, it need not wait for
             losses = self.deepspeed(moved.input_ids, micro.labels, micro.position_ids)
-        return self.objective.loss(moved, losses)
+        return self._loss(moved, losses)
 
     def _unpartitioned_norm(self) -> Tensor | None:
         """Norm of the reduced gradients at stage 0 in fp32, where DeepSpeed does not keep it."""

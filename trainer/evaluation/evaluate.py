@@ -14,6 +14,7 @@ from ...data_prep.errors import UserError
 from ..objectives.base import Objective
 from ..objectives.registry import objective_of
 from .baselines import Entropies, HeldOut
+from .breakdown import Breakdown
 from .text_bytes import byte_lengths
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Evaluation:
     result: EvalResult
     bytes_are_exact: bool
     entropies: Entropies | None
+    breakdown: Breakdown | None = None  # where the loss is nats per token
 
 
 def token_bytes(tokenizer: str | Path | None, samples: Sequence[Samples], vocab_size: int) -> np.ndarray | None:
@@ -130,7 +132,7 @@ def evaluate_model(
     Raises:
         UserError: nothing to evaluate on, or a token id beyond the model's vocabulary.
     """
-    vocab_size = model.config.vocab_size
+    vocab_size, breakdown = model.config.vocab_size, Breakdown(data.samples)
     check_context(model, data.seq_len)
     lengths = token_bytes(data.tokenizer, data.samples, vocab_size)
     held_out = HeldOut(vocab_size)
@@ -141,7 +143,9 @@ def evaluate_model(
     rows = min(32, max(1, LOGIT_BYTES // (4 * data.seq_len * vocab_size)))
     for batch in held_out_batches(data, batches, rows, vocab_size):
         ids, labels = batch.input_ids.numpy(), batch.labels.numpy()
-        sums += loss_sums(model, batch, objective)
+        nats = nats_of(model, batch)
+        sums += loss_sums(model, batch, objective, nats)
+        breakdown.add(batch, nats.cpu().numpy())
         weight, tokens = weight + objective.weight(batch), tokens + batch.tokens
         held_out.add(ids, labels)
         if lengths is not None:
@@ -155,7 +159,9 @@ def evaluate_model(
     named = dict(zip(objective.metrics, metrics, strict=True))
     exact = lengths is not None and lengths.dtype == np.int64
     result = EvalResult(loss, tokens, per_token, named, objective.per_token)
-    return Evaluation(data.name, result, exact, yardsticks(held_out, data.train) if objective.per_token else None)
+    if not objective.per_token:
+        return Evaluation(data.name, result, exact, None)
+    return Evaluation(data.name, result, exact, yardsticks(held_out, data.train), breakdown)
 
 
 def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_size: int) -> Iterator[Batch]:
@@ -170,10 +176,9 @@ def held_out_batches(data: HeldOutData, batches: int | None, rows: int, vocab_si
     return evaluation_batches(data.samples, shape, Ranks(), batches)
 
 
-def loss_sums(model: Any, batch: Batch, objective: Objective) -> np.ndarray:
-    """The objective's loss and metrics summed over a batch, from logits in fp32."""
-    batch = batch.to(model.device)
-    found = objective.loss(batch, nats_of(model, batch))
+def loss_sums(model: Any, batch: Batch, objective: Objective, nats: Tensor) -> np.ndarray:
+    """The objective's loss and metrics summed over a batch, of whose labels the model needs so many `nats`."""
+    found = objective.loss(batch.to(model.device), nats)
     return np.array([float(found.sum), *(float(found.metrics[name]) for name in objective.metrics)])
 
 
@@ -184,6 +189,7 @@ def nats_of(model: Any, batch: Batch) -> Tensor:
 
     from ..data.labels import IGNORE
 
+    batch = batch.to(model.device)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         flat = logits.flatten(0, 1).float()
@@ -202,8 +208,8 @@ def compared(data: HeldOutData, reference: Any) -> HeldOutData:
         found = np.zeros((len(packs.lengths), 2), np.float32)
         for batch in held_out_batches(replace(data, samples=[packs]), None, 8, reference.config.vocab_size):
             numbers = batch.extras["numbers"].numpy()
-            there = batch.to(reference.device)
-            found[numbers // 2, numbers % 2] = text_sums(there, -nats_of(reference, there)).cpu().numpy()
+            sums = text_sums(batch.to(reference.device), -nats_of(reference, batch))
+            found[numbers // 2, numbers % 2] = sums.cpu().numpy()
         samples.append(replace(packs, reference=found))
     return replace(data, samples=samples)
 

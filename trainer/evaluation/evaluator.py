@@ -16,6 +16,7 @@ from ..run.data import RunData
 from ..run.state import TrainState
 from .answers import Answers
 from .evaluate import EvalResult, token_bytes
+from .task_rounds import TaskRounds
 
 
 class Evaluator:
@@ -29,7 +30,7 @@ class Evaluator:
             name: engine.ranks.together(lambda own=own: token_bytes(plan.recipe.tokenizer, own, plan.vocab_size))
             for name, own in data.held_out.items()
         }  # UTF-8 bytes of each token
-        self.answers = Answers(engine, data, log)
+        self.answers, self.tasks = Answers(engine, data, log), TaskRounds(engine, data, log)
 
     def run_if_due(self, state: TrainState) -> None:
         """Collective.
@@ -42,6 +43,8 @@ class Evaluator:
             return
         with self.engine.pulse.during(EVALUATION):
             self._run(state)
+            if (state.step // every) % self.engine.plan.recipe.eval.task_every == 0 or state.done:
+                self.tasks.run(state.step)
 
     def _run(self, state: TrainState) -> None:
         for name, samples in self.data.held_out.items():

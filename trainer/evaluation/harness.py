@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from ...data_prep.errors import UserError
 from ...data_prep.lock import LockedError, lock_file
@@ -33,6 +37,15 @@ class TaskResult:
         """The fields of a record, beside its kind and step."""
         return {"task": self.task, "samples": self.samples, "shots": self.shots, **self.metrics}
 
+    def __str__(self) -> str:
+        found = []
+        for name, value in self.metrics.items():
+            metric, _, kept = name.partition(",")
+            if not metric.endswith("_stderr"):
+                error = self.metrics.get(f"{metric}_stderr,{kept}")
+                found.append(f"{metric} {value:.4f}{'' if error is None else f' ± {error:.4f}'}")
+        return f"{self.task}: {', '.join(found)} ({self.samples:,} samples, {self.shots} shots)"
+
 
 def run_tasks(
     model: Any,
@@ -52,26 +65,82 @@ def run_tasks(
     Raises:
         UserError: the harness is missing, or a task is not known or cannot be loaded.
     """
-    try:
-        lm_eval: Any = import_module("lm_eval")
-        models: Any = import_module("lm_eval.models.huggingface")
-        catalogue: Any = import_module("lm_eval.tasks")
-    except ImportError:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install 'zeropipe[tasks]'") from None
     if tokenizer is None:
         raise UserError("--tasks: are texts, and no tokenizer was found for this model")
+    own = part("models.huggingface", "--tasks").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return ask_tasks(own, tasks, "--tasks", shots, limit)
+
+
+def part(name: str, said: str) -> Any:
+    """A module of the harness. UserError where it is not installed. `said`: by what the user asked for it."""
+    try:
+        return import_module(f"lm_eval.{name}")
+    except ImportError:
+        raise UserError(f"{said}: needs lm-evaluation-harness: pip install 'zeropipe[tasks]'") from None
+
+
+def ask_tasks(
+    own: Any, tasks: Sequence[str], said: str, shots: int | None = None, limit: int | None = None, draws: int = 100_000
+) -> list[TaskResult]:
+    """Evaluates one of the harness's own kind of models. Other arguments and errors: as `run_tasks`.
+
+    Args:
+        said: by what the user asked for it.
+        draws: of a bootstrap, by which standard errors are found that no formula gives.
+    """
+    with asking(tasks, said) as (named, manager):
+        found: Any = part("evaluator", said).simple_evaluate(
+            own,
+            tasks=named,
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=draws,
+        )
+    return [_result(name, values, found) for name, values in sorted(found["results"].items())]
+
+
+def load_tasks(tasks: Sequence[str], said: str) -> None:
+    """Loads the tasks, their data too.
+
+    Raises:
+        UserError: as `run_tasks`; or one of them generates text.
+    """
+    with asking(tasks, said) as (named, manager):
+        found = part("tasks", said).get_task_dict(named, manager)
+    for name, task in _leaves(found):
+        if task.OUTPUT_TYPE == "generate_until":
+            raise UserError(
+                f"{said}: {name} generates text, of which each token is a forward pass of all ranks; ask it of the run "
+                f"afterwards: zeropipe eval RUN --tasks {name}"
+            )
+
+
+def _leaves(found: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The tasks in what may be groups of groups of them."""
+    for name, task in found.items():
+        if isinstance(task, Mapping):
+            yield from _leaves(task)
+        else:
+            yield str(name), task
+
+
+@contextlib.contextmanager
+def asking(tasks: Sequence[str], said: str) -> Iterator[tuple[list[str | dict[str, Any]], Any]]:
+    """Tasks as the harness takes them, and its manager; what it says against them is a UserError. Its bars are shown
+    on a terminal alone.
+    """
     files = [task for task in tasks if is_file(task)]
-    manager = catalogue.TaskManager(include_defaults=len(files) < len(tasks))
-    named: list[str | dict[str, Any]] = [read_task(Path(task)) if task in files else task for task in tasks]
-    own = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    manager = part("tasks", said).TaskManager(include_defaults=len(files) < len(tasks))
+    named: list[str | dict[str, Any]] = [read_task(Path(task), said) if task in files else task for task in tasks]
+    hidden = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with offline(len(files) == len(tasks)):
         try:
-            found: Any = lm_eval.simple_evaluate(
-                own, tasks=named, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
-            )
-        except (KeyError, ValueError, OSError) as error:
-            raise UserError(f"--tasks {' '.join(tasks)}: the harness says: {error}") from error
-    return [_result(name, values, found) for name, values in sorted(found["results"].items())]
+            with hidden:
+                yield named, manager
+        except (KeyError, ValueError, TypeError, OSError, TemplateError) as error:
+            raise UserError(f"{said} {' '.join(tasks)}: the harness says: {error}") from error
 
 
 def is_file(task: str) -> bool:
@@ -79,7 +148,7 @@ def is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def read_task(path: Path) -> dict[str, Any]:
+def read_task(path: Path, said: str) -> dict[str, Any]:
     """A task file as the harness takes it; files of data that it names by relative paths are looked for beside it.
 
     Raises:
@@ -88,7 +157,7 @@ def read_task(path: Path) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_file():
-        raise UserError(f"--tasks {path}: no such file")
+        raise UserError(f"{said} {path}: no such file")
     try:
         config = load_yaml(path)
     except Exception as error:  # yaml's, and those of what it includes
@@ -149,16 +218,3 @@ def record_tasks(run: Path, step: int, results: Sequence[TaskResult]) -> None:
             file.write(json.dumps(stamped) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def tasks_text(results: Sequence[TaskResult]) -> str:
-    """A few lines for people."""
-    lines = []
-    for result in results:
-        lines.append(f"{result.task}: {result.samples:,} samples, {result.shots} shots")
-        for name, value in result.metrics.items():
-            metric, _, kept = name.partition(",")
-            if not metric.endswith("_stderr"):
-                error = result.metrics.get(f"{metric}_stderr,{kept}")
-                lines.append(f"  {metric:<14} {value:.4f}{'' if error is None else f' ± {error:.4f}'}")
-    return "\n".join(lines)

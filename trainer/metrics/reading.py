@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import orjson
 from ...data_prep.errors import UserError
 from ..sinks.jsonl import METRICS
 
+SOURCE = "source/"  # in a step's record: source/NAME/loss and source/NAME/tokens of each source of a mixture
 REWIND = "rewind"  # the event of a run that goes back; what follows has an id of its own, as after a resume
 
 
@@ -49,9 +50,14 @@ def read_metrics(run_directory: str | Path) -> list[dict[str, Any]]:
     Where a run was resumed from step S, what earlier process groups recorded beyond S is left out, as are all earlier
     records where it was started afresh.
     """
+    return counting(read_lines(run_directory))
+
+
+def counting(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all lines of a record, those that count."""
     kept: list[dict[str, Any]] = []
     run = None
-    for record in read_lines(run_directory):
+    for record in lines:
         if record["run"] != run:
             run = record["run"]
             base = resumed_from(record)

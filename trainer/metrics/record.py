@@ -26,7 +26,7 @@ from ..sinks.base import Sink, SinkSettings
 from ..sinks.console import duration
 from ..sinks.registry import ALWAYS, SINKS
 from .fared import by_host
-from .reading import begun_as, resumed_from
+from .reading import SOURCE, begun_as, resumed_from
 
 _DOING = "the run's record cannot be written"
 
@@ -82,6 +82,11 @@ class RunLog:
             **({} if output.applied else {"applied": False}),
             **({} if output.loss_scale is None else {"loss_scale": output.loss_scale}),
             **output.metrics,
+            **{
+                f"{SOURCE}{name}/{key}": value
+                for name, own in output.sources.items()
+                for key, value in zip(("loss", "tokens"), own, strict=True)
+            },
             **{name: value for name, value in output.routed.items() if self._shows(state.step, value)},
         }
         self._attempt({"kind": "train", "step": state.step, **record})
@@ -99,6 +104,10 @@ class RunLog:
     def eval(self, step: int, split: str, measured: Mapping[str, Any], message: str) -> None:
         """Records an evaluation; `measured` goes into the record as it is (plain JSON values)."""
         self._attempt({"kind": "eval", "step": step, "split": split, **measured}, message)
+
+    def task(self, step: int, measured: Mapping[str, Any], message: str) -> None:
+        """Records what the model reached at a task; `measured` as of `eval`."""
+        self._attempt({"kind": "task", "step": step, **measured}, message)
 
     def event(self, event: str, step: int, message: str | None = None, **fields: Any) -> None:
         """Records something that is not a step (save, stop …); what has been written so far is forced to disk."""
@@ -125,11 +134,11 @@ class RunLog:
     def _start(self, event: str, step: int, message: str | None, fields: Mapping[str, Any]) -> None:
         plan = self.plan
         facts = {"total_steps": plan.total_steps, "layout": vars(plan.layout), "hosts": self.hosts}
+        facts |= {"sources": list(plan.sources)} if plan.sources else {}
         planned = {
             "positions": plan.positions,
             "memory": None if plan.memory is None else plan.memory.peak,
-            "model_config": plan.model_config,
-            "seq_len": plan.seq_len,
+            "token_flops": plan.token_flops,
             "computes_in": plan.precision.products,
         }
         record = {"kind": "event", "event": event, "step": step, **fields, **facts, "planned": planned}

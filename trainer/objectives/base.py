@@ -25,6 +25,7 @@ class LossSum:
 
     sum: Tensor  # fp32 scalar, differentiable
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # sums as well: scalars, by `Objective.metrics`
+    sources: Tensor | None = None  # float64 [sources], nats of each source of a mixture: filled in by the engine
 
 
 class Objective(Protocol):

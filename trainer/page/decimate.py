@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 
@@ -14,18 +12,23 @@ def kept(values: np.ndarray, points: int) -> np.ndarray:
     """
     if len(values) <= points:
         return np.arange(len(values))
-    stretches = max(1, (points - 2) // 3)
-    edges = np.linspace(0, len(values), stretches + 1).astype(int)
-    chosen = {0, len(values) - 1}
-    finite = np.isfinite(values)
-    for first, stop in pairwise(edges):
-        own, fine = values[first:stop], finite[first:stop]
-        if not fine.all():
-            chosen.add(int(first + np.argmin(fine)))
-        if fine.any():
-            chosen.add(int(first + np.argmin(np.where(fine, own, np.inf))))
-            chosen.add(int(first + np.argmax(np.where(fine, own, -np.inf))))
-    return np.array(sorted(chosen))
+    wanted = max(1, (points - 2) // (2 if np.isfinite(values).all() else 3))
+    length = -(-len(values) // wanted)
+    stretches = -(-len(values) // length)
+    padded = np.full(stretches * length, np.nan)
+    padded[: len(values)] = values
+    table = padded.reshape(stretches, length)
+    fine = np.isfinite(table)
+    there = np.arange(table.size).reshape(table.shape) < len(values)
+    first = np.arange(stretches) * length
+    chosen = [np.array([0, len(values) - 1])]
+    for found, of in (
+        (np.where(fine, table, np.inf).argmin(1), fine),
+        (np.where(fine, table, -np.inf).argmax(1), fine),
+        ((there & ~fine).argmax(1), there & ~fine),
+    ):
+        chosen.append((first + found)[of.any(1)])
+    return np.unique(np.concatenate(chosen))
 
 
 def rounded(values: np.ndarray, digits: int = 5) -> list[float | None]:

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 
 from ...data_prep.errors import UserError
-from ..metrics.reading import read_metrics
+from ..metrics.reading import counting, read_lines
 from ..sinks.jsonl import METRICS
 from .collect import collect
 from .page import MOST_RUNS, points_of
@@ -96,13 +96,14 @@ class LiveRuns:
 
 def _collected(run: Path, points: int) -> dict[str, Any]:
     try:
-        records = read_metrics(run)
-        return {**collect(run, points, records), "records": _tail(records)}
+        lines = list(read_lines(run))
+        return {**collect(run, points, lines), "records": _tail(counting(lines))}
     except UserError as error:
         empty = {
             "figures": [],
             "marks": {},
             "facts": [],
+            "tasks": [],
             "answers": [],
             "recipe": {},
             "deepspeed": {},

@@ -4,6 +4,8 @@
   let RUNS = [];
   const LIGHT = ["#0b57a4", "#b3400a", "#0f7a4f", "#8a2a9b", "#8a6100", "#b3174b", "#006d7a", "#4b4fbf", "#5c6b00", "#6b4a3a"];
   const DARK = ["#6fb4ff", "#ff9d5c", "#5fd6a0", "#dd94f0", "#f0c04a", "#ff8fb0", "#5cd3e0", "#aab0ff", "#c4d45a", "#d8b09c"];
+  const MOST_ROWS = 300;
+  const DOTTED = 120;  // points of a line, at most, for each to have a dot
   const DASHES = [[], [6, 4], [2, 3], [10, 4, 2, 4], [1, 5]];
   const KINDS = { resume: "resumes", rewind: "rewinds", skip: "skipped samples", save: "saves", failed: "faults" };
   const MARK_COLOURS = { resume: "#2f8f4e", rewind: "#a86f00", skip: "#8a5cd6", save: "#8a949e", failed: "#d0342c" };
@@ -69,7 +71,7 @@
       if (state.log) y = y.map((value) => (value !== null && value > 0 ? value : null));
       return [x, y];
     });
-    return uPlot.join(tables.map((table) => table), tables.map((table) => table.map(() => 1)));
+    return [tables, uPlot.join(tables, tables.map((table) => table.map(() => 1)))];
   };
   const drawMarks = (plot) => {
     const { ctx, bbox } = plot;
@@ -93,7 +95,7 @@
   const zoom = (low, high) => {
     state.range = low === null ? null : [low, high];
     for (const { plot } of charts) {
-      const x = plot.data[0];
+      const x = plot ? plot.data[0] : [];
       if (!x.length) continue;
       plot.setScale("x", state.range ? { min: low, max: high } : { min: x[0], max: x[x.length - 1] });
     }
@@ -107,7 +109,7 @@
       axes: [{ ...axis, values: (_, ticks) => ticks.map(short) }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
       series: [{}, ...chart.figure.lines.map((line) => ({
         label: line.label, show: state.shown[line.run], stroke: colour(line.run), width: line.dots ? 2 : 1.5, dash: DASHES[line.dash % DASHES.length],
-        spanGaps: true, points: { show: line.dots, size: 5 },
+        spanGaps: true, points: { show: line.dots && line.x.length <= DOTTED, size: 5 },
       }))],
       hooks: {
         drawClear: [drawMarks],
@@ -121,23 +123,29 @@
       },
     };
   };
+  const nearest = ([xs, ys], x) => {
+    let low = 0, high = xs.length - 1;
+    while (high - low > 1) { const middle = (low + high) >> 1; if (xs[middle] <= x) low = middle; else high = middle; }
+    return ys[x - xs[low] <= xs[high] - x ? low : high];
+  };
   const tell = (chart, plot) => {
     const at = plot.cursor.idx;
     if (at === null || at === undefined) { chart.at.textContent = ""; return; }
-    const said = [`${$("axis").selectedOptions[0].textContent} ${short(plot.data[0][at])}`];
+    const x = plot.data[0][at], said = [`${$("axis").selectedOptions[0].textContent} ${short(x)}`];
     chart.figure.lines.forEach((line, number) => {
       if (!state.shown[line.run]) return;
-      let near = at;  // the lines of a figure have points at places of their own
-      const column = plot.data[number + 1];
-      for (let away = 0; away < 60 && (column[near] === null || column[near] === undefined); away++) near = at + (away % 2 ? -1 : 1) * ((away >> 1) + 1);
-      if (column[near] !== null && column[near] !== undefined) said.push(`${RUNS.length > 1 ? RUNS[line.run].name + " " : ""}${line.label} ${short(column[near])}`);
+      const value = nearest(chart.tables[number], x);  // the lines of a figure have points at places of their own
+      if (value !== null) said.push(`${RUNS.length > 1 ? RUNS[line.run].name + " " : ""}${line.label} ${short(value)}`);
     });
     chart.at.textContent = said.join(" · ");
   };
   const draw = (chart) => {
     const started = chart.plot;
     if (started) started.destroy();
-    chart.plot = new uPlot(options(chart), data(chart.figure), chart.box);
+    chart.stale = false;
+    const [tables, joined] = data(chart.figure);
+    chart.tables = tables;
+    chart.plot = new uPlot(options(chart), joined, chart.box);
     chart.plot.over.addEventListener("dblclick", () => zoom(null, null));
     chart.plot.root.querySelectorAll("canvas").forEach((canvas) => canvas.setAttribute("aria-hidden", "true"));
     if (state.range) chart.plot.setScale("x", { min: state.range[0], max: state.range[1] });
@@ -160,7 +168,20 @@
     }
     return items;
   };
-  const redraw = () => charts.forEach(draw);
+  // what is on the screen at once, the rest one by one when the browser has time
+  let coming = 0;
+  const seen = (chart) => { const { top, bottom } = chart.section.getBoundingClientRect(); return bottom > 0 && top < innerHeight; };
+  const later = () => {
+    clearTimeout(coming);
+    const next = charts.find((chart) => chart.stale);
+    document.documentElement.toggleAttribute("data-drawn", !next);
+    if (next) coming = setTimeout(() => { if (next.stale) draw(next); later(); });
+  };
+  const redraw = () => {
+    charts.forEach((chart) => { chart.stale = true; });
+    charts.filter(seen).forEach(draw);
+    later();
+  };
 
   const table = (caption, heads, rows, differs = () => false) => {
     const body = make("tbody");
@@ -193,6 +214,7 @@
     details.addEventListener("toggle", () => tables(own));
     const heading = make("h2", {}, figure.title, " ", make("span", { class: "unit" }, figure.unit));
     box.addEventListener("keydown", (event) => {
+      if (!own.plot) return;
       const plot = own.plot, { min, max } = plot.scales.x, x = plot.data[0];
       const at = plot.cursor.idx ?? 0;
       if (event.key === "ArrowLeft" || event.key === "ArrowRight") {
@@ -215,10 +237,14 @@
 
   const sections = () => {
     const marks = RUNS.flatMap((run) => Object.entries(run.marks).flatMap(([kind, own]) => own.map((mark) => [mark.step, KINDS[kind], run.name, mark.said])));
-    marks.sort((a, b) => a[0] - b[0]);
-    for (const id of ["marks", "facts", "answers", "recipe", "environment"]) $(id).replaceChildren();
-    $("marks").append(marks.length ? table("What happened, by step", ["step", "what", "run", "more"], marks.map((row) => row.map((cell, place) => (place ? cell : String(cell))))) : "Nothing but steps.");
+    // saves are many and alike: they give way first, the oldest of them before the others
+    const listed = marks.sort((a, b) => (a[1] === KINDS.save) - (b[1] === KINDS.save) || b[0] - a[0]).slice(0, MOST_ROWS).sort((a, b) => a[0] - b[0]);
+    const title = `What happened, by step${listed.length < marks.length ? `: ${listed.length} of ${marks.length}` : ""}`;
+    for (const id of ["marks", "facts", "tasks", "answers", "recipe", "environment"]) $(id).replaceChildren();
+    $("marks").append(marks.length ? table(title, ["step", "what", "run", "more"], listed.map((row) => row.map((cell, place) => (place ? cell : String(cell))))) : "Nothing but steps.");
     RUNS.forEach((run) => $("facts").append(table(run.name, ["what", "planned", "measured"], run.facts)));
+    const tasks = RUNS.filter((run) => run.tasks.length).map((run) => table(run.name, ["step", "task", "metric", "reached", "samples"], run.tasks));
+    $("tasks").append(...(tasks.length ? tasks : ["None (eval.tasks, or zeropipe eval RUN --tasks)."]));
     const answers = RUNS.flatMap((run) => run.answers.map((own) => table(`${run.name}: ${own.prompt}`, ["step", "answer"], own.answers.map((one) => [String(one.step), one.answer]))));
     $("answers").append(...(answers.length ? answers : ["No prompts (eval.prompts)."]));
     for (const [name, title] of [["recipe", "Recipe"], ["deepspeed", "DeepSpeed JSON"]]) {
@@ -273,7 +299,7 @@
     $("mark-kinds").hidden = $("mark-kinds").children.length === 1;
     $("state").replaceChildren(...RUNS.filter((run) => run.state).map((run) => make("li", { class: run.state.kind }, `${run.name}: ${run.state.said}`)));
     gather();
-    charts.filter((chart) => !figures.has(chart.figure.key)).forEach((chart) => { chart.plot.destroy(); chart.section.remove(); charts.splice(charts.indexOf(chart), 1); });
+    charts.filter((chart) => !figures.has(chart.figure.key)).forEach((chart) => { chart.plot?.destroy(); chart.section.remove(); charts.splice(charts.indexOf(chart), 1); });
     figures.forEach((figure) => {
       const own = charts.find((chart) => chart.figure.key === figure.key);
       if (!own) { addChart(figure); return; }
@@ -299,10 +325,11 @@
   $("reset").addEventListener("click", () => zoom(null, null));
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { theme(); redraw(); });
+  addEventListener("beforeprint", () => charts.filter((chart) => chart.stale).forEach(draw));
   let width = innerWidth, waiting;
   addEventListener("resize", () => {
     if (innerWidth === width) return;
-    width = innerWidth; clearTimeout(waiting); waiting = setTimeout(() => charts.forEach((chart) => chart.plot.setSize({ width: Math.max(200, chart.box.clientWidth), height: 250 })), 100);
+    width = innerWidth; clearTimeout(waiting); waiting = setTimeout(() => charts.forEach((chart) => chart.plot?.setSize({ width: Math.max(200, chart.box.clientWidth), height: 250 })), 100);
   });
   window.zeropipe = { state, charts, zoom };
   document.documentElement.setAttribute("data-ready", "");

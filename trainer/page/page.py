@@ -11,8 +11,8 @@ from ...data_prep.durable import write_durably
 from ...data_prep.errors import UserError, as_user_error
 from .collect import collect
 
-_POINTS = 1500  # of a line, where one run is shown
-_ALL_POINTS = 6000  # of the lines of all runs together
+FIGURE_POINTS = 4500  # of a figure of one run
+ALL_POINTS = 9000  # of a figure of all runs together
 MOST_RUNS = 20
 
 
@@ -35,8 +35,8 @@ def write_page(runs: Sequence[str | Path], file: Path) -> int:
 
 
 def points_of(runs: int) -> int:
-    """Of a line, where so many runs are shown."""
-    return max(200, min(_POINTS, _ALL_POINTS // max(1, runs)))
+    """Of a figure, for each of so many runs."""
+    return min(FIGURE_POINTS, ALL_POINTS // max(1, runs))
 
 
 def page_of(runs: Sequence[object], live: bool = False) -> str:

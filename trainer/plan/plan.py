@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +25,7 @@ from ..objectives.registry import objective_of
 from ..recipe.errors import explain
 from ..recipe.precision import Precision
 from ..recipe.recipe import Recipe
+from ..recipe.sources import source_names
 from ..sinks.registry import check_sink
 from .deepspeed_json import fill_scheduler, reconcile
 from .layout import Layout
@@ -29,6 +33,7 @@ from .legality import check, layout_of
 from .memory import MemoryEstimate, estimate_memory
 from .model_config import resolve_model
 from .settings import BUCKET, Settings, read_settings
+from .work import model_flops, uncounted
 
 __all__ = ["Layout", "MemoryEstimate", "Plan", "make_plan"]
 
@@ -56,6 +61,17 @@ class Plan:
     parameters: int | None  # trained ones, vocabulary padded
     frozen: int  # parameters of the base of an adapter, as far as they are known
     memory: MemoryEstimate | None  # None where there is no parameter table for the family
+
+    @property
+    def token_flops(self) -> float | None:
+        """Floating-point operations of training on a token; None where they cannot be counted."""
+        return None if uncounted(self.model_config) else model_flops(self.model_config, self.seq_len)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of a mixture, whose losses each step tells apart; of a single source, none."""
+        train = self.recipe.data.train
+        return source_names(train) if len(train) > 1 and objective_of(self.recipe.objective).per_token else ()
 
     @property
     def positions(self) -> int:
@@ -130,6 +146,22 @@ def check_names(recipe: Recipe) -> None:
     adapter_of(recipe.adapter)
     for sink in recipe.log.sinks:
         check_sink(sink)
+    check_tasks(recipe.eval.tasks)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuses tasks that cannot be asked here.
+
+    Raises:
+        UserError: the harness is not installed, or a task file is missing.
+    """
+    if tasks and find_spec("lm_eval") is None:
+        raise UserError(
+            f"eval.tasks: needs lm-evaluation-harness, which {sys.executable} has not: pip install 'zeropipe[tasks]'"
+        )
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            raise UserError(f"eval.tasks {task}: no such file")
 
 
 def check_stores(recipe: Recipe, stores: Sequence[TokenStore]) -> None:

@@ -138,11 +138,19 @@ class Eval(_Section):
     """What the model is asked at each evaluation; its answers go into the log."""
     answer_tokens: Count = 48
     """The longest answer."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks of EleutherAI's lm-evaluation-harness (extra: tasks): names, or task files; none that generates text."""
+    task_every: Count = 1
+    """Evaluations from one round of tasks to the next; the last evaluation has one in any case."""
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Eval:
         if taken := sorted({"train", "valid", "test"} & self.sets.keys()):
             raise ValueError(f"sets.{taken[0]}: the name of a split of data; choose another")
+        if self.tasks and not self.every:
+            raise ValueError("tasks: nothing is evaluated where every is 0")
+        if "task_every" in self.model_fields_set and self.task_every > 1 and not self.tasks:
+            raise ValueError("task_every: there are no tasks")
         return self
 
 

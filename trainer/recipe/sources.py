@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -16,6 +18,17 @@ class WeightedStore(Section):
     """Share of the mixture, relative to the other sources."""
     license: str | None = None
     """Of the texts, such as CC-BY-SA-4.0: for the model card."""
+
+
+def source_names(stores: Sequence[WeightedStore]) -> tuple[str, ...]:
+    """What the sources of a mixture are called where people look at them: the shortest that tells them apart."""
+    paths = [str(own.store) for own in stores]
+    short = [PurePath(path).name for path in paths]
+    if len(set(short)) == len(short):
+        return tuple(short)
+    if len(set(paths)) == len(paths):
+        return tuple(paths)
+    return tuple(f"{path} #{number}" for number, path in enumerate(paths, 1))
 
 
 class Data(Section):

@@ -35,8 +35,19 @@ class StepOutput:
     bad: bool = False  # no update, since loss or gradient is no number, now or the first time these samples came
     loss_scale: float | None = None  # of fp16
     metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, divided by the weight too
+    sources: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # of a mixture's: loss, tokens that carry it
     routed: Mapping[str, Any] = field(default_factory=dict)  # of a mixture of experts: where its tokens went
     fared: tuple[Fared, ...] = ()  # by rank, on steps that people are shown
+
+
+@dataclass(frozen=True)
+class EvalSums:
+    """What all ranks together found on held-out batches: sums, and the weight to divide them by."""
+
+    loss: float
+    weight: float
+    tokens: int  # that carry loss
+    metrics: dict[str, float]
 
 
 @dataclass

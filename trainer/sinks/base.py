@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Takes one record of metrics.jsonl, in order.
 
         Args:
-            record: plain JSON values; `kind` is train, eval or event.
+            record: plain JSON values; `kind` is train, eval, task or event.
             message: what a person should read of it, where there is something.
 
         Raises:
@@ -65,9 +65,14 @@ def measurements(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The measurements of a record by the names that trackers show: train/loss, eval/valid_loss. None of an event."""
+    """The measurements of a record by the names that trackers show: train/loss, eval/valid_loss, task/arc_easy/acc.
+    None of an event.
+    """
     if record["kind"] == "event":
         return {}
+    if record["kind"] == "task":  # by the harness's names: acc,none
+        named = ((key.removesuffix(",none").replace(",", "/"), value) for key, value in record.items() if "," in key)
+        return {f"task/{record['task']}/{name}": float(value) for name, value in named}
     prefix = "train/" if record["kind"] == "train" else f"eval/{record['split']}_"
     return {prefix + name: value for name, value in measurements(record).items()}
 

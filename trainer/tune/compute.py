@@ -11,8 +11,8 @@ from ..families.specs import ParamSpec, parameter_table
 from ..plan.activations import kept_by_block
 from ..plan.settings import Settings
 from ..plan.stages import split_layers
+from ..plan.work import Product, StageWork, attention_flops, head_product, known_family, model_flops, stage_work
 from .hardware import Device
-from .work import Product, StageWork, attention_flops, head_product, known_family, model_flops, stage_work
 
 # what the host does, in operations (`Device.dispatch`), fitted on a GPT-2 of four layers on two cores
 OPERATIONS = 40  # of a block's forward pass; twice as many of its backward pass

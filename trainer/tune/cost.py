@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 
 from ..plan.layout import Layout
 from ..plan.settings import Settings
+from ..plan.work import StageWork, known_family
 from .compute import Passes, Training, stage_passes
 from .hardware import Device
 from .links import Links
-from .work import StageWork, known_family
 
 OVERLAP = 0.8
 # what the host does, in operations, fitted as those of `compute`

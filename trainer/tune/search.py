@@ -18,11 +18,11 @@ from ..plan.memory import MemoryEstimate, estimate_memory
 from ..plan.plan import Plan, make_plan
 from ..plan.rank_sizes import Sizes, stage_sizes
 from ..plan.settings import BUCKET, Settings, read_settings
+from ..plan.work import uncounted
 from ..recipe.recipe import Recipe
 from .compute import Training
 from .cost import Cost, predict
 from .hardware import Device
-from .work import uncounted
 
 MOST_MICRO = 64  # sequences of a micro batch
 SHARE = 0.94  # of a device's memory that a plan may take: the rest is the library's and the allocator's
@@ -115,6 +115,20 @@ def base_plan(recipe: Recipe, ds: Mapping[str, Any]) -> Plan:
     return plan
 
 
+def training_of(plan: Plan) -> Training:
+    """What a plan trains, whatever its layout."""
+    recipe = plan.recipe
+    rows, uniform = rows_of(adapter_of(recipe.adapter)), objective_of(recipe.objective).uniform
+    return Training(plan.model_config, plan.seq_len, recipe.parallel.partition, rows, uniform=uniform)
+
+
+def predicted_seconds(plan: Plan, device: Device) -> float | None:
+    """Of a step; None where the work of the model cannot be counted."""
+    if uncounted(plan.model_config):
+        return None
+    return predict(training_of(plan), plan.layout, plan.settings, device).seconds
+
+
 def with_pipeline(recipe: Recipe, stages: int) -> Recipe:
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"pipeline": stages})})
 
@@ -188,13 +202,7 @@ class _Estimates:
 
     def __init__(self, recipe: Recipe, base: Plan, device: Device) -> None:
         self.base, self.device, self.rate = base, device, recipe.optimizer.embedding_rate
-        self.training = Training(
-            base.model_config,
-            base.seq_len,
-            recipe.parallel.partition,
-            rows_of(adapter_of(recipe.adapter)),
-            uniform=objective_of(recipe.objective).uniform,
-        )
+        self.training = training_of(base)
         self.mlp_tile = recipe.mlp_tile
         self._sizes: dict[tuple[int, int], list[tuple[Sizes, int]]] = {}
 

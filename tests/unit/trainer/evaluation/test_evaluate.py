@@ -9,7 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.trainer.runs import CONFIGS, VOCAB, document_ends, fresh_model, raw_tokens, run_recipe, write_run
+from tests.tiny import tiny_store
+from tests.unit.trainer.runs import (
+    CONFIGS,
+    VOCAB,
+    document_ends,
+    fresh_model,
+    raw_tokens,
+    run_recipe,
+    write_run,
+)
 from zeropipe.launcher.cli import main
 from zeropipe.trainer.evaluation.evaluate import EvalResult
 from zeropipe.trainer.export.huggingface import export
@@ -89,9 +98,9 @@ def test_masked_documents_are_evaluated_apart(text_store, tmp_path, capsys):
     run = write_run(tmp_path / "run", text_store, model, SMALL)
     masked = run_recipe(text_store, run, CONFIGS["gpt2"], data={"split": "8,1,1", "document_mask": True})
     (run / "recipe.yaml").write_text(json.dumps(masked))
-    found = evaluate(capsys, str(run), "--store", str(text_store), "--batches", "2")
+    found = evaluate(capsys, str(run), "--store", str(text_store), "--batches", "2", "--by", "position", "source")
     tokens, ends = raw_tokens(text_store), set(document_ends(text_store).tolist())
-    loss_sum, count = 0.0, 0
+    loss_sum, count, by_place = 0.0, 0, {}
     for window in range(16):
         first, stop = window * 32, (window + 1) * 32 + 1
         cuts = [first, *sorted(cut for cut in ends if first < cut < stop), stop]
@@ -99,10 +108,39 @@ def test_masked_documents_are_evaluated_apart(text_store, tmp_path, capsys):
             if end - begin > 1:
                 ids = torch.from_numpy(tokens[begin:end])[None]
                 with torch.no_grad():
-                    loss_sum += model(input_ids=ids, labels=ids).loss.item() * (end - begin - 1)
+                    answer = model(input_ids=ids, labels=ids)
+                loss_sum += answer.loss.item() * (end - begin - 1)
                 count += end - begin - 1
+                nats = -answer.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                for place, value in enumerate(nats.tolist()):
+                    by_place.setdefault(place.bit_length(), []).append(value)
     assert found["eval_tokens"] == count
     assert found["loss"] == pytest.approx(loss_sum / count, rel=1e-6)
+    names = ["0", "1", "2-3", "4-7", "8-15", "16-31"]
+    assert [share["name"] for share in found["by_position"]] == names
+    for number, share in enumerate(found["by_position"]):
+        assert share["tokens"] == len(by_place[number])
+        assert share["loss"] == pytest.approx(sum(by_place[number]) / len(by_place[number]), rel=1e-5)
+    (whole,) = found["by_source"]
+    assert (whole["name"], whole["tokens"]) == (text_store.name, count)
+    assert whole["loss"] == pytest.approx(found["loss"], rel=1e-9)
+
+
+def test_each_store_has_its_own_loss(text_store, tmp_path, capsys):
+    """Two stores one after the other, cut into global batches that hold samples of both."""
+    run = write_run(tmp_path / "run", text_store, fresh_model(SMALL), SMALL)
+    stores = [tiny_store(tmp_path / name, documents=20, seed=seed) for seed, name in enumerate(("web", "code"))]
+    valid = {"train": [{"store": str(stores[0])}], "valid": [{"store": str(store)} for store in stores]}
+    recipe = run_recipe(text_store, run, CONFIGS["gpt2"])
+    (run / "recipe.yaml").write_text(json.dumps({**recipe, "data": {**valid, "seq_len": 32}}))
+    shares = evaluate(capsys, str(run), "--by", "source")["by_source"]
+    assert [share["name"] for share in shares] == ["web", "code"]
+    for share, store in zip(shares, stores, strict=True):
+        alone = evaluate(capsys, str(run), "--store", str(store))
+        assert share["tokens"] == alone["eval_tokens"]
+        assert share["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert main(["eval", str(run), "--by", "position", "--batches", "1"]) == 0
+    assert "by tokens of the text before:" in capsys.readouterr().out
 
 
 def test_a_report_for_people(text_store, tmp_path, capsys):

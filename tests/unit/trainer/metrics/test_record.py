@@ -46,7 +46,7 @@ def open_log(
     sections = {"log": {"every": every}, "duration": {"steps": steps}, **sections}
     recipe = Recipe.model_validate(tiny_recipe(Path("none"), directory, **sections))
     shape = {"global_batch": 4, "seq_len": 16, "precision": PRECISIONS["bf16"], "parameters": 1_500_000}
-    shape |= {"deepspeed": {}, "positions": steps * 64, "memory": None, "model_config": {}}
+    shape |= {"deepspeed": {}, "positions": steps * 64, "memory": None, "token_flops": None, "sources": ()}
     plan = SimpleNamespace(total_steps=steps, layout=Layout(world=world, data=world), **shape)
     plan.recipe = recipe
     ranks = Ranks() if main else Ranks(rank=1)

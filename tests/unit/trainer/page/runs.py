@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zeropipe.trainer.plan.work import model_flops
+
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "vocab_size": 512}
 
 
@@ -16,8 +18,7 @@ def write_whole_run(folder: Path, steps: int, rate: float = 3e-4, spike: int = 3
     planned = {
         "positions": steps * 256,
         "memory": 2**30,
-        "model_config": MODEL,
-        "seq_len": 32,
+        "token_flops": model_flops(MODEL, 32),
         "computes_in": "bfloat16",
     }
     start = {"total_steps": steps, "layout": {"world": 2, "zero_stage": 2}, "hosts": [host, host], "planned": planned}

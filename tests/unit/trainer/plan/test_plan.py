@@ -379,7 +379,12 @@ def test_what_balances_experts_is_refused_where_it_cannot(plan, config, router, 
         (2, zero(1), {"parallel": {"pipeline": 2}}, "autoep_size 2 with pipeline 2: untried; set one of them to 1"),
         (2, zero(2, reduce_scatter=False), {}, "reduce_scatter false with expert_parallel.autoep_size 2"),
         (2, zero(3, zero_hpz_partition_size=2), {}, "zero_hpz_partition_size 2 with expert_parallel.autoep_size 2"),
-        (2, {**zero(1), "fp16": {"enabled": True}}, {}, "fp16 with expert_parallel.autoep_size 2: untried"),
+        (
+            2,
+            {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
+            {},
+            "fp16 with expert_parallel.autoep_size 2: untried",
+        ),
         (
             2,
             {**zero(1), "optimizer": {"type": "Muon"}, "gradient_clipping": 0},

@@ -8,11 +8,11 @@ from tests.tiny import NO_DROPOUT
 from zeropipe.trainer.families.specs import parameter_table
 from zeropipe.trainer.plan.layout import Layout
 from zeropipe.trainer.plan.settings import read_settings
+from zeropipe.trainer.plan.work import model_flops, products_of
 from zeropipe.trainer.tune.compute import Training
 from zeropipe.trainer.tune.cost import predict
 from zeropipe.trainer.tune.hardware import Device, Link, device_named
 from zeropipe.trainer.tune.links import Links
-from zeropipe.trainer.tune.work import model_flops, products_of
 
 INFINITE = float("inf")
 FREE = Link(INFINITE, 0.0)
