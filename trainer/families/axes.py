@@ -75,7 +75,7 @@ def shared_experts(model: Any, own: Any, refusals: dict[Axis, str]) -> tuple[fro
             "expert", "transformers declares no experts of it that ranks can share (base_model_ep_plan)"
         )
         return frozenset(), 0
-    counts = {getattr(module, "num_experts", None) for module in found.values()}
+    counts: set[Any] = {getattr(module, "num_experts", None) for module in found.values()}
     held = {f"{path}.{name}": p for path, module in found.items() for name, p in module.named_parameters()}
     odd = sorted(starred(name) for name, p in held.items() if word_for(plan, name) != STACKED or {p.shape[0]} != counts)
     called = {tuple(inspect.signature(module.forward).parameters)[:3] for module in found.values()}
