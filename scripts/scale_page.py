@@ -66,9 +66,11 @@ modeling/derived/words.py | step | the same in derived families; columns, where 
 modeling/cross_entropy.py | step | sums over tensor ranks | 2 log tensor |
 modeling/mixtures/routers.py | step | sums of each sequence's routing, over sequence ranks | 2 log sequence a layer |
 modeling/sequence_parallel.py | step | heads for tokens, over sequence ranks | sequence - 1 a layer |
+modeling/mixtures/dispatch.py | step | tokens to their experts and back, 5 times forward, 3 backward | 8 (expert - 1) a layer |
 testing/curves.py | parity alone | weights, to compare | N - 1 |
 tune/machine.py | tune alone | a sum that is timed | 2 log N |
-ranks/ranks.py | | what all of these are made of; torch's groups: every rank makes all, members connect | 0 |
+ranks/ranks.py | | what all of these are made of | 0 |
+ranks/grid.py | set-up | torch's groups: every rank makes all, members connect | 0 |
 """
 
 
