@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # a rank of a test is one thread: two ranks on two cores must not fight for them
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo demo-sft test check verify bench clean distclean
+.PHONY: setup system demo demo-sft test check verify bench docs clean distclean
 
 setup: system $(INSTALLED)
 
@@ -42,6 +42,9 @@ verify: setup
 
 bench: setup
 	$(BIN)/python scripts/bench.py docs/performance.md
+
+docs: setup  # the site, in build/site; any warning is an error
+	$(BIN)/python scripts/site_pages.py build/site
 
 clean:
 	rm -rf build dist demo demo-sft .pytest_cache .ruff_cache .hypothesis
