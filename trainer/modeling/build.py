@@ -189,7 +189,8 @@ def _shares(full: Any, spec: ParamSpec, dtype: torch.dtype, ranks: Ranks, share:
     sharing = ranks.expert_size if spec.axis == "expert" else 1
     of_each = []
     for place in range(sharing):
-        there = replace(ranks, data=place, sequence=0) if sharing > 1 else ranks
+        data, sequence = divmod(place, ranks.sequence_size)
+        there = replace(ranks, data=data, sequence=sequence) if sharing > 1 else ranks
         piece = piece_of_rank(full, spec, dtype, there).flatten()
         padded = F.pad(piece, (0, share * (ranks.replicas // sharing) - len(piece)))
         of_each.append([part.view(torch.uint8) for part in padded.split(share)])
