@@ -161,13 +161,15 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
     string and makes a copy."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    by_group = zip(sizes.groups, sizes.holders(ranks, layout.expert), strict=True)
+    by_group = list(zip(sizes.groups, sizes.holders(ranks, layout.expert), strict=True))
     partitions = [[round_up(size, over) // over for size in group] for group, over in by_group]
+    # what a single rank holds is there as it is used
+    cut = [*(size for group, over in by_group if over > 1 for size in group), *(sizes.frozen if ranks > 1 else ())]
     part = sum(map(sum, partitions))
     frozen, packed = (sum(round_up(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
     resting = width * (part + frozen) + packed
-    small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (sizes.all, sizes.packed))
-    gathered = width * _gathered(sizes.all, settings) + _gathered(sizes.packed, settings)
+    small, small_packed = (_persistent(own, settings) if ranks > 1 else 0 for own in (cut, sizes.packed))
+    gathered = width * _gathered(cut, settings) + _gathered(sizes.packed, settings)
     as_wide = zip(sizes.state_bytes, sizes.whole, partitions, strict=True)
     moments = sum(of * (width if whole else 4) // 4 * sum(own) for of, whole, own in as_wide)
     states = 4 * part + moments  # fp32 master weights, and their states

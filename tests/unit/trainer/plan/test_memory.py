@@ -20,6 +20,8 @@ from zeropipe.trainer.recipe.precision import PRECISIONS
 BUCKET = 50_000  # elements: as the JSONs below state it
 MUON = {"optimizer": {"type": "Muon"}, "gradient_clipping": 0}
 LORA = {"type": "lora", "r": 32}
+SHARED = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+MIXTURE = {"model": {"config": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}}}
 SLACK = 10_000  # bytes: step counters of Adam, losses, token ids and the like
 
 
@@ -96,6 +98,9 @@ def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]
             marks=pytest.mark.slow,
         ),
         ("zero3", "fp32", {}, {"adapter": {**LORA, "type": "qlora"}}),
+        pytest.param("zero1", "bf16", SHARED, MIXTURE, marks=pytest.mark.slow),
+        pytest.param("zero2", "fp32", SHARED, MIXTURE, marks=pytest.mark.slow),
+        pytest.param("zero3", "fp32", SHARED, MIXTURE, marks=pytest.mark.slow),
     ],
 )
 def test_weights_gradients_and_states_are_what_two_ranks_hold(
