@@ -11,7 +11,11 @@ from typing import Any
 
 from .derived import DISPATCHED, STACKED, Axis, starred, word_for
 
-_DISPATCH = ("hidden_states", "top_k_index", "top_k_weights")
+# what experts are called with: tokens, the experts chosen for each, their weights
+_DISPATCH = {
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),
+}
 
 
 def check_blocks(model: Any, blocks: str | None, embedding: str, norm: str | None, refusals: dict[Axis, str]) -> None:
@@ -82,8 +86,8 @@ def shared_experts(model: Any, own: Any, refusals: dict[Axis, str]) -> tuple[fro
     reason = None
     if odd or any(next(module.buffers(), None) is not None for module in found.values()):
         reason = f"its experts hold more than stacks of one size ({', '.join(dict.fromkeys(odd)) or 'buffers'})"
-    elif called != {_DISPATCH}:
-        reason = f"its experts are not called with {', '.join(_DISPATCH)}"
+    elif not called <= _DISPATCH:
+        reason = f"its experts are called with {', '.join(next(iter(called - _DISPATCH)))}"
     if reason is not None:
         refusals.setdefault("expert", reason)
         return frozenset(), 0
