@@ -13,7 +13,7 @@ from ..trainer.families.tried import outcomes
 
 GATE_STEPS = 20  # of the parity gate
 CHECKS = ("logits", "saved")  # of one process; of a run that changes its layout and is exported
-COLUMNS_OF_TABLE = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "TP 2", "PP 2", "SP 2", "TP 2 x PP 2", *CHECKS)
+COLUMNS_OF_TABLE = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "TP 2", "PP 2", "SP 2", "EP 2", "TP 2 x PP 2", *CHECKS)
 
 _DESCRIPTION = """\
 Lists the model families of transformers and the layouts that follow one process of plain transformers: every loss

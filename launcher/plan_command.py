@@ -97,12 +97,15 @@ def _experts(plan: Plan) -> list[tuple[str, str]]:
     found = experts_of(plan.model_config)
     if found is None:
         return []
-    share = plan.micro_batch * plan.seq_len * found.chosen / found.each_layer
+    share = plan.micro_batch * plan.seq_len * found.chosen / found.each_layer * plan.layout.expert
+    of = "a micro batch" if plan.layout.expert == 1 else f"the micro batches of {plan.layout.expert} ranks"
+    here = found.each_layer // plan.layout.expert
+    shared = "" if plan.layout.expert == 1 else f", {here} of each layer on a rank"
     return [
         (
             "experts",
             f"{found.chosen} of {found.each_layer} for a token in {found.layers} layers: {found.active:,} of "
-            f"{found.total:,} parameters at work; balanced, each gets {share:,.0f} tokens of a micro batch",
+            f"{found.total:,} parameters at work{shared}; balanced, each gets {share:,.0f} tokens of {of}",
         )
     ]
 

@@ -56,6 +56,7 @@ LAYOUTS = {
     "TP 2": Layout(2, 1, tensor=2, zero_stage=1),
     "PP 2": Layout(2, 1, pipeline=2, zero_stage=1),
     "SP 2": Layout(2, 1, sequence=2, zero_stage=2),
+    "EP 2": Layout(2, 2, zero_stage=3, expert=2),
     "TP 2 x PP 2": Layout(4, 1, tensor=2, pipeline=2, zero_stage=1),
 }
 LOGITS, SAVED = CHECKS

@@ -49,6 +49,7 @@ modeling/build.py | set-up | ZeRO-3, drawn: this rank's part of every parameter 
 modeling/layer_costs.py | set-up | `partition: measured`: seconds of a layer of each kind | 2 log N |
 evaluation/evaluator.py | set-up, evaluation | whether tokenizer and batches could be read | 2 log N |
 evaluation/answers.py | set-up | whether the prompts could be read | 2 log N |
+evaluation/task_rounds.py | evaluation | ids of every request, from rank 0; whether tasks could be read | 2 log N |
 engine/reference.py | set-up, dpo | 12 bytes of every text that this rank reads, to rank 0 | 8 log N + 1 | N
 checkpoint/loader.py | resume | from rank 0 the newest, this rank's digests; whether all is right | 14 log N + 1 | N
 checkpoint/deepspeed_state.py | resume | ZeRO-3: what stays whole, from its parts | N - 1 |
@@ -66,9 +67,11 @@ modeling/derived/words.py | step | the same in derived families; columns, where 
 modeling/cross_entropy.py | step | sums over tensor ranks | 2 log tensor |
 modeling/mixtures/routers.py | step | sums of each sequence's routing, over sequence ranks | 2 log sequence a layer |
 modeling/sequence_parallel.py | step | heads for tokens, over sequence ranks | sequence - 1 a layer |
+modeling/mixtures/dispatch.py | step | tokens to experts and back, 5 times forward, 3 back | 8 (expert - 1) a layer |
 testing/curves.py | parity alone | weights, to compare | N - 1 |
 tune/machine.py | tune alone | a sum that is timed | 2 log N |
-ranks/ranks.py | | what all of these are made of; torch's groups: every rank makes all, members connect | 0 |
+ranks/ranks.py | | what all of these are made of | 0 |
+ranks/grid.py | set-up | torch's groups: every rank makes all, members connect | 0 |
 """
 
 

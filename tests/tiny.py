@@ -132,7 +132,7 @@ def _train(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
     ranks = join_world()
     plan = plan_of(recipe, ds, ranks.world)
     layout = plan.layout
-    return train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)).step
+    return train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline, layout.expert)).step
 
 
 def plan_of(recipe: dict[str, Any], ds: dict[str, Any], world: int) -> Any:

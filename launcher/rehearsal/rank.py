@@ -115,9 +115,9 @@ def _in_set_up(act: Callable[[], None]) -> None:
 
     lay_out = Ranks.lay_out
 
-    def laying_out(self: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
+    def laying_out(self: Ranks, tensor: int, sequence: int, pipeline: int, expert: int = 1) -> Ranks:
         act()
-        return lay_out(self, tensor, sequence, pipeline)
+        return lay_out(self, tensor, sequence, pipeline, expert)
 
     Ranks.lay_out = laying_out
 

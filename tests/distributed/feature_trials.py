@@ -68,7 +68,7 @@ LEVERS = (
           _zero(offload_optimizer={"device": "cpu", "ratio": 0.5})),
     Lever("zero_optimization.mics_shard_size", "MiCS: parameters cut within hosts", _zero(mics_shard_size=2)),
     Lever("compile.deepcompile", "compiles the engine's step", {"compile": {"deepcompile": True}}),
-    Lever("expert_parallel", "AutoEP: experts over ranks", {"expert_parallel": ON}),
+    Lever("expert_parallel.top_k", "AutoEP's own layers of experts", {"expert_parallel": {"top_k": 2}}),
     Lever("datastates_ckpt", "checkpoints in the background", {"datastates_ckpt": {"host_cache_size": 1}}),
     Lever("checkpoint.writer", "checkpoints in the background", {"checkpoint": {"writer": {"type": "FAST"}}}),
     Lever("autotuning", "searches for a micro batch", {"autotuning": ON}),

@@ -35,10 +35,16 @@ GLM = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
+
+
+def shared(size: int) -> dict[str, Any]:
+    return {"expert_parallel": {"enabled": True, "autoep_size": size}}
+
+
 ROUTER = {"aux_loss": 0.05, "z_loss": 0.01}
 SAMPLE = [
     ("mixtral", "zero3-checkpointing"), ("sft", "zero2-micro1"), ("bias", "zero1-micro4"), ("mixtral", "sp2"),
-    ("mixtral", "tp2"),
+    ("mixtral", "tp2"), ("mixtral", "ep2-zero2"), ("bias", "ep2-dp2-zero3"),
 ]  # fmt: skip
 # micro batch and ranks differ, accumulation follows; the rows are not as long as each other's labels
 LAYOUTS: dict[str, tuple[int, str, int, dict[str, Any]]] = {
@@ -50,6 +56,19 @@ LAYOUTS: dict[str, tuple[int, str, int, dict[str, Any]]] = {
     "tp2": (2, "zero1", 2, {"tensor_parallel": {"autotp_size": 2}}),
     "sp2-zero3": (4, "zero3", 1, {"sequence_parallel_size": 2}),
     "tp2-zero2": (4, "zero2", 1, {"tensor_parallel": {"autotp_size": 2}}),
+    "ep2-zero1": (2, "zero1", 4, shared(2)),
+    "ep2-zero2": (2, "zero2", 2, shared(2)),
+    "ep2-zero3-checkpointing": (2, "zero3", 2, {**shared(2), "activation_checkpointing": {}}),
+    "ep2-zero2-offload": (2, "zero2_offload", 2, shared(2)),
+    "ep2-zero3-offload": (2, "zero3_offload", 2, shared(2)),
+    "ep2-sp2-zero3": (2, "zero3", 4, {**shared(2), "sequence_parallel_size": 2}),
+    "ep4-sp2-zero2": (4, "zero2", 2, {**shared(4), "sequence_parallel_size": 2}),
+    "ep2-dp2-zero1": (4, "zero1", 2, shared(2)),
+    "ep2-dp2-zero2": (4, "zero2", 1, shared(2)),
+    "ep2-dp2-zero3": (4, "zero3", 2, shared(2)),
+    "ep4-zero1": (4, "zero1", 2, shared(4)),
+    "ep4-zero2": (4, "zero2", 1, shared(4)),
+    "ep4-zero3": (4, "zero3", 2, shared(4)),
 }
 
 

@@ -85,7 +85,7 @@ def _go_on(recipe: dict[str, Any], ds: dict[str, Any], source: str) -> list[floa
     ranks = join_world()
     plan = tiny.plan_of(recipe, ds, ranks.world)
     layout = plan.layout
-    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
+    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline, layout.expert)
     engine = build_engine(plan, ranks)
     saved = load(engine.live, Checkpoint.find(source))
     state = TrainState(plan.total_steps, saved["step"], saved["samples_consumed"], saved["tokens_consumed"])

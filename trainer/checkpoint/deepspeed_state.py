@@ -123,9 +123,9 @@ def _holding(live: Live, name: str, p: Parameter, wrapped: Mapping[Parameter, _F
         start, stop, flat = 0, p.numel(), _FlatRange(p, 0, p.numel())
     replica, replicas = 0, 1
     if not _partitioned(p):  # every data-parallel rank holds it whole
-        replica, replicas = ranks.replica, ranks.replicas
+        replica, replicas, _ = ranks.holders(spec.axis)
     views = flat.views(base_optimizer(engine).state) if flat is not None else {}
-    local_shape = spec.local_shape(ranks.tensor, ranks.tensor_size)
+    local_shape = spec.local_shape(*ranks.along(spec.axis)[:2])
     return Holding(name, spec, p, start, stop, replica, replicas, local_shape, views)
 
 
@@ -202,7 +202,7 @@ def whole_states(live: Live) -> list[Holding]:
         base = base_optimizer(live.engine)
         states = base.state.get(base.param_groups[mapping.param_group_index]["params"][0], {})
         views = {key: t.narrow(0, begin, p.numel()) for key, t in states.items() if _is_moment(t)}
-        shape = p.spec.local_shape(live.ranks.tensor, live.ranks.tensor_size)  # type: ignore[attr-defined]
+        shape = p.spec.local_shape(*live.ranks.along(p.spec.axis)[:2])  # type: ignore[attr-defined]
         found.append(Holding(name, p.spec, p, 0, p.numel(), 0, 1, shape, views))  # type: ignore[attr-defined]
     return found
 
@@ -290,11 +290,11 @@ def _refresh_gathered(parameters: Sequence[Any]) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     ready = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
-    for dtype in dict.fromkeys(p.dtype for p in ready):
-        these = [p for p in ready if p.dtype == dtype]
+    for dtype, group in dict.fromkeys((p.dtype, p.ds_process_group) for p in ready):
+        these = [p for p in ready if p.dtype == dtype and p.ds_process_group is group]
         own = torch.cat([p.ds_tensor.data.to(p.device).view(-1) for p in these])
         flat = own.new_empty(these[0].ds_zero_partition_world_size * own.numel())
-        dist.all_gather_into_tensor(flat, own, group=these[0].ds_process_group)
+        dist.all_gather_into_tensor(flat, own, group=group)
         parts = flat.view(-1, own.numel()).split([p.ds_tensor.numel() for p in these], dim=1)
         for p, part in zip(these, parts, strict=True):
             p.data.copy_(part.reshape(-1)[: p.ds_numel].view(p.ds_shape))

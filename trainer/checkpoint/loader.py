@@ -52,7 +52,7 @@ def load(live: Live, source: Path | Checkpoint) -> dict[str, Any]:
 
 def _fill(checkpoint: Checkpoint, held: Sequence[Holding], ranks: Ranks) -> None:
     for holding in held:
-        own = pieces(holding.spec, ranks.tensor, ranks.tensor_size, holding.start, holding.stop)
+        own = pieces(holding.spec, *ranks.along(holding.spec.axis)[:2], holding.start, holding.stop)
         for kind, view in holding.views.items():
             if sum(piece.box.numel for piece in own) < view.numel():
                 view.zero_()  # padded vocabulary rows

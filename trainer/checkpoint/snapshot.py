@@ -60,7 +60,7 @@ def shares(live: Live, known: dict[HeldRange, Sequence[Piece]] | None = None) ->
         if own.name not in skip:
             place = (own.name, own.start, own.stop, own.replica, own.replicas)
             if place not in known:
-                known[place] = written_pieces(own.spec, ranks.tensor, ranks.tensor_size, *place[1:])
+                known[place] = written_pieces(own.spec, *ranks.along(own.spec.axis)[:2], *place[1:])
             found.append(Share(own, known[place]))
     return found
 

@@ -116,6 +116,6 @@ def _train(arguments: argparse.Namespace) -> int:
     assert pair is not None
     plan = ranks.together(lambda: make_plan(*pair, ranks.world))
     layout = plan.layout
-    state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline))
+    state = train(plan, ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline, layout.expert))
     shut_down()
     return EXIT_DONE if state.step >= plan.total_steps else EXIT_STOPPED

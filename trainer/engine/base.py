@@ -280,14 +280,15 @@ def planned_rate(plan: Plan, step: int) -> float:
 def runtime_config(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """The resolved JSON as DeepSpeed gets it.
 
-    Tensor and sequence parallelism are ours: DeepSpeed would apply AutoTP, or scale gradients by sequence groups of its
-    own. To it, sequence ranks are data-parallel ones.
+    Tensor, sequence and expert parallelism are ours: DeepSpeed would apply AutoTP, scale gradients by sequence groups
+    of its own, or put layers of its own in the place of a mixture's. To it, sequence ranks are data-parallel ones.
     """
     config = copy.deepcopy(plan.deepspeed)
     config.setdefault("steps_per_print", 2**31)
     # else DeepSpeed waits for the device twice in every micro batch
     config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     config.pop("tensor_parallel", None)
+    config.pop("expert_parallel", None)
     if config.pop("sequence_parallel_size", 1) > 1:
         config["train_batch_size"] *= ranks.sequence_size
     optimizer = config["optimizer"]

@@ -23,5 +23,5 @@ def fill_masters(engine: Engine, values: Values) -> None:
         if not rounded or held.start == held.stop or getattr(held.parameter, "injected", False):
             continue
         whole = values(held.spec)
-        for piece in pieces(held.spec, ranks.tensor, ranks.tensor_size, held.start, held.stop):
+        for piece in pieces(held.spec, *ranks.along(held.spec.axis)[:2], held.start, held.stop):
             held.view(MASTER, piece.local).copy_(whole[piece.box.slices])

@@ -29,7 +29,7 @@ class Pace:
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self._every, self._ranks = plan.recipe.log.every, ranks
         layout = plan.layout
-        self._alone = layout.zero_stage < 3 and layout.tensor == layout.sequence == 1
+        self._alone = layout.zero_stage < 3 and layout.tensor == layout.sequence == layout.expert == 1
         # what is compiled would be compiled anew with every change of its modules' hooks
         self._timed = self._alone or plan.recipe.compile == "none"
         self._parts, self._hooks = list[nn.Module](), list[Any]()

@@ -15,7 +15,7 @@ from ..run.state import TrainState
 from .base import Engine
 
 ABSENT = torch.iinfo(torch.int64).min
-KEY = tuple[str, int]  # a parameter, and which tensor-parallel part of it
+KEY = tuple[str, int]  # a parameter, and which part of it, where ranks share it
 
 
 class Replicas:
@@ -36,7 +36,7 @@ class Replicas:
             return
         ranks, sums = self._engine.ranks, self._checksums()
         if not self._keys:
-            told = ranks.gather_on_main(list(sums) if ranks.replica == 0 else [])
+            told = ranks.gather_on_main(list(sums) if ranks.holders("expert")[0] == 0 else [])
             self._keys = ranks.of_main(sorted({key for keys in told for key in keys}))
         mine = torch.tensor([sums.get(key, ABSENT) for key in self._keys], dtype=torch.int64)
         # the complement turns the order round, so that one maximum finds the smallest, too
@@ -54,7 +54,8 @@ class Replicas:
     def _checksums(self) -> dict[KEY, int]:
         """Of each parameter, or part of one, of which this rank holds the whole."""
         named, ranks = self._engine.named_parameters(), self._engine.ranks
-        keys = [(name, 0 if p.spec.tensor is None else ranks.tensor) for name, p in named]  # type: ignore[attr-defined]
+        specs = [p.spec for _, p in named]  # type: ignore[attr-defined]
+        keys = [(spec.name, 0 if spec.split is None else ranks.along(spec.axis)[0]) for spec in specs]
         values = torch.stack([checksum(p.data) for _, p in named]).tolist()  # waits for the device once
         return dict(zip(keys, values, strict=True))
 

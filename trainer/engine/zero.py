@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..anatomy.routing import routing_of
 from ..data.batches import Batch, StepBatch
 from ..data.noise import noisy
+from ..families.derived import Derived
 from ..families.registry import FAMILIES, family_of
 from ..kernels.compiled import blocks_of, compile_blocks
 from ..modeling.build import build_model
@@ -36,7 +37,13 @@ class ZeroEngine(Engine):
         zero3 = config if plan.layout.zero_stage == 3 else None
         how = self.dtype, ranks, zero3, self._convert, self._packs
         model = build_model(plan.model_config, values, plan.recipe.seed, *how)
-        split_over_ranks(model, family_of(plan.model_config), ranks)
+        family = family_of(plan.model_config)
+        split_over_ranks(model, family, ranks)
+        if ranks.expert_size > 1:
+            from ..modeling.mixtures.dispatch import share_experts
+
+            assert isinstance(family, Derived)
+            share_experts(model, family, ranks)
         self._furnish(model)
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if plan.settings.activation_checkpointing:
@@ -45,7 +52,7 @@ class ZeroEngine(Engine):
             compile_blocks(blocks_of(model))
         self.routers = _routers(plan, model, ranks)
         self.module: nn.Module = CausalLM(
-            model, plan.vocab_size, ranks, *self.counting, family=family_of(plan.model_config), routers=self.routers
+            model, plan.vocab_size, ranks, *self.counting, family=family, routers=self.routers
         ).train()
         if ranks.sequence_size > 1:
             from ..modeling.sequence_parallel import SequenceParallel

@@ -21,7 +21,10 @@ WHOLE = "local_params"  # says nothing of our parameters, which are plain tensor
 COLUMN_WORDS, ROW_WORDS = frozenset({COLUMN, PACKED, GATHERED}), frozenset({ROW, SPLIT_ROW})
 WORDS = COLUMN_WORDS | ROW_WORDS | {SUMMED, LATENT, EXPERTS, WHOLE}
 
-Axis = Literal["tensor", "pipeline", "sequence"]
+# and for what expert ranks do
+DISPATCHED, STACKED = "ep_dispatch_experts", "grouped_gemm"
+
+Axis = Literal["tensor", "pipeline", "sequence", "expert"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Derived:
     tied: bool
     stateful: bool  # whether a state, not attention alone, carries what came before: no mask keeps texts apart in it
     dropout: Mapping[str, str]  # attention, or a key of its own → key
+    experts: frozenset[str]  # modules, numbers as *, of experts that ranks can share: tokens go to them and come back
+    each_layer: int  # experts in one of those; 0 without any
     refusals: Mapping[Axis, str] = field(default_factory=dict)  # axes that it has no layout on, and why
     aliases: Mapping[str, str] = field(default_factory=dict)  # standard names → the family's own
     # of blocks and norm, kept for backward; not known without running them
@@ -72,6 +77,10 @@ class Derived:
         """Name of a block's parameter within the block; None for one outside the blocks."""
         return None if spec.layer is None else spec.name.removeprefix(f"{self.blocks}.{spec.layer}.")
 
+    def is_of_experts(self, spec: ParamSpec) -> bool:
+        """Whether a parameter is a stack of experts that ranks can share, [experts, …]."""
+        return starred(spec.name.rpartition(".")[0]) in self.experts
+
     @property
     def splits_heads(self) -> bool:
         """Whether tensor ranks share the heads; else each computes the whole attention, between split projections."""
@@ -83,4 +92,9 @@ class Derived:
 
 
 def word_for(words: Mapping[str, str], name: str) -> str | None:
-    return words.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    return words.get(starred(name))
+
+
+def starred(name: str) -> str:
+    """A name with its numbers as *."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...data_prep.errors import UserError
-from .axes import check_blocks, check_sequence
-from .derived import COLUMN_WORDS, GATHERED, PACKED, ROW_WORDS, SUMMED, WORDS, Axis, Derived
+from .axes import check_blocks, check_sequence, shared_experts
+from .derived import COLUMN_WORDS, GATHERED, PACKED, ROW_WORDS, SUMMED, WORDS, Axis, Derived, starred
 from .derived import word_for as _word_for
 from .overrides import MORE_WORDS, OVERRIDES
 from .param_spec import Kind, ParamSpec, Split
@@ -66,6 +66,7 @@ def _record(config: Mapping[str, Any], model: Any) -> Derived:
         refusals.setdefault("pipeline", "its logits are more than a scale and a cap of head(hidden)")
     check_blocks(model, blocks, embedding, norm, refusals)
     check_sequence(model, blocks, refusals)
+    experts, each_layer = shared_experts(model, own, refusals)
     dropouts = [key for key, value in own.to_dict().items() if re.search("drop|jitter", key) and type(value) is float]
     return Derived(
         model_type=config["model_type"],
@@ -80,6 +81,8 @@ def _record(config: Mapping[str, Any], model: Any) -> Derived:
         pads=pads,
         tied=tied,
         stateful=bool(getattr(model, "_is_stateful", False)),
+        experts=experts,
+        each_layer=each_layer,
         dropout={"attention" if key in _ATTENTION_DROPOUT else key: key for key in dropouts},
         refusals=refusals,
         aliases=dict(type(own).attribute_map or {}),
@@ -123,8 +126,7 @@ def _words(model: Any, own: Any, refusals: dict[Axis, str]) -> dict[str, str]:
         return {}
     plan = {**plan, **MORE_WORDS.get(own.model_type, {})}
     words = {f"{model.base_model_prefix}.{name}": word for name, word in plan.items()}
-    present = {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_modules()}
-    present |= {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, _ in model.named_parameters()}
+    present = {starred(path) for path, _ in (*model.named_modules(), *model.named_parameters())}
     used = {name: word for name, word in words.items() if name in present}
     if unknown := sorted(set(used.values()) - WORDS):
         refusals.setdefault("tensor", f"its base_model_tp_plan says {', '.join(unknown)}, which is not done here")

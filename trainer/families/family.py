@@ -146,7 +146,7 @@ class Family:
         dim = 0 if leaf == "bias" else 1 - out if self.conv else out
         head = self.head_size(config) if module in self.attention.projections else 1
         parts = (spec.shape[dim] // 3,) * 3 if style == "packed_colwise" else None
-        return replace(spec, kind=kind, tensor=Split(dim, parts, head))
+        return replace(spec, kind=kind, split=Split(dim, parts, head))
 
     def head_size(self, config: Config) -> int:
         """Width of one attention head."""

@@ -6,18 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-# vocab, column, row: cut over tensor ranks; the others are whole on every rank:
+# vocab, column, row: cut over tensor ranks; expert: a stack [experts, …], over expert ranks; the others are whole on
+# every rank:
 # feeding: of a norm whose output enters a split region, where its gradient must be summed
 # replicated: computes with the whole residual stream, so that its gradient is whole too (row biases, positions)
 # summed: computes with split activations (a norm of each head), so that its gradients on the ranks must be summed
 # unknown: nothing is said of it, which is an error under tensor parallelism
-Kind = Literal["vocab", "column", "row", "feeding", "replicated", "summed", "unknown"]
+Kind = Literal["vocab", "column", "row", "expert", "feeding", "replicated", "summed", "unknown"]
 Init = Literal["normal", "uniform", "ones", "zeros"]  # uniform: about zero, with the same `std`
 
 
 @dataclass(frozen=True)
 class Split:
-    """How one axis of ranks cuts a parameter: along `dim`, in units of `grain` (the head size, where heads must stay
+    """How an axis of ranks cuts a parameter: along `dim`, in units of `grain` (the head size, where heads must stay
     whole), separately in each of `parts` (fused Q, K, V). With fewer units than ranks, neighbours hold copies of one.
     """
 
@@ -28,15 +29,15 @@ class Split:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter as Hugging Face names and shapes it; a field for each axis of ranks that can cut it.
+    """One parameter as Hugging Face names and shapes it, and how the ranks of one axis share it.
 
-    Only the tensor axis does today, so `dim`, `parts`, `ranges`, `local_shape` and `copies` speak of it.
+    `dim`, `parts`, `ranges`, `local_shape` and `copies` speak of the ranks of `axis`.
     """
 
     name: str
     shape: tuple[int, ...]  # of the Hugging Face parameter: no padding
     kind: Kind = "unknown"
-    tensor: Split | None = None
+    split: Split | None = None
     init: Init = "normal"
     std: float = 0.02
     padded_rows: int | None = None  # rows of a vocabulary parameter as trained; the rows beyond `shape` are zero
@@ -62,18 +63,23 @@ class ParamSpec:
         return len(self.shape) > 1
 
     @property
+    def axis(self) -> Literal["tensor", "expert"]:
+        """Whose ranks share it; tensor ranks, too, where each of them holds the whole."""
+        return "expert" if self.kind == "expert" else "tensor"
+
+    @property
     def dim(self) -> int | None:
-        """Dimension that tensor ranks share; None: each holds the whole."""
-        return None if self.tensor is None else self.tensor.dim
+        """Dimension that the ranks share; None: each holds the whole."""
+        return None if self.split is None else self.split.dim
 
     @property
     def parts(self) -> tuple[int, ...]:
         """Extents along `dim` that are cut one by one."""
-        assert self.tensor is not None, f"{self.name} is not split"
-        return self.tensor.parts or (self.padded_shape[self.tensor.dim],)
+        assert self.split is not None, f"{self.name} is not split"
+        return self.split.parts or (self.padded_shape[self.split.dim],)
 
     def ranges(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """Half-open ranges along `dim` of the (padded) whole that tensor-parallel `rank` of `size` holds, in order."""
+        """Half-open ranges along `dim` of the (padded) whole that `rank` of `size` holds, in order."""
         ranges, start = [], 0
         for part in self.parts:
             units = part // self._grain
@@ -84,14 +90,14 @@ class ParamSpec:
         return ranges
 
     def local_shape(self, rank: int, size: int) -> tuple[int, ...]:
-        """Shape of what tensor-parallel `rank` of `size` holds."""
+        """Shape of what `rank` of `size` holds."""
         if self.dim is None or size == 1:
             return self.padded_shape
         width = sum(stop - start for start, stop in self.ranges(rank, size))
         return (*self.padded_shape[: self.dim], width, *self.padded_shape[self.dim + 1 :])
 
     def copies(self, size: int) -> int:
-        """How many tensor-parallel ranks hold the same."""
+        """How many of `size` ranks hold the same."""
         if self.dim is None:
             return size
         units = self.parts[0] // self._grain
@@ -99,7 +105,7 @@ class ParamSpec:
 
     @property
     def _grain(self) -> int:
-        return 1 if self.tensor is None else self.tensor.grain
+        return 1 if self.split is None else self.split.grain
 
 
 def linear(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...data_prep.errors import UserError
@@ -37,12 +38,13 @@ def trained_vocab(config: Mapping[str, Any], tensor: int = 1) -> int:
     return padded_vocab(config["vocab_size"], tensor) if pads else config["vocab_size"]
 
 
-def parameter_table(config: Mapping[str, Any], tensor: int = 1) -> list[ParamSpec]:
+def parameter_table(config: Mapping[str, Any], tensor: int = 1, expert: int = 1) -> list[ParamSpec]:
     """The parameters of a model, in Hugging Face's order, tied ones once.
 
     Args:
         config: transformers' own configuration names, `model_type` and `vocab_size` among them.
         tensor: tensor parallel size, which the padding of the vocabulary depends on.
+        expert: ranks that share the experts of a layer; with more than one, their stacks are cut over those.
 
     Raises:
         UserError: the family has no record, and none can be derived.
@@ -53,7 +55,10 @@ def parameter_table(config: Mapping[str, Any], tensor: int = 1) -> list[ParamSpe
             f"model.config.model_type: no parameter table for {config.get('model_type', '')!r}: without torch and "
             f"transformers there are tables for {', '.join(FAMILIES)}"
         )
-    return family.table(config, padded_vocab(config["vocab_size"], tensor))
+    table = family.table(config, padded_vocab(config["vocab_size"], tensor))
+    if expert == 1 or not isinstance(family, Derived):
+        return table
+    return [replace(spec, kind="expert", split=Split(0)) if family.is_of_experts(spec) else spec for spec in table]
 
 
 def gradient_noise(config: Mapping[str, Any]) -> dict[str, slice]:

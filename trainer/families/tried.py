@@ -17,8 +17,8 @@ def outcomes() -> Mapping[str, Any]:
     return json.loads(Path(__file__).with_name("tried.json").read_text(encoding="utf-8"))
 
 
-def columns_of(stage: int, tensor: int, pipeline: int, sequence: int) -> Iterator[str]:
+def columns_of(stage: int, tensor: int, pipeline: int, sequence: int, expert: int = 1) -> Iterator[str]:
     """The kinds of layout that one is made of."""
     yield f"ZeRO-{stage}"
-    sizes = {"TP 2": tensor, "PP 2": pipeline, "SP 2": sequence, "TP 2 x PP 2": min(tensor, pipeline)}
+    sizes = {"TP 2": tensor, "PP 2": pipeline, "SP 2": sequence, "EP 2": expert, "TP 2 x PP 2": min(tensor, pipeline)}
     yield from (column for column, size in sizes.items() if size > 1)

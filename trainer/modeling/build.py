@@ -27,6 +27,7 @@ from ..anatomy.skeleton import filled, materialise_buffers, skeleton, unset
 from ..families.registry import FAMILIES, family_of
 from ..families.specs import ParamSpec, parameter_seed, parameter_table, trained_vocab
 from ..kernels.swap import use_kernels
+from ..ranks.expert_parameters import mark_expert
 from ..ranks.ranks import Ranks
 from .attention import BY_TEXT
 from .values import Cut, RandomValues, Values, dealt, make_buffers, piece_of_rank, put_off
@@ -54,7 +55,7 @@ def build_model(
     Raises:
         UserError: the family is unknown to transformers, or the configuration is wrong for it.
     """
-    model, specs = model_and_specs(config, ranks.tensor_size)
+    model, specs = model_and_specs(config, ranks.tensor_size, ranks.expert_size)
     make_buffers(model, values, ranks.device)
     fill, turns = values, None
     if fill is None:
@@ -79,7 +80,7 @@ def build_model(
     return model
 
 
-def model_and_specs(config: Mapping[str, Any], tensor: int) -> tuple[Any, dict[str, ParamSpec]]:
+def model_and_specs(config: Mapping[str, Any], tensor: int, expert: int = 1) -> tuple[Any, dict[str, ParamSpec]]:
     """The model on the meta device, its vocabulary padded where that is possible, and its parameters by name."""
     family, trained = family_of(config), dict(config)
     if family is not None:
@@ -87,7 +88,7 @@ def model_and_specs(config: Mapping[str, Any], tensor: int) -> tuple[Any, dict[s
     model = skeleton(trained, BY_TEXT if family is not None and family.by_text else None)
     use_kernels(model)
     if family is not None:
-        specs = {spec.name: spec for spec in parameter_table(config, tensor)}
+        specs = {spec.name: spec for spec in parameter_table(config, tensor, expert)}
     else:
         specs = {n: ParamSpec(n, tuple(p.shape), trained=p.requires_grad) for n, p in model.named_parameters()}
         head = model.get_output_embeddings()
@@ -129,8 +130,8 @@ def make_parameter(
         everywhere: whether every rank fills its piece; else the first of those that hold the same does, from which
             DeepSpeed sends it to the others when its engine is made.
     """
-    filled = everywhere or ranks.replica == 0
-    return _parameter(spec, piece_of_rank(values(spec), spec, dtype, ranks, None if filled else []))
+    filled = everywhere or ranks.holders(spec.axis)[0] == 0
+    return _parameter(spec, piece_of_rank(values(spec), spec, dtype, ranks, None if filled else []), ranks)
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,15 @@ class _Maker:
             return make_parameter(spec, values, self.dtype, self.ranks, everywhere=self.packs(spec))
         if by is not None:
             return _drawn_share(spec, values, self.dtype, self.cut, by)
-        return _parameter(spec, piece_of_rank(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec)))
+        piece = piece_of_rank(values(spec), spec, self.dtype, self.ranks, self.cut.ranges(spec))
+        return _parameter(spec, piece, self.ranks)
 
 
-def _parameter(spec: ParamSpec, data: Tensor) -> nn.Parameter:
+def _parameter(spec: ParamSpec, data: Tensor, ranks: Ranks) -> nn.Parameter:
     parameter = nn.Parameter(data, requires_grad=spec.trained)
     parameter.spec = spec  # type: ignore[attr-defined]
+    if spec.kind == "expert":
+        mark_expert(parameter, ranks)
     return parameter
 
 
@@ -169,17 +173,27 @@ def _drawn_share(spec: ParamSpec, draw: Values, dtype: torch.dtype, cut: Cut, by
         data = piece_of_rank(draw(spec), spec, dtype, ranks, None if draws else [])
         if ranks.replicas > 1:
             dist.broadcast(data.view(-1).view(torch.uint8), group_src=by, group=ranks.replica_group)
-        return _parameter(spec, data)
+        return _parameter(spec, data, ranks)
     data, parts = piece_of_rank(draw(spec), spec, dtype, ranks, []), None
-    own = data.new_empty(cut.share(data.numel()))
+    own = data.new_empty(cut.share(spec))
     if draws:
-        whole = piece_of_rank(draw(spec), spec, dtype, ranks).flatten()
-        padded = F.pad(whole, (0, len(own) * ranks.replicas - len(whole)))
-        parts = [part.view(torch.uint8) for part in padded.split(len(own))]
+        parts = _shares(draw(spec), spec, dtype, ranks, len(own))
     dist.scatter(own.view(torch.uint8), parts, group_src=by, group=ranks.replica_group)
     ((start, stop),) = cut.ranges(spec)
     data.view(-1)[start:stop] = own[: stop - start]
-    return _parameter(spec, data)
+    return _parameter(spec, data, ranks)
+
+
+def _shares(full: Any, spec: ParamSpec, dtype: torch.dtype, ranks: Ranks, share: int) -> list[Tensor]:
+    """What every replica keeps of a parameter, as bytes, in their order; neighbours hold other experts."""
+    sharing = ranks.expert_size if spec.axis == "expert" else 1
+    of_each = []
+    for place in range(sharing):
+        there = replace(ranks, data=place, sequence=0) if sharing > 1 else ranks
+        piece = piece_of_rank(full, spec, dtype, there).flatten()
+        padded = F.pad(piece, (0, share * (ranks.replicas // sharing) - len(piece)))
+        of_each.append([part.view(torch.uint8) for part in padded.split(share)])
+    return [part for parts in zip(*of_each, strict=True) for part in parts]
 
 
 def _partition(module: nn.Module, ds_config: dict, ranks: Ranks) -> None:

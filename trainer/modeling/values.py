@@ -70,7 +70,7 @@ class _PutOff:
 def piece_of_rank(
     full: Any, spec: ParamSpec, dtype: torch.dtype, ranks: Ranks, ranges: Sequence[tuple[int, int]] | None = None
 ) -> Tensor:
-    """This tensor-parallel rank's piece of a parameter, on the device that trains, zero where it is padded.
+    """This rank's piece of a parameter, on the device that trains, zero where it is padded.
 
     Args:
         full: the whole parameter, as `Values` give it.
@@ -81,9 +81,10 @@ def piece_of_rank(
     """
     if tuple(full.shape) != spec.shape:
         raise UserError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(full.shape)}")
-    data = torch.zeros(spec.local_shape(ranks.tensor, ranks.tensor_size), dtype=dtype, device=ranks.device)
+    place = ranks.along(spec.axis)[:2]
+    data = torch.zeros(spec.local_shape(*place), dtype=dtype, device=ranks.device)
     for start, stop in [(0, data.numel())] if ranges is None else ranges:
-        for piece in pieces(spec, ranks.tensor, ranks.tensor_size, start, stop):
+        for piece in pieces(spec, *place, start, stop):
             data[piece.local.slices].copy_(full[piece.box.slices])
     return data
 
@@ -114,17 +115,21 @@ class Cut:
     def of(cls, ranks: Ranks, ds_config: Mapping[str, Any]) -> Cut:
         return cls(ranks, ds_config["zero_optimization"].get("zero_hpz_partition_size", 1))
 
-    def share(self, numel: int) -> int:
-        """Elements of a range, padding counted."""
-        return -(-numel // self.ranks.replicas)
+    def share(self, spec: ParamSpec) -> int:
+        """Elements of a range of this rank's piece of a parameter, padding counted."""
+        return -(-self._numel(spec) // self.ranks.holders(spec.axis)[1])
 
     def ranges(self, spec: ParamSpec) -> list[tuple[int, int]]:
-        """What this rank keeps of its tensor-parallel piece of a parameter."""
-        numel, count = math.prod(spec.local_shape(self.ranks.tensor, self.ranks.tensor_size)), self.ranks.replicas
-        places = [(self.ranks.replica, self.share(numel))]
+        """What this rank keeps of its piece of a parameter."""
+        place, count, _ = self.ranks.holders(spec.axis)
+        numel, share = self._numel(spec), self.share(spec)
+        places = [(place, share)]
         if self.secondary > 1:
-            places.append((self.ranks.rank % self.secondary, self.share(numel) * count // self.secondary))
+            places.append((self.ranks.rank % self.secondary, share * count // self.secondary))
         return [(min(place * size, numel), min((place + 1) * size, numel)) for place, size in places]
+
+    def _numel(self, spec: ParamSpec) -> int:
+        return math.prod(spec.local_shape(*self.ranks.along(spec.axis)[:2]))
 
 
 class RandomValues:
@@ -214,7 +219,7 @@ class _MadePart:
 
 
 def merge_slices(pieces: list[Tensor], spec: ParamSpec) -> Tensor:
-    """The whole parameter in Hugging Face's shape from every tensor rank's piece: the inverse of `piece_of_rank`."""
+    """The whole parameter in Hugging Face's shape from every rank's piece: the inverse of `piece_of_rank`."""
     if spec.dim is None:
         return pieces[0]
     full = pieces[0].new_empty(spec.padded_shape)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..families.specs import ParamSpec
+from ..ranks.expert_parameters import MOE_GROUP
 from .base import Group, Optimizer
 
 if TYPE_CHECKING:
@@ -21,23 +22,24 @@ RATE = "lr_ratio"  # key of a group: its learning rate over the schedule's; left
 def grouped(
     things: Iterable[_T], spec_of: Callable[[_T], ParamSpec], optimizer: Optimizer, embedding_rate: float = 1.0
 ) -> list[tuple[Group, list[_T]]]:
-    """The optimizer's groups that have members, in its order, one for each learning rate; members in the order of
-    `things`.
+    """The optimizer's groups that have members, in its order, one for each learning rate, and apart from the others
+    those of experts that ranks share; members in the order of `things`.
 
     Args:
         embedding_rate: learning rate of embedding and head over that of the others.
     """
-    members: dict[tuple[int, float], list[_T]] = {}
+    members: dict[tuple[int, float, bool], list[_T]] = {}
     for thing in things:
         spec = spec_of(thing)
         number = next(number for number, group in enumerate(optimizer.groups) if group.takes(spec))
         rate = spec.rate * (embedding_rate if spec.kind == "vocab" else 1.0)
-        members.setdefault((number, rate), []).append(thing)
-    return [(_at_rate(optimizer.groups[number], rate), members[number, rate]) for number, rate in sorted(members)]
+        members.setdefault((number, rate, spec.kind == "expert"), []).append(thing)
+    return [(_own(optimizer.groups[key[0]], *key[1:]), members[key]) for key in sorted(members)]
 
 
-def _at_rate(group: Group, rate: float) -> Group:
-    return group if rate == 1 else replace(group, options={**group.options, RATE: rate})
+def _own(group: Group, rate: float, shared: bool) -> Group:
+    more = {**({} if rate == 1 else {RATE: rate}), **(MOE_GROUP if shared else {})}
+    return replace(group, options={**group.options, **more}) if more else group
 
 
 def parameter_groups(module: nn.Module, optimizer: Optimizer, embedding_rate: float = 1.0) -> list[dict[str, Any]]:

@@ -62,6 +62,18 @@ REMOVED_ZERO: Mapping[str, str] = {
     "zeropp_loco_param": "there is no replacement",
 }
 
+# what DeepSpeed's AutoEP is told of the models it knows and of how it computes
+AUTOEP = words(
+    """
+    async_split_plan combine_impl comm_backend comm_max_tokens_per_rank comm_num_sm comm_qp_margin
+    disable_triton_grouped_mm expert_activation expert_pattern expert_tensor_parallel_size expert_w1 expert_w2 expert_w3
+    gate_up_impl has_shared_experts load_balance_coeff moe_layer_pattern num_expert_groups num_experts_attr
+    num_limited_groups preset_model route_norm route_scale routed_scaling_factor router_pattern row_weighting_impl
+    score_apply score_func shared_experts_gate_pattern shared_experts_pattern top_k top_k_attr use_grouped_mm
+    validate_folding_routing
+    """
+)
+
 # sub-section: its keys. Sections that are not here are DeepSpeed's own to check
 SECTIONS: Mapping[tuple[str, ...], frozenset[str]] = {
     (): TOP_LEVEL,
@@ -102,6 +114,7 @@ SECTIONS: Mapping[tuple[str, ...], frozenset[str]] = {
         partition_config preset_model keep_module_on_host kernel_inject
         """
     ),
+    ("expert_parallel",): words("enabled autoep_size") | AUTOEP,
     ("data_types",): words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
 }
 
@@ -119,6 +132,11 @@ _MASTER = "checkpoints hold fp32 master weights; leave it out"
 _QUANTISED = "inexact, so that losses depend on the layout, and CUDA only; use zero_hpz_partition_size, or leave it out"
 _ZENFLOW = "it updates late and leaves gradient accumulation wrong; use offload_optimizer without it"
 _SUPER_OFFLOAD = "CUDA only, and checkpoints cannot read it; use offload_optimizer without it"
+_AUTOEP: Mapping[str, str] = {
+    "": "of DeepSpeed's own layers of experts; here they stay the family's own; leave it out",
+    "load_balance_coeff": "leave it out; model.router.bias_update does that",
+    "expert_tensor_parallel_size": "experts stay whole; leave it out",
+}
 _ALONE = "checkpoints are written without it; leave it out"
 
 # settings that DeepSpeed takes in more ways than this product does: where they are, what they may be, and why not more
@@ -148,9 +166,9 @@ ALLOWED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
         (False,),
         "it restarts runs of its own; use `zeropipe tune` for layout and micro batch",
     ),
-    (("expert_parallel",), (), "it replaces modules that checkpoints go by; use zero_optimization.stage 3"),
+    *((("expert_parallel", key), (), _AUTOEP.get(key, _AUTOEP[""])) for key in sorted(AUTOEP)),
     (("weight_quantization",), (), "for inference; use adapter qlora to train on weights in four bits"),
-    (("use_data_before_expert_parallelism",), (False,), "there is no expert parallelism here; leave it out"),
+    (("use_data_before_expert_parallelism",), (False,), "ranks that share experts are neighbours; leave it out"),
     (("checkpoint", "load_universal"), (False,), "checkpoints resume on any layout without it; leave it out"),
     (("checkpoint", "writer"), (), _ALONE),
     (("datastates_ckpt",), (), _ALONE),

@@ -13,6 +13,7 @@ from ..families.tried import columns_of, outcomes
 from ..objectives.registry import objective_of
 from ..recipe.recipe import Recipe
 from .layout import Layout
+from .settings import Settings, section_of
 
 
 def family_pipeline(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
@@ -44,7 +45,7 @@ def family_tensor(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     if kv_heads % layout.tensor and layout.tensor % kv_heads:
         yield f"tensor parallel {layout.tensor} neither divides nor is a multiple of the {kv_heads} key-value heads"
     table = parameter_table(model)
-    inner_sizes = {spec.parts[0] for spec in table if spec.kind == "column" and spec.tensor and spec.tensor.grain == 1}
+    inner_sizes = {spec.parts[0] for spec in table if spec.kind == "column" and spec.split and spec.split.grain == 1}
     for inner in sorted(inner_sizes):
         if inner % layout.tensor:
             yield f"tensor parallel {layout.tensor} does not divide the {inner} units of the MLP"
@@ -63,11 +64,11 @@ def _derived_split(layout: Layout, model: Mapping[str, Any], family: Derived) ->
     """Whether every split part of a derived table can be shared out, and its blocks then run."""
     size, lacking = layout.tensor, {}
     for spec in parameter_table(model, size):
-        if spec.tensor is None or spec.kind == "vocab":
+        if spec.split is None or spec.kind == "vocab":
             continue
         for part in spec.parts:
-            units = part // spec.tensor.grain
-            copied = spec.tensor.grain > 1 and units == family.sizes["num_key_value_heads"] and size % units == 0
+            units = part // spec.split.grain
+            copied = spec.split.grain > 1 and units == family.sizes["num_key_value_heads"] and size % units == 0
             if units % size and not copied:
                 lacking.setdefault(family.relative(spec) or spec.name, units)
     for name, units in lacking.items():
@@ -147,13 +148,49 @@ def family_routers(recipe: Recipe, layout: Layout, model: Mapping[str, Any]) -> 
         yield "model.router.bias_update with an adapter: its checkpoints do not hold the biases; leave it out"
 
 
+def family_experts(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
+    """Refusals of ranks that share the experts of a layer."""
+    size, stage = layout.expert, layout.zero_stage
+    if size == 1:
+        return
+    asked, family = f"expert_parallel.autoep_size {size}", family_of(model)
+    if not isinstance(family, Derived):
+        yield f"{asked} of model_type {model['model_type']!r}: it has no experts; leave expert_parallel out"
+        return
+    if refusal := family.refusals.get("expert"):
+        yield f"{asked} of model_type {model['model_type']!r}: {refusal}; leave expert_parallel out"
+    elif family.each_layer % size:
+        yield f"{asked} does not divide the {family.each_layer} experts; sizes that do: {divisors(family.each_layer)}"
+    for name, other in (("tensor parallel", layout.tensor), ("pipeline", layout.pipeline)):
+        if other > 1:
+            yield f"{asked} with {name} {other}: untried; set one of them to 1"
+    if stage == 0:
+        yield f"{asked} with ZeRO-0: use zero_optimization.stage 1, 2 or 3"
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if stage in (1, 2) and section_of(settings.json, "zero_optimization", key) is False:
+            yield f"zero_optimization.{key} false with {asked}: DeepSpeed cannot; leave it out"
+    if settings.hpz > 1:
+        yield f"zero_optimization.zero_hpz_partition_size {settings.hpz} with {asked}: DeepSpeed cannot; leave it out"
+    if settings.precision.name == "fp16" or settings.sum_width > settings.precision.width:
+        what = "fp16" if settings.precision.name == "fp16" else "data_types.grad_accum_dtype fp32"
+        yield f"{what} with {asked}: untried; use bf16, torch_autocast or neither"
+    if not settings.optimizer.elementwise:
+        yield f"{settings.optimizer_type} with {asked}: untried; use AdamW"
+    if recipe.compile != "none":
+        yield f"compile {recipe.compile} with {asked}: how many tokens an expert gets changes; set compile to none"
+    if recipe.adapter != "none":
+        yield f"an adapter with {asked}: untried; leave expert_parallel out"
+    if objective_of(recipe.objective).reference:
+        yield f"{asked} with an objective that compares with the model before training: untried; leave it out"
+
+
 def family_tried(layout: Layout, model: Mapping[str, Any]) -> Iterator[str]:
     """Refusals of what did not follow one process when it was tried: wrong unsaid, or a traceback."""
     name = model["model_type"]
     cells = outcomes().get(name, {}).get("cells", {})
     if "fails" in cells.get("ZeRO-0", {}):  # then the small sizes that were tried are in doubt, not the layout
         return
-    for column in columns_of(layout.zero_stage, layout.tensor, layout.pipeline, layout.sequence):
+    for column in columns_of(layout.zero_stage, layout.tensor, layout.pipeline, layout.sequence, layout.expert):
         for outcome in ("differs", "fails"):
             if said := cells.get(column, {}).get(outcome):
                 yield (

@@ -15,6 +15,7 @@ from ..optim.groups import grouped
 from ..recipe.recipe import Recipe
 from .family_layouts import (
     divisors,
+    family_experts,
     family_pipeline,
     family_routers,
     family_sequence,
@@ -42,6 +43,12 @@ def layout_of(recipe: Recipe, settings: Settings, devices: int) -> Layout:
             f"{devices} devices do not fit pipeline {pipeline} x tensor {tensor} x sequence {sequence} = {model}; "
             f"nearest: {' or '.join(map(str, near))} devices, or smaller parallel sizes"
         )
+    replicas, expert = devices // (tensor * pipeline), settings.expert
+    if replicas % expert:
+        raise UserError(
+            f"expert_parallel.autoep_size {expert} does not divide the {replicas} ranks that see different tokens; "
+            f"sizes that do: {divisors(replicas)}"
+        )
     return Layout(
         world=devices,
         data=devices // model,
@@ -51,6 +58,7 @@ def layout_of(recipe: Recipe, settings: Settings, devices: int) -> Layout:
         zero_stage=settings.zero_stage,
         offload_optimizer=settings.offload_optimizer,
         offload_param=settings.offload_param,
+        expert=expert,
     )
 
 
@@ -73,6 +81,7 @@ def check(recipe: Recipe, settings: Settings, layout: Layout, model: Mapping[str
         *family_texts(recipe, model),
         *family_tried(layout, model),
         *family_routers(recipe, layout, model),
+        *family_experts(recipe, settings, layout, model),
         *_adapter(recipe, settings, layout, model),
     ]
     if not refusals:

@@ -64,7 +64,7 @@ def estimate_memory(
     assert settings.micro_batch is not None and settings.accumulation is not None
     if stages is None:
         shape = model, layout.tensor, layout.pipeline, partition
-        stages = stage_sizes(*shape, settings.optimizer, rows, embedding_rate)
+        stages = stage_sizes(*shape, settings.optimizer, rows, embedding_rate, layout.expert)
     tokens = settings.micro_batch * seq_len // layout.sequence
     estimates = []
     for number, (sizes, blocks) in enumerate(stages):
@@ -104,9 +104,10 @@ def _written(sizes: Sizes, layout: Layout, settings: Settings) -> int:
     """Bytes that a rank writes of a checkpoint: of what is trained, fp32 weight and states; of what an adapter keeps
     beside it, the weight. Ranks that hold the same share the writing; what only tensor-parallel ones do is neglected.
     """
-    trained = sum((4 + of) * sum(group) for of, group in zip(sizes.state_bytes, sizes.groups, strict=True))
     replicas = layout.data * layout.sequence
-    return round_up(trained + settings.precision.width * sizes.beside, replicas) // replicas
+    own = zip(sizes.state_bytes, sizes.groups, sizes.holders(replicas, layout.expert), strict=True)
+    trained = sum((4 + of) * round_up(sum(group), ranks) // ranks for of, group, ranks in own)
+    return trained + round_up(settings.precision.width * sizes.beside, replicas) // replicas
 
 
 def _no_zero(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
@@ -128,8 +129,9 @@ def _zero_1_and_2(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str,
     """runtime/zero/stage_1_and_2.py: each group is one flat buffer, padded to 2 x ranks and cut into equal partitions;
     the master weights are a copy even in fp32."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    flats = [round_up(sum(group), 2 * ranks) for group in sizes.groups]
-    partitions = [flat // ranks for flat in flats]
+    holders = sizes.holders(ranks, layout.expert)
+    flats = [round_up(sum(group), 2 * over) for group, over in zip(sizes.groups, holders, strict=True)]
+    partitions = [flat // over for flat, over in zip(flats, holders, strict=True)]
     part, owned = sum(partitions), _owned(sizes.groups, partitions)
     accumulates, sums = settings.accumulation != 1, settings.sum_width
     bucket = sums * settings.reduce_bucket_size
@@ -159,7 +161,8 @@ def _zero_3(sizes: Sizes, layout: Layout, settings: Settings) -> dict[str, int]:
     there is but one rank. In fp32 the partition could be its own master weight, but DeepSpeed compares a device with a
     string and makes a copy."""
     width, ranks = settings.precision.width, layout.data * layout.sequence
-    partitions = [[round_up(size, ranks) // ranks for size in group] for group in sizes.groups]
+    by_group = zip(sizes.groups, sizes.holders(ranks, layout.expert), strict=True)
+    partitions = [[round_up(size, over) // over for size in group] for group, over in by_group]
     part = sum(map(sum, partitions))
     frozen, packed = (sum(round_up(size, ranks) // ranks for size in own) for own in (sizes.frozen, sizes.packed))
     resting = width * (part + frozen) + packed

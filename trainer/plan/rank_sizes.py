@@ -20,11 +20,16 @@ class Sizes:
     groups: tuple[tuple[int, ...], ...]
     state_bytes: tuple[int, ...]  # of the optimizer's states, per element of each group
     whole: tuple[bool, ...]  # groups of which ZeRO-1 and 2 keep those states of whole parameters
+    shared: tuple[bool, ...] = ()  # groups of experts that ranks share, where there are any
     frozen: tuple[int, ...] = ()
     packed: tuple[int, ...] = ()  # bytes of the frozen ones that are kept in four bits; they are in no other field
     scales: int = 0  # bytes of what belongs to those; ZeRO does not partition it
     head: int = 0  # elements of the output embedding, on the last stage, where it is trained
     beside: int = 0  # elements of what an adapter adds and does not train
+
+    def holders(self, replicas: int, expert: int) -> list[int]:
+        """Over how many ranks ZeRO cuts each group: those that hold the same of it."""
+        return [replicas // expert if shared else replicas for shared in self.shared or (False,) * len(self.groups)]
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -45,21 +50,27 @@ def stage_sizes(
     optimizer: Optimizer,
     rows: Callable[[Sequence[ParamSpec]], list[ParamSpec]] = list,
     embedding_rate: float = 1.0,
+    expert: int = 1,
 ) -> list[tuple[Sizes, int]]:
     """What a rank of each pipeline stage holds, and how many blocks."""
     return [
-        (_sizes(rows(stage.specs), stage.specs, tensor, optimizer, embedding_rate), stage.blocks)
-        for stage in split_layers(parameter_table(model, tensor), pipeline, partition)
+        (_sizes(rows(stage.specs), stage.specs, (tensor, expert), optimizer, embedding_rate), stage.blocks)
+        for stage in split_layers(parameter_table(model, tensor, expert), pipeline, partition)
     ]
 
 
 def _sizes(
-    specs: Sequence[ParamSpec], base: Sequence[ParamSpec], tensor: int, optimizer: Optimizer, embedding_rate: float
+    specs: Sequence[ParamSpec],
+    base: Sequence[ParamSpec],
+    ranks: tuple[int, int],
+    optimizer: Optimizer,
+    embedding_rate: float,
 ) -> Sizes:
+    """`ranks`: tensor and expert ones, which share parameters."""
     own_names = {spec.name for spec in base}
 
     def size(spec: ParamSpec) -> int:
-        return math.prod(spec.local_shape(0, tensor))
+        return math.prod(spec.local_shape(0, ranks[spec.axis == "expert"]))
 
     trained = [spec for spec in specs if spec.trained]
     groups = grouped(trained, lambda spec: spec, optimizer, embedding_rate)
@@ -70,6 +81,7 @@ def _sizes(
         groups=tuple(tuple(map(size, own)) for _, own in groups),
         state_bytes=tuple(optimizer.state_bytes(group) for group, _ in groups),
         whole=tuple(not optimizer.elementwise and group.states is not None for group, _ in groups),
+        shared=tuple(own[0].kind == "expert" for _, own in groups),
         frozen=frozen,
         packed=packed,
         scales=sum(map(_scales, in_four_bits)),

@@ -67,6 +67,7 @@ class Settings:
     clipping: float = _stated("gradient_clipping", _CLIPPING, 1.0)
     tensor: int = _stated("tensor_parallel.autotp_size", _SIZE, 1)  # 0 is DeepSpeed's way to say none
     sequence: int = _stated("sequence_parallel_size", _SIZE, 1)
+    expert: int = _stated("expert_parallel.autoep_size", _SIZE, 1)
     pipeline_stages: int | None = _stated("pipeline.stages", _COUNT)
     zero_stage: int = _stated("zero_optimization.stage", _STAGE, 0)
     hpz: int = _stated("zero_optimization.zero_hpz_partition_size", _SIZE, 1)
@@ -121,6 +122,7 @@ def read_settings(ds: Mapping[str, Any], source: str = "DeepSpeed JSON") -> Sett
     values |= {key: _offload(json, key, problems) for key in ("offload_optimizer", "offload_param")}
     values["optimizer"], values["precision"] = _optimizer(json, problems), _precision(json, problems)
     _data_types(json, values["precision"], problems)
+    _expert(json, problems)
     for path, allowed, why in ALLOWED:
         if (value := section_of(json, *path)) is not None and value not in allowed:
             said = "" if isinstance(value, Mapping) else f" {str(value).lower()}"
@@ -225,6 +227,16 @@ def _data_types(json: Mapping[str, Any], precision: Precision, problems: list[st
             problems.append(
                 f"data_types.{key} {dtype!r} with {precision}: untried with our checkpoints; use {computes}"
             )
+
+
+def _expert(json: Mapping[str, Any], problems: list[str]) -> None:
+    enabled, size = (section_of(json, "expert_parallel", key) for key in ("enabled", "autoep_size"))
+    if enabled not in (None, True, False):
+        problems.append(f"expert_parallel.enabled must be true or false, got {enabled!r}")
+    elif enabled and size is None:
+        problems.append("expert_parallel.enabled without autoep_size: state over how many ranks, or leave both out")
+    elif not enabled and size not in (None, 0, 1):
+        problems.append(f"expert_parallel.autoep_size {size} does nothing without enabled: add it, or leave both out")
 
 
 def _offload(json: Mapping[str, Any], key: str, problems: list[str]) -> bool:

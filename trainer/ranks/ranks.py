@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...data_prep.errors import UserError, os_problem
+from .grid import expert_groups, place_on_axes
 from .interface import set_interface
 from .late_compiling import compile_when_called
 from .ports import free_port
@@ -33,6 +34,9 @@ class Ranks:
     A group is None when its axis has size 1. Ranks of one tensor or sequence group read the same samples. The replica
     group holds the same weights and sees different tokens: gradients are summed over it. It is never None in a world of
     more than one rank: to torch, None is the whole world, and DeepSpeed would average unlike weights.
+
+    Neighbours among the replicas can share the experts of each layer, and are an expert group then; the replicas that
+    hold the same of them are a holder group.
     """
 
     rank: int = 0
@@ -46,11 +50,14 @@ class Ranks:
     sequence_size: int = 1
     pipeline: int = 0
     pipeline_size: int = 1
+    expert_size: int = 1
     data_group: ProcessGroup | None = field(default=None, compare=False)
     tensor_group: ProcessGroup | None = field(default=None, compare=False)
     sequence_group: ProcessGroup | None = field(default=None, compare=False)
     pipeline_group: ProcessGroup | None = field(default=None, compare=False)
     replica_group: ProcessGroup | None = field(default=None, compare=False)  # data x sequence
+    expert_group: ProcessGroup | None = field(default=None, compare=False)
+    holder_group: ProcessGroup | None = field(default=None, compare=False)
     device: torch.device = field(default=torch.device("cpu"), compare=False)
 
     @property
@@ -64,6 +71,23 @@ class Ranks:
         return self.data * self.sequence_size + self.sequence
 
     @property
+    def expert(self) -> int:
+        """This rank's place in its expert group."""
+        return self.replica % self.expert_size
+
+    def along(self, axis: Literal["tensor", "expert"]) -> tuple[int, int, ProcessGroup | None]:
+        """This rank's place among those that share a parameter on an axis, how many they are, and their group."""
+        if axis == "expert":
+            return self.expert, self.expert_size, self.expert_group
+        return self.tensor, self.tensor_size, self.tensor_group
+
+    def holders(self, axis: Literal["tensor", "expert"]) -> tuple[int, int, ProcessGroup | None]:
+        """As `along`, of the replicas that hold the same part of a parameter: ZeRO cuts it over them."""
+        if axis == "expert" and self.expert_size > 1:
+            return self.replica // self.expert_size, self.replicas // self.expert_size, self.holder_group
+        return self.replica, self.replicas, self.replica_group
+
+    @property
     def reads_samples(self) -> bool:
         """Whether this rank speaks for its samples: all ranks of a tensor, sequence or pipeline group read the same."""
         return self.tensor == self.sequence == self.pipeline == 0
@@ -72,9 +96,14 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def lay_out(self, tensor: int, sequence: int, pipeline: int) -> Ranks:
+    def lay_out(self, tensor: int, sequence: int, pipeline: int, expert: int = 1) -> Ranks:
         """This process on the axes of a layout, with its groups. Collective over the world."""
-        return _lay_out(self, tensor, sequence, pipeline)
+        ranks = replace(self, **place_on_axes(self.rank, self.world, tensor, sequence, pipeline))
+        return (
+            ranks
+            if expert == 1
+            else replace(ranks, expert_size=expert, **expert_groups(ranks.rank, ranks.world, expert))
+        )
 
     def all_sum(self, *values: Sequence[float] | Tensor) -> list[float]:
         """Sums float64 values, given in one or more rows, over all ranks of the world. Collective."""
@@ -194,13 +223,15 @@ def prepare_backend() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
 
 
-def init_distributed(tensor: int = 1, sequence: int = 1, pipeline: int = 1, timeout: timedelta = TIMEOUT) -> Ranks:
+def init_distributed(
+    tensor: int = 1, sequence: int = 1, pipeline: int = 1, expert: int = 1, timeout: timedelta = TIMEOUT
+) -> Ranks:
     """Joins the world and lays it out: data parallel is what the other sizes leave. Collective.
 
     Raises:
         ValueError: the sizes do not divide the world (plans refuse this before launch).
     """
-    return join_world(timeout).lay_out(tensor, sequence, pipeline)
+    return join_world(timeout).lay_out(tensor, sequence, pipeline, expert)
 
 
 def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
@@ -233,41 +264,6 @@ def join_world(timeout: timedelta = TIMEOUT) -> Ranks:
     del store
     world, device = dist.get_world_size(), torch.device(accelerator().current_device_name())
     return Ranks(rank=dist.get_rank(), world=world, data_size=world, local_rank=local_rank, device=device)
-
-
-def _lay_out(here: Ranks, tensor: int, sequence: int, pipeline: int) -> Ranks:
-    rank, world = here.rank, here.world
-    if world % (tensor * sequence * pipeline):
-        raise ValueError(f"{world} ranks cannot hold tensor {tensor} x sequence {sequence} x pipeline {pipeline}")
-    sizes = {
-        "pipeline": pipeline,
-        "data": world // (tensor * sequence * pipeline),
-        "sequence": sequence,
-        "tensor": tensor,
-    }
-    grid = torch.arange(world).reshape(tuple(sizes.values()))
-    coordinates = dict(zip(sizes, (int(i) for i in (grid == rank).nonzero()[0]), strict=True))
-    groups: dict[str, ProcessGroup | None] = dict.fromkeys(sizes)
-    for axis, (name, size) in enumerate(sizes.items()):
-        if size == 1:
-            continue
-        for members in grid.movedim(axis, -1).reshape(-1, size).tolist():
-            group = dist.new_group(members)  # collective over the world: every rank makes every group
-            if rank in members:
-                groups[name] = group  # type: ignore[assignment]  # a member gets no NON_GROUP_MEMBER
-    replica_group = groups["data"] or groups["sequence"]
-    if (sizes["data"] > 1) == (sizes["sequence"] > 1) and world > 1:  # both axes, or a rank alone
-        for members in grid.flatten(1, 2).movedim(1, -1).reshape(-1, sizes["data"] * sizes["sequence"]).tolist():
-            group = dist.new_group(members)
-            if rank in members:
-                replica_group = group
-    return replace(
-        here,
-        replica_group=replica_group,
-        **coordinates,
-        **{f"{name}_size": size for name, size in sizes.items()},  # type: ignore[arg-type]
-        **{f"{name}_group": group for name, group in groups.items()},  # type: ignore[arg-type]
-    )
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def of_layout(plan: Plan, sabotage: Sabotage | None = None) -> Curve:
     if sabotage is not None:
         sabotage()
     layout = plan.layout
-    ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline)
+    ranks = init_distributed(layout.tensor, layout.sequence, layout.pipeline, layout.expert)
     engine = build_engine(plan, ranks)
     stream, curve = RunData.open(plan).stream(ranks), Curve()
     for step in range(plan.total_steps):
@@ -116,11 +116,11 @@ def whole_weights(engine: Engine) -> tuple[dict[str, np.ndarray], list[str]]:
     for name, parameter in engine.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             piece = parameter.detach().float().contiguous().clone()
-        pieces = [piece]
-        if ranks.tensor_size > 1:
-            pieces = [torch.empty_like(piece) for _ in range(ranks.tensor_size)]
-            dist.all_gather(pieces, piece, group=ranks.tensor_group)
         spec = parameter.spec  # type: ignore[attr-defined]
+        pieces, (_, size, group) = [piece], ranks.along(spec.axis)
+        if size > 1:
+            pieces = [torch.empty_like(piece) for _ in range(size)]
+            dist.all_gather(pieces, piece, group=group)
         if spec.dim is None and not all(torch.equal(piece, other) for other in pieces):
             torn.add(name)
         local[name] = merge_slices(pieces, spec).cpu().numpy().copy()

@@ -179,6 +179,8 @@ def _layouts(ranks: int) -> Iterator[Layout]:
             if world % model == 0:
                 for stage in range(4):
                     yield Layout(world, world // model, tensor, sequence, pipeline, stage)
+        for expert, stage in itertools.product(sizes[1:], (1, 2, 3)):
+            yield Layout(world, world, zero_stage=stage, expert=expert)
 
 
 def plan_in(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -> Plan:
@@ -207,6 +209,9 @@ def plan_in(recipe: Recipe, ds: Mapping[str, Any], layout: Layout, steps: int) -
     json["zero_optimization"] = {"stage": layout.zero_stage}
     json["tensor_parallel"] = {"autotp_size": layout.tensor}
     json["sequence_parallel_size"] = layout.sequence
+    json.pop("expert_parallel", None)
+    if layout.expert > 1:
+        json["expert_parallel"] = {"enabled": True, "autoep_size": layout.expert}
     sequences = recipe.batch.global_batch or json.get("train_batch_size")
     if isinstance(sequences, int):
         json["train_micro_batch_size_per_gpu"] = max(1, sequences // layout.data // (2 * layout.pipeline))

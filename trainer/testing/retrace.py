@@ -87,7 +87,7 @@ def _retrace(run: Path, directory: str, stretch: Stretch, output: Path, threads:
     recipe, ds = load_pair(str(run / "recipe.yaml"), str(run / "deepspeed.json"), [])
     ranks = join_world()
     plan = make_plan(recipe.model_copy(update={"output": output}), ds, ranks.world)
-    ranks = ranks.lay_out(plan.layout.tensor, plan.layout.sequence, plan.layout.pipeline)
+    ranks = ranks.lay_out(plan.layout.tensor, plan.layout.sequence, plan.layout.pipeline, plan.layout.expert)
     data = RunData.open(plan, ranks)
     engine = build_engine(plan, ranks, resumes=True)
     checkpoint = resolve_resume(output, str(stretch.first), ranks)

@@ -51,7 +51,7 @@ def measure(recipe: dict[str, Any], ds: dict[str, Any]) -> tuple[list[int], int]
     ranks = join_world()
     plan = plan_of(recipe, ds, ranks.world)
     layout = plan.layout
-    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
+    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline, layout.expert)
     engine, stream = build_engine(plan, ranks), RunData.open(plan).stream(ranks)
     step, held = engine.deepspeed.step, []
 
@@ -138,7 +138,7 @@ def copied(recipe: dict[str, Any], ds: dict[str, Any]) -> int:
     ranks = join_world()
     plan = plan_of(recipe, ds, ranks.world)
     layout = plan.layout
-    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline)
+    ranks = ranks.lay_out(layout.tensor, layout.sequence, layout.pipeline, layout.expert)
     engine = build_engine(plan, ranks)
     engine.train_step(RunData.open(plan).stream(ranks), 0)
     snapshot = Snapshot()

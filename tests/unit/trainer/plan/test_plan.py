@@ -185,9 +185,25 @@ REFUSALS: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
     (
         "experts",
         1,
-        {"expert_parallel": {"enabled": True}},
+        {**zero(1), "expert_parallel": {"enabled": True, "autoep_size": 2}},
         {},
-        "expert_parallel: it replaces modules that checkpoints go by; use",
+        "expert_parallel.autoep_size 2 does not divide the 1 ranks that see different tokens; sizes that do: 1",
+    ),
+    (
+        "experts of a dense model",
+        2,
+        {**zero(1), "expert_parallel": {"enabled": True, "autoep_size": 2}},
+        {},
+        "autoep_size 2 of model_type 'gpt2': it has no experts; leave expert_parallel out",
+    ),
+    ("experts, not on", 2, {"expert_parallel": {"autoep_size": 2}}, {}, "autoep_size 2 does nothing without enabled"),
+    ("experts, how many", 2, {"expert_parallel": {"enabled": True}}, {}, "enabled without autoep_size: state over how"),
+    (
+        "experts by DeepSpeed",
+        2,
+        {"expert_parallel": {"enabled": True, "autoep_size": 2, "load_balance_coeff": 0.1}},
+        {},
+        "expert_parallel.load_balance_coeff 0.1: leave it out; model.router.bias_update does that",
     ),
     (
         "bf16 masters",
@@ -352,6 +368,37 @@ MIXTRAL = {"model_type": "mixtral", **SMALL, "num_local_experts": 4}
 def test_what_balances_experts_is_refused_where_it_cannot(plan, config, router, sections, told):
     world = 2 if sections.get("parallel") else 1
     assert told in refusal(plan, world, model={"config": config, "router": router}, **sections)
+
+
+@pytest.mark.parametrize(
+    ("size", "ds", "sections", "told"),
+    [
+        (2, zero(0), {}, "expert_parallel.autoep_size 2 with ZeRO-0: use zero_optimization.stage 1, 2 or 3"),
+        (3, zero(1), {}, "autoep_size 3 does not divide the 4 experts; sizes that do: 1, 2, 4"),
+        (2, {**zero(1), "tensor_parallel": {"autotp_size": 2}}, {}, "with tensor parallel 2: untried; set one of them"),
+        (2, zero(1), {"parallel": {"pipeline": 2}}, "autoep_size 2 with pipeline 2: untried; set one of them to 1"),
+        (2, zero(2, reduce_scatter=False), {}, "reduce_scatter false with expert_parallel.autoep_size 2"),
+        (2, zero(3, zero_hpz_partition_size=2), {}, "zero_hpz_partition_size 2 with expert_parallel.autoep_size 2"),
+        (
+            2,
+            {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
+            {},
+            "fp16 with expert_parallel.autoep_size 2: untried",
+        ),
+        (
+            2,
+            {**zero(1), "optimizer": {"type": "Muon"}, "gradient_clipping": 0},
+            {},
+            "Muon with expert_parallel.autoep_",
+        ),
+        (2, zero(1), {"compile": "blocks"}, "compile blocks with expert_parallel.autoep_size 2"),
+        (2, zero(1), {"adapter": {"type": "lora", "r": 4}}, "an adapter with expert_parallel.autoep_size 2: untried"),
+    ],
+)
+def test_experts_are_not_shared_where_they_cannot(plan, size, ds, sections, told):
+    experts = {"expert_parallel": {"enabled": True, "autoep_size": size}}
+    world = {3: 6}.get(size, 4)
+    assert told in refusal(plan, world, {**ds, **experts}, model={"config": MIXTRAL}, batch={"global": 12}, **sections)
 
 
 MODELS: list[tuple[dict[str, Any], str]] = [
