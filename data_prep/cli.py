@@ -242,9 +242,13 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    from .making.bars import Bar
     from .verify import verify
 
-    problems = [problem for store in args.store for problem in verify(store, args.vocab_size)]
+    problems = []
+    for store in args.store:
+        with Bar("verify") as bar:
+            problems += verify(store, args.vocab_size, bar)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:

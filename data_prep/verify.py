@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .errors import UserError
-from .manifest import Manifest, RecordsInfo, file_record
+from .making.bars import Told, untold
+from .manifest import FileRecord, Manifest, RecordsInfo, file_record
 from .store import BEGINS, TRAINED, Shard, TokenStore
 
 _RECORDS = 1 << 16  # looked at together
 _BLOCK = 4 << 20  # index entries or tokens looked at together
 
 
-def verify(path: str | Path, vocab_size: int | None = None) -> list[str]:
-    """Every problem found, one line each; empty if the store is whole. `vocab_size`: for a prefix without a manifest.
+def verify(path: str | Path, vocab_size: int | None = None, told: Told = untold) -> list[str]:
+    """Every problem found, one line each; empty if the store is whole.
 
     UserError if it cannot even be opened. Reads all of it, in bounded memory.
+
+    Args:
+        vocab_size: for a prefix without a manifest.
+        told: how many bytes have been looked at.
     """
     store = TokenStore.open(path)
     vocabulary = store.vocab_size or vocab_size
+    expected = {} if store.manifest is None else _expected(store.manifest)
+    tokens = sum(shard.num_tokens * shard.dtype.itemsize for shard in store.shards)
+    total, done = tokens + sum(record.bytes for record in expected.values()), 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        told(done, total)
+
     problems = []
     for shard in store.shards:
         shard.read_in_order()
         structure = list(index_problems(shard))
         problems += structure
-        problems += token_problems(shard, vocabulary, None if structure else store.eod_id)
+        problems += token_problems(shard, vocabulary, None if structure else store.eod_id, count)
         if store.records is not None and not structure:
             problems += flag_problems(shard, store.records)
     if store.manifest is not None:
-        problems += _digest_problems(store.path, store.manifest)
+        problems += _digest_problems(store.path, expected, count)
     return problems
 
 
@@ -70,11 +84,16 @@ def _document_problems(shard: Shard) -> Iterator[str]:
             return
 
 
-def token_problems(shard: Shard, vocab_size: int | None, eod_id: int | None) -> Iterator[str]:
-    """The first id outside the vocabulary, and the first document that does not end in the end-of-document token."""
+def token_problems(
+    shard: Shard, vocab_size: int | None, eod_id: int | None, count: Callable[[int], None] = lambda nbytes: None
+) -> Iterator[str]:
+    """The first id outside the vocabulary, and the first document that does not end in the end-of-document token.
+    `count` is told of the bytes that have been looked at.
+    """
     if vocab_size is not None:
         for start in range(0, shard.num_tokens, _BLOCK):
             block = shard.tokens[start : start + _BLOCK]
+            count(block.nbytes)
             if int(block.max()) < vocab_size and int(block.min()) >= 0:
                 continue
             place = int(np.flatnonzero((block >= vocab_size) | (block < 0))[0])
@@ -122,16 +141,21 @@ def _records_with(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.diff(sums[starts - starts[0]]) > 0
 
 
-def _digest_problems(path: Path, manifest: Manifest) -> Iterator[str]:
-    """Files whose size or SHA-256 is not what the manifest says."""
+def _expected(manifest: Manifest) -> dict[str, FileRecord]:
+    """Every file that the manifest tells of, by its name."""
     expected = {name: record for shard in manifest.shards for name, record in shard.files().items()}
-    expected |= {f"tokenizer/{name}": record for name, record in manifest.tokenizer.items()}
+    return expected | {f"tokenizer/{name}": record for name, record in manifest.tokenizer.items()}
+
+
+def _digest_problems(path: Path, expected: Mapping[str, FileRecord], count: Callable[[int], None]) -> Iterator[str]:
+    """Files whose size or SHA-256 is not what the manifest says."""
     for name, record in sorted(expected.items()):
         try:
             found = file_record(path / name)
         except OSError as error:
             yield f"{path / name}: cannot read it: {error.strerror}"
             continue
+        count(record.bytes)
         if found != record:
             yield (
                 f"{path / name}: {found.bytes} bytes with SHA-256 {found.sha256}, "

@@ -44,14 +44,14 @@ def prepare(options: Options, executor: Executor | None = None) -> TokenStore:
     tasks = plan_tasks(options.inputs, options.builtin, options.source)
     options, first = _settled(options, tasks)
     work = Workspace(options.output)
-    with work.locked(), disk_errors(options.output):
+    total = sum(task.cost for task in tasks)
+    with work.locked(), disk_errors(options.output), ProgressLine(total, options.quiet) as progress:
         if work.was_published(settings(options)):
             work.discard()
             return TokenStore.open(options.output)
         if options.output.exists() and not options.overwrite:
             raise UserError(f"{options.output}: exists already; choose another --output, or add --overwrite")
         resumed = work.begin(identity(options, tasks), options.overwrite)
-        progress = ProgressLine(sum(task.cost for task in tasks), options.quiet)
         if resumed:
             progress.inform(f"going on with the unfinished work in {work.root}")
         vocabulary = _ensure_tokenizer(options, tasks, work, progress)

@@ -10,6 +10,22 @@ from typing import Any
 from .watch import Member, Mishap, Watch
 
 _TAIL_LINES = 15
+# last lines of errors, and what of the doctor's checks is about such
+_DOCTOR = (
+    (
+        r"connectFullMesh|Connection (refused|reset)|No route to host|Network is unreachable|NCCL|[Tt]imed out",
+        "the ports between all hosts, both ways, and ends with an all-reduce of all ranks",
+    ),
+    (
+        r"No space left|[Qq]uota exceeded|Read-only file system|No locks available",
+        "room and locks of shared folders (--shared FOLDER)",
+    ),
+    (
+        r"No module named|cannot import name|undefined symbol|cannot open shared object",
+        "versions and code of all hosts",
+    ),
+    (r"CUDA (error|driver)|no CUDA|HIP error", "the devices of every host"),
+)
 
 
 def tell(watch: Watch, mishaps: Sequence[Mishap]) -> str:
@@ -19,7 +35,7 @@ def tell(watch: Watch, mishaps: Sequence[Mishap]) -> str:
     others = [mishap for mishap in mishaps[1:] if mishap.kind == "ended" and not mishap.consequence]
     parts += [f"{who(watch.member(f.rank))} {_what(watch, f)}" for f in others[:8]]
     member = watch.member(first.rank)
-    parts += [_own_words(member), f"error: {who(member)} {_what(watch, first)}"]
+    parts += [_own_words(member), _doctor(watch, first), f"error: {who(member)} {_what(watch, first)}"]
     return "\n".join(part for part in parts if part)
 
 
@@ -44,6 +60,18 @@ def _what(watch: Watch, mishap: Mishap) -> str:
         return f"did not begin within {seconds} of the first one: see above what its host says"
     waits = _waiting(member)
     return f"hangs in {place}: nothing for {seconds}, where {mishap.limit:.0f} s are the limit{waits}"
+
+
+def _doctor(watch: Watch, first: Mishap) -> str:
+    """What `zeropipe doctor` would tell of a cause; nothing of one that it does not look at."""
+    hosts = {member.host for member in watch.members}
+    said = (watch.member(first.rank).end or {}).get("text", "").strip().rpartition("\n")[2]
+    if first.kind in ("silent", "absent") and len(hosts) > 1:
+        looks = "which hosts answer"
+    else:
+        looks = next((looks for pattern, looks in _DOCTOR if re.search(pattern, said)), "")
+    hostfile = " --hostfile HOSTFILE" if len(hosts) > 1 else ""
+    return f"zeropipe doctor{hostfile}: looks at {looks}" if looks else ""
 
 
 def _ending(end: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -309,6 +310,10 @@ def test_exports_compute_what_training_does(variant, tmp_path):
     assert (before - expected).abs().max() > 1e-2  # it has learnt something
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", base.name)
+    assert f"An adapter for `{base.name}` (`{checkpoint.state['model_config']['model_type']}`)" in card.text
+    assert "step 4, 1,024 tokens with a loss" in card.text and "| train | `store` |" in card.text
     assert {file: file.read_bytes() for file in base.iterdir()} == bits
 
 

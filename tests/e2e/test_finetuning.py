@@ -21,6 +21,7 @@ from tests.tiny import plan_of, tiny_json, tiny_recipe, write_pair
 from tests.unit.data_prep.records.samples import ids_and_masks, trl_template
 from zeropipe.data_prep.store import TokenStore
 from zeropipe.trainer.data.samples import Packs, open_samples, sample_order
+from zeropipe.trainer.evaluation.harness import read_task
 from zeropipe.trainer.export.huggingface import read_probe
 from zeropipe.trainer.metrics.reading import read_metrics
 
@@ -171,6 +172,58 @@ def test_lora_lowers_the_held_out_loss_and_goes_out_as_it_is(material, tmp_path,
     record_property("merged against peft", float(merging.max()))
     assert live.max() < 1e-5 and merging.max() < 1e-5
     assert by_position(untrained, by_peft).max() > 1e-2  # without the adapter they are others
+
+
+QUESTIONS = """\
+task: dialogues
+dataset_path: json
+dataset_kwargs: {data_files: {test: dialogues.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{answers}}"
+doc_to_target: right
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: brier_score}]
+"""
+
+
+def test_tasks_of_the_harness_are_the_same_by_its_own_model(material, tmp_path, record_property):
+    """Asked while it trains, afterwards, and of the export by lm-evaluation-harness alone, offline."""
+    import lm_eval
+
+    pairs = [(own[0]["content"], own[1]["content"]) for own in material.dialogues("valid")][:12]
+    lines = [
+        {"question": asked, "answers": [pairs[(i + 7 * k) % len(pairs)][1] for k in range(2)], "right": 0}
+        for i, (asked, _) in enumerate(pairs)
+    ]
+    task = tmp_path / "dialogues.yaml"
+    task.write_text(QUESTIONS)
+    (tmp_path / "dialogues.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = tmp_path / "run"
+    eval_ = {"every": 2, "batches": 1, "tasks": [str(task)]}
+    recipe = recipe_of(material, run, eval=eval_, duration={"steps": 2}, optimizer={"lr": 1e-4}, save={"every": 2})
+    pair = write_pair(tmp_path, recipe, tiny_json("zero1", 1))
+    zeropipe("launch", pair[0], "--deepspeed_config", pair[1], "--devices", 2)
+    (live,) = (record for record in read_metrics(run) if record["kind"] == "task")
+    told = zeropipe("eval", run, "--tasks", task, "--json", "--device", "cpu")
+    (after,) = json.loads(told.splitlines()[-1])
+    zeropipe("export", run, "--dtype", "float32", "--output", tmp_path / "export")
+    theirs = lm_eval.simple_evaluate(
+        "hf",
+        {"pretrained": str(tmp_path / "export"), "dtype": "float32", "device": "cpu"},
+        tasks=[read_task(task, "--tasks")],
+        batch_size=8,
+        log_samples=False,
+    )
+    expected = theirs["results"]["dialogues"]
+    names = [name for name in after if "," in name]
+    assert {"acc,none", "acc_norm,none"} < set(names) and after["samples"] == len(lines)
+    for name in names:
+        record_property(name, after[name])
+        loose = 0.2 if name == "brier_score_stderr,none" else 1e-5  # while training of fewer draws
+        assert after[name] == pytest.approx(expected[name], rel=1e-5), name
+        assert live[name] == pytest.approx(expected[name], rel=loose), name
+    assert 0 < after["brier_score,none"] < 2  # of every probability: no two models have the same by chance
 
 
 def test_masks_are_those_of_a_template_with_markers(material, tmp_path, record_property):

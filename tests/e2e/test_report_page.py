@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_json, tiny_recipe, tiny_store, write_pair
 from tests.unit.trainer.page.runs import step_record, write_whole_run
 from zeropipe.trainer.page.live import LiveRuns
 from zeropipe.trainer.page.page import write_page
@@ -143,6 +150,55 @@ def test_the_live_page_follows_a_run_and_outlives_its_server(browser, tmp_path):
     page.context.close()
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_live_page_follows_a_run_that_trains(browser, tmp_path):
+    """From its first steps to its end, through a stop and a resume, read from the outside as it is written."""
+    from playwright.sync_api import expect
+
+    store = tiny_store(tmp_path / "store")
+    sections = {"log": {"every": 1}, "eval": {"every": 10, "batches": 1}, "save": {"every": 20}}
+    recipe = tiny_recipe(store, tmp_path / "runs" / "live", duration={"steps": 400}, **sections)
+    pair = write_pair(tmp_path, recipe, tiny_json("zero1"))
+    command = [sys.executable, "-m", "zeropipe.trainer", "--run", pair[0], "--deepspeed_config", pair[1]]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = tmp_path / "runs" / "live" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and '"kind": "train"' in metrics.read_text(), training)
+        server = served(tmp_path / "runs")
+        page = browser.new_context(viewport=DESK).new_page()
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.url)
+        expect(page.locator("#state li")).to_have_text(
+            re.compile(r"live: training, step [\d,]+ of 400"), timeout=60_000
+        )
+        last = "zeropipe.charts[0].plot.data[0].at(-1)"
+        first = page.evaluate(last)
+        wait_until(lambda: page.evaluate(last) > first, training)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(120) == 4, training.communicate()
+        training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        expect(page.locator("#state li")).to_have_text("live: finished, step 400 of 400", timeout=200_000)
+        assert training.wait(60) == 0
+        assert page.evaluate(last) == 400
+        assert page.get_by_text("resumes", exact=True).count() >= 1
+        assert said == []
+        page.context.close()
+        server.shutdown()
+        server.server_close()
+    finally:
+        training.kill()
+        training.wait()
+
+
+def wait_until(there: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None and time.monotonic() < end, "it does not train"
+        time.sleep(0.1)
 
 
 def served(folder: Path, port: int = 0) -> PageServer:

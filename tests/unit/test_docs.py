@@ -99,6 +99,10 @@ def test_blocks_of_yaml_and_python_name_what_there_is():
                     found += 1
                     assert hasattr(zeropipe, name), f"{page.name}: zeropipe.{name}"
     assert found > 25
+    for example in (ROOT / "examples").glob("*.py"):
+        compile(text := example.read_text("utf-8"), example, "exec")
+        names = re.findall(r"zeropipe\.(\w+)\(", text)
+        assert names and all(hasattr(zeropipe, name) for name in names), example.name
 
 
 def flattened(value: object, prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ...data_prep.durable import publish_folder, retried, write_durably
 from ...data_prep.errors import UserError
+from ...data_prep.making.bars import Told, untold
 from .files import (
     MANIFEST,
     STATE,
@@ -152,9 +153,18 @@ def ls(path: str | Path) -> list[Listing]:
     return [inspect(p) for p in reversed(step_folders(path))]
 
 
-def verify_checkpoints(path: str | Path) -> dict[Path, list[str]]:
-    """Reads every checkpoint there and compares it with its manifest; what is wrong, by checkpoint (empty: whole)."""
-    return {p: problems_of(p) for p in reversed(step_folders(path))}
+def verify_checkpoints(path: str | Path, told: Told = untold) -> dict[Path, list[str]]:
+    """Reads every checkpoint there and compares it with its manifest; what is wrong, by checkpoint (empty: whole).
+    `told`: how many bytes have been read.
+    """
+    listed, done, found = ls(path), 0, dict[Path, list[str]]()
+    total = sum(item.nbytes for item in listed)
+    told(0, total)
+    for item in listed:
+        found[item.path] = problems_of(item.path)
+        done += item.nbytes
+        told(done, total)
+    return found
 
 
 def steps_in_sight(path: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from ...data_prep.errors import UserError
@@ -48,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_tasks(args)
     if args.shots is not None or args.limit is not None:
         raise UserError("--shots, --limit: are of --tasks; leave them out")
+    from ...data_prep.making.bars import Bar
     from ..evaluation.breakdown import breakdown_lines
     from ..evaluation.evaluate import as_json, compared, evaluate_model, evaluation_text
     from ..evaluation.held_out import held_out_data
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.reference is not None:
         raise UserError("--reference is for preferences; leave it out")
     model, _ = load_model(source, args.dtype, args.base)
-    evaluation = evaluate_model(model.to(device), data, batches, _progress)
+    with Bar("evaluate", "sequences") as bar:
+        evaluation = evaluate_model(model.to(device), data, batches, bar)
     breakdown, kinds = evaluation.breakdown, list(dict.fromkeys(args.by or ()))
     if kinds and breakdown is None:
         raise UserError(
@@ -118,8 +119,3 @@ def _batches(text: str) -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"--batches {text}: expected a number of 1 or more, or all")
     return int(text)
-
-
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} sequences", end="\n" if done >= total else "", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ...data_prep.errors import UserError
+from ...data_prep.making.bars import Bar
 from ...data_prep.sizes import format_bytes
 from ..run.quiet import quiet
 from .arguments import MODEL_DTYPES, add_base_argument, add_checkpoint_argument, add_verb
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         done = export_adapter(source, args.output, args.dtype, args.overwrite, args.device, args.base)
     else:
         where = args.device, args.base, args.merge_onto, args.gguf
-        done = export_folder(source, args.output, args.dtype, args.overwrite, shard, *where)
+        with Bar("export") as bar:
+            done = export_folder(source, args.output, args.dtype, args.overwrite, shard, *where, bar)
     dtype = str(done.dtype).removeprefix("torch.")
     what = "the adapter of step" if args.adapter else "step"
     print(f"exported {what} {done.step} as {dtype}, {format_bytes(done.bytes)}: {done.folder}")

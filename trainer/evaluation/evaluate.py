@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data_prep.errors import UserError
+from ...data_prep.making.bars import Told, untold
 from ..objectives.base import Objective
 from ..objectives.registry import objective_of
 from .baselines import Entropies, HeldOut
@@ -121,21 +122,20 @@ def evaluate_model(
     model: Any,
     data: HeldOutData,
     batches: int | None,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    told: Told = untold,
 ) -> Evaluation:
     """Mean loss of a plain Hugging Face model over the samples of a split, unshuffled.
 
     Args:
         batches: global batches to evaluate; None: the whole split.
-        progress: called with (sequences done, of how many).
+        told: how many sequences have been.
 
     Raises:
         UserError: nothing to evaluate on, or a token id beyond the model's vocabulary.
     """
     vocab_size, breakdown = model.config.vocab_size, Breakdown(data.samples)
     check_context(model, data.seq_len)
-    lengths = token_bytes(data.tokenizer, data.samples, vocab_size)
-    held_out = HeldOut(vocab_size)
+    lengths, held_out = token_bytes(data.tokenizer, data.samples, vocab_size), HeldOut(vocab_size)
     objective, sums = data.objective, np.zeros(1 + len(data.objective.metrics))
     weight, tokens, text_bytes, done = 0.0, 0, 0.0, 0
     total = sum(map(len, data.samples))
@@ -151,7 +151,7 @@ def evaluate_model(
         if lengths is not None:
             text_bytes += float(lengths[labels[labels >= 0]].sum())
         done = min(total, done + len(ids))
-        progress(done, total)
+        told(done, total)
     if not weight:
         raise UserError(f"{data.name}: no token to evaluate on: it holds less than one sample of {data.seq_len} tokens")
     loss, *metrics = (sums / weight).tolist()

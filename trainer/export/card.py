@@ -17,23 +17,27 @@ CARD = "README.md"
 _NUMBERS = ("loss", "perplexity", "bits_per_byte")  # of an evaluation, that people compare models by
 
 
-def write_card(folder: Path, facts: Mapping[str, Any], run: Path | None) -> None:
+def write_card(folder: Path, facts: Mapping[str, Any], run: Path | None, adapts: str | None = None) -> None:
     """Writes README.md.
 
     Args:
         facts: as `provenance` gives them.
         run: the run directory, for its configuration; None: of a checkpoint alone.
+        adapts: the base, where the folder holds an adapter for it.
     """
-    lines = [*_head(facts), *_data(facts), *_training(facts), *_evaluation(facts), *_reproduce(facts, run)]
+    head = _head(facts) if adapts is None else _adapter_head(facts, Path(adapts).name)
+    lines = [*head, *_data(facts), *_training(facts), *_evaluation(facts), *_reproduce(facts, run, adapts is None)]
     body = "\n".join(lines)
-    write_durably(folder / CARD, f"---\n{front_matter(facts, _base_card(facts))}\n---\n\n{body}\n")
+    matter = front_matter(facts, _base_card(facts), "transformers" if adapts is None else "peft")
+    write_durably(folder / CARD, f"---\n{matter}\n---\n\n{body}\n")
 
 
-def front_matter(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+def front_matter(facts: Mapping[str, Any], base: Mapping[str, Any], library: str) -> str:
     """YAML as `huggingface_hub.ModelCardData` writes it.
 
     Args:
         base: the front matter of the model that the run began from; what it says of licence and language stays.
+        library: that loads the folder.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -54,7 +58,7 @@ def front_matter(facts: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     if initial is not None:
         kept["base_model"] = base.get("base_model") or Path(initial["folder"]).name
     return ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["zeropipe"],
         model_name=facts.get("run", facts["checkpoint"]),
@@ -93,6 +97,31 @@ def _head(facts: Mapping[str, Any]) -> list[str]:
         "",
         'model = AutoModelForCausalLM.from_pretrained("this-folder")',
         'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+        "```",
+        "",
+    ]
+
+
+def _adapter_head(facts: Mapping[str, Any], base: str) -> list[str]:
+    tokens = "" if facts["tokens"] is None else f", {facts['tokens']:,} tokens with a loss"
+    name, kind = facts.get("run", facts["checkpoint"]), facts["model_config"]["model_type"]
+    what = "random weights, which its recipe makes again" if base == "random" else f"`{base}`"
+    said = (
+        f"An adapter for {what} (`{kind}`), trained with ZeroPipe: step {facts['step']:,}{tokens}. It needs that base."
+    )
+    if base == "random":
+        return [f"# {name}", "", said, ""]
+    return [
+        f"# {name}",
+        "",
+        said,
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(base, "this-folder")',
         "```",
         "",
     ]
@@ -141,7 +170,8 @@ def _evaluation(facts: Mapping[str, Any]) -> list[str]:
     return ["## Evaluation", "", *_table(("on", "step", "metric", "value"), rows), ""]
 
 
-def _reproduce(facts: Mapping[str, Any], run: Path | None) -> Iterator[str]:
+def _reproduce(facts: Mapping[str, Any], run: Path | None, whole: bool) -> Iterator[str]:
+    """`whole`: of a model, whose folder can be verified."""
     yield "## How to reproduce"
     yield ""
     if run is None:
@@ -152,6 +182,10 @@ def _reproduce(facts: Mapping[str, Any], run: Path | None) -> Iterator[str]:
     yield "```"
     devices = facts.get("environment", {}).get("ranks", 1) or 1
     yield f"zeropipe launch recipe.yaml --deepspeed_config deepspeed.json --devices {devices}"
+    if not whole:
+        yield "zeropipe export RUN --adapter --output THIS_FOLDER"
+        yield "```"
+        return
     yield "zeropipe verify THIS_FOLDER --against RUN --replay 1"
     yield "```"
     yield ""

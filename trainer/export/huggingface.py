@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...data_prep.durable import publishing
 from ...data_prep.errors import UserError
+from ...data_prep.making.bars import Told, untold
 from ...data_prep.tokenizer import completed
 from ..adapters.merged import MergedWeights
 from ..adapters.qlora import Onto
@@ -67,6 +68,7 @@ def export(
     base: str | Path | None = None,
     merge_onto: Onto | None = None,
     gguf: GgufType | None = None,
+    told: Told = untold,
 ) -> Exported:
     """Writes safetensors, configs, tokenizer, model card and provenance, and verifies what it wrote.
 
@@ -80,9 +82,9 @@ def export(
         shard_bytes: largest safetensors file.
         device: that computes the logits; None: the accelerator if there is one, which must hold the whole model.
         base: where the base of the run's adapter is now, if it has moved.
-        merge_onto: of a quantised base, what the adapter is folded into: dequantized, which was trained on, or the
-            original, whose logits are not those of training.
+        merge_onto: of a quantised base, that the adapter is folded into; dequantized has the logits of training.
         gguf: also write the model as one GGUF file of this type, verified as transformers reads it.
+        told: how many bytes of weights have been written, and read back.
 
     Raises:
         UserError: nothing to export, `output` is there already, or the reloaded model differs from training.
@@ -90,22 +92,21 @@ def export(
     verifier = pick_device(device)
     checkpoint = Checkpoint.open(run_or_checkpoint)
     run = run_directory(checkpoint.path)
-    if output is None and run is None:
+    if (place := output or (run and run / "export")) is None:
         raise UserError(f"{run_or_checkpoint}: this checkpoint lies in no run directory, so say --output FOLDER")
-    target = Path(output) if output is not None else Path(run, "export")  # type: ignore[arg-type]
+    target = Path(place)
     precision = run_precision(checkpoint.path, checkpoint.state)
     chosen = torch_dtype(dtype or precision.weights)
     with publishing(target, overwrite) as folder:
         merged = MergedWeights(checkpoint, base, merge_onto)
         weights = PublishedWeights(merged, checkpoint.state["model_config"])
-        write_model(checkpoint, weights, folder, chosen, shard_bytes)
+        write_model(checkpoint, weights, folder, chosen, shard_bytes, told)
         if (tokenizer := tokenizer_folder(checkpoint.path)) is not None:
             with completed(tokenizer) as whole:
                 copy_tokenizer(whole, folder)
-        verify_weights(weights, folder, chosen)
-        probe = read_probe(checkpoint.path)
+        verify_weights(weights, folder, chosen, told)
         deviation = bound = None
-        if probe is not None:
+        if (probe := read_probe(checkpoint.path)) is not None:
             bound = None if merge_onto == "original" else max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
             deviation = verify_logits(partial(load_folder, folder, None), *probe, bound, verifier)
         lost = merged.lost()
@@ -120,14 +121,27 @@ def export(
 
 
 def write_model(
-    checkpoint: Checkpoint, weights: PublishedWeights, folder: Path, dtype: torch.dtype, shard_bytes: int
+    checkpoint: Checkpoint,
+    weights: PublishedWeights,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    told: Told = untold,
 ) -> None:
     """Weights, index, config.json and generation_config.json; the same bytes for the same weights."""
     tensors = [
         FileTensor(name, weights.shape(name), str(_dtype_of(name, weights, dtype))[6:], partial(weights.read, name))
         for name in weights.names()
     ]
-    files = in_groups(tensors, shard_bytes)
+    done, total = 0, 2 * sum(tensor.nbytes for tensor in tensors)  # they will be read back
+
+    def counted(tensor: FileTensor) -> Tensor:
+        nonlocal done
+        done += tensor.nbytes
+        told(done, total)
+        return tensor.read()
+
+    files = in_groups([replace(tensor, read=partial(counted, tensor)) for tensor in tensors], shard_bytes)
     where = {}
     for number, group in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
@@ -174,15 +188,19 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def verify_weights(weights: PublishedWeights, folder: Path, dtype: torch.dtype) -> None:
+def verify_weights(weights: PublishedWeights, folder: Path, dtype: torch.dtype, told: Told = untold) -> None:
     """Reads every tensor back and compares it with what should have been written, bit for bit."""
-    found = set()
+    found, done = set(), 0
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             names = set(handle.keys())
             found |= names
             for name in filter(names.__contains__, weights.names()):  # in their order, which reads each source once
-                if not same_bits(handle.get_tensor(name), weights.read(name).to(_dtype_of(name, weights, dtype))):
+                written = handle.get_tensor(name)
+                done += written.nbytes
+                told(total + done, 2 * total)
+                if not same_bits(written, weights.read(name).to(_dtype_of(name, weights, dtype))):
                     raise UserError(f"{file.name}: {name} reads back other than it was written; is the disk sound?")
     missing = set(weights.names()) - found
     if missing:

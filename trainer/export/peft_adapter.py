@@ -21,9 +21,11 @@ from ..adapters.registry import adapter_of
 from ..checkpoint.reader import Checkpoint
 from ..modeling.build import model_specs
 from ..modeling.values import all_of
-from ..run.directory import run_precision, tokenizer_folder
+from ..run.directory import run_directory, run_precision, tokenizer_folder
+from .card import write_card
 from .huggingface import BOUNDS, Exported, copy_tokenizer, read_probe, verify_logits
 from .load import build_plain, pick_device, torch_dtype
+from .provenance import provenance
 
 _PREFIX = "base_model.model."
 _HELD = {"lora_A", "lora_B", "lora_magnitude_vector"}  # of a linear, in peft's files
@@ -67,6 +69,8 @@ def export_adapter(
             bound = max(BOUNDS[torch_dtype(precision.products)], BOUNDS[chosen])
             load = partial(load_with_peft, checkpoint, folder, torch_dtype(precision.weights), base)
             deviation = verify_logits(load, *probe, bound, verifier)
+        run = run_directory(checkpoint.path)
+        write_card(folder, provenance(checkpoint, run), run, place)
     files = sorted(path.name for path in target.iterdir())
     size = sum((target / name).stat().st_size for name in files)
     return Exported(target, checkpoint.step, chosen, size, files, deviation, bound)

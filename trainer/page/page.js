@@ -106,7 +106,7 @@
       width: Math.max(200, chart.box.clientWidth), height: 250, legend: { show: false },
       cursor: { sync: { key: "all", setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
       scales: { x: { time: false }, y: { distr: state.log ? 3 : 1 } },
-      axes: [{ ...axis, values: (_, ticks) => ticks.map(short) }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
+      axes: [{ ...axis, size: 30, values: (_, ticks) => ticks.map(short) }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
       series: [{}, ...chart.figure.lines.map((line) => ({
         label: line.label, show: state.shown[line.run], stroke: colour(line.run), width: line.dots ? 2 : 1.5, dash: DASHES[line.dash % DASHES.length],
         spanGaps: true, points: { show: line.dots && line.x.length <= DOTTED, size: 5 },

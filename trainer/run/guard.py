@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if self._output is not None:
             take_request(self._output)  # of a run that ended before it saw it
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        if threading.current_thread() is threading.main_thread():  # no other may listen: Ray trains in one of its own
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:

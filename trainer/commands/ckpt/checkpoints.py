@@ -41,9 +41,11 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ....data_prep.making.bars import Bar
     from ...checkpoint.folder import verify_checkpoints
 
-    found = verify_checkpoints(args.path)
+    with Bar("verify") as bar:
+        found = verify_checkpoints(args.path, bar)
     if not found:
         raise UserError(f"{args.path}: no checkpoint here")
     bad = {path: problems for path, problems in found.items() if problems}

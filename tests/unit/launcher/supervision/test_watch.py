@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from zeropipe.launcher.supervision.verdict import tell
-from zeropipe.launcher.supervision.watch import FROZEN_SECONDS, Patience, Watch
+from zeropipe.launcher.supervision.watch import FROZEN_SECONDS, Mishap, Patience, Watch
 from zeropipe.trainer.keeper.pulse import PHASES, STEP
 
 PATIENCE = Patience(least=5.0)
@@ -46,3 +46,23 @@ def test_a_rank_that_hangs_is_told_with_the_limit_that_it_had(watch):
     watch.members[0].pulse["longest"] = [20.0] * len(PHASES)  # a step that took long has ended meanwhile
     assert {mishap.kind for mishap in mishaps} == {"hung"}
     assert "nothing for 6 s, where 5 s are the limit" in tell(watch, mishaps)
+
+
+@pytest.mark.parametrize(
+    ("said", "looks"),
+    [
+        (
+            "RuntimeError: Gloo connectFullMesh failed with …",
+            "the ports between all hosts, both ways",
+        ),
+        ("OSError: [Errno 28] No space left on device: 'runs/x'", "room and locks of shared folders (--shared FOLDER)"),
+        ("ModuleNotFoundError: No module named 'zstandard'", "versions and code of all hosts"),
+        ("ValueError: too many values to unpack", None),
+    ],
+)
+def test_what_the_doctor_looks_at_is_said_before_the_cause(watch, said, looks):
+    watch.members[1].end = {"code": 1, "text": f"Traceback …\n{said}\n", "phase": STEP, "step": 3}
+    *before, last = tell(watch, [Mishap("ended", 1, "step 4")]).splitlines()
+    assert last == f"error: rank 1 on node1 failed: {said}, in step 4"
+    assert before[-1].startswith(f"zeropipe doctor --hostfile HOSTFILE: looks at {looks}") == bool(looks)
+    assert any("zeropipe doctor" in line for line in before) == bool(looks)

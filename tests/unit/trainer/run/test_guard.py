@@ -1,12 +1,15 @@
 import errno
 import fcntl
+import signal
+from threading import Thread
 
 import pytest
 
 from tests.harness import run_ranks
 from tests.tiny import _train, tiny_json, tiny_recipe, tiny_store
 from zeropipe.data_prep.errors import UserError
-from zeropipe.trainer.run.guard import check_claim, claim
+from zeropipe.trainer.ranks.ranks import Ranks
+from zeropipe.trainer.run.guard import StopRequest, check_claim, claim
 
 
 def test_the_run_that_came_last_owns_a_directory(tmp_path):
@@ -48,3 +51,17 @@ def test_two_runs_do_not_mix_where_there_are_no_locks(tmp_path):
     for said in run_ranks(2, _train_without_locks, recipe, tiny_json("zero1")):
         assert "another run" in said
     assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
+def test_in_a_thread_that_is_not_the_main_one_signals_stay_with_whom_they_are():
+    """Ray trains in such a thread; no thread but the main one may listen."""
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def trains() -> None:
+        with StopRequest(Ranks()) as stop:
+            found.append((stop.look(), signal.getsignal(signal.SIGTERM)))
+
+    thread = Thread(target=trains)
+    thread.start()
+    thread.join()
+    assert found == [((False, False), before)]
