@@ -39,6 +39,7 @@ verify: setup
 	$(BIN)/python scripts/verify.py docs/verification.md
 	$(BIN)/python -m scripts.scale docs/scale.md
 	$(BIN)/python scripts/faults.py docs/faults.md
+	$(BIN)/python scripts/families.py
 
 bench: setup
 	$(BIN)/python scripts/bench.py docs/performance.md

@@ -4,6 +4,7 @@ transformers, and writes trainer/families/tried.json, which `zeropipe families` 
 usage: families.py [--steps N] [--columns a,b,…] [--families a,b,…] [--share K/N] [--output FILE] [--page]
 
 What was tried before stays as it is, but for the families and columns named; an earlier row is shown where it changes.
+Ends with 1 if something that worked before does not any more.
 Beside the layouts, the logits of our model and of transformers' are compared on one process, and a run is saved under
 ZeRO-3, gone on with in the widest layout that works, exported and read by plain transformers.
 """
@@ -73,14 +74,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=TRIED)
     parser.add_argument("--page", action="store_true", help="only write docs/families.md from what was tried")
     args = parser.parse_args()
+    lost: list[str] = []
     if not args.page:
         quiet()
         family_layouts.outcomes = dict  # what came of it before decides nothing
         own, all_shares = args.share
-        try_all((args.families or decoder_only())[own::all_shares], args.steps, args.columns, args.output)
+        lost = try_all((args.families or decoder_only())[own::all_shares], args.steps, args.columns, args.output)
     if args.output == TRIED:
         (ROOT / "docs" / "families.md").write_text(page(json.loads(TRIED.read_text())), encoding="utf-8")
-    return 0
+    if lost:
+        print(f"worked before and does not any more: {', '.join(lost)}")
+    return int(bool(lost))
 
 
 def decoder_only() -> list[str]:
@@ -95,8 +99,9 @@ def decoder_only() -> list[str]:
     return sorted((name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING), key=plain_first)
 
 
-def try_all(names: list[str], steps: int, columns: list[str], output: Path) -> None:
-    tried = json.loads(output.read_text()) if output.exists() else {}
+def try_all(names: list[str], steps: int, columns: list[str], output: Path) -> list[str]:
+    """Tries the families one by one; returns the cells that worked before and do not any more."""
+    tried, lost = json.loads(output.read_text()) if output.exists() else {}, []
     with tempfile.TemporaryDirectory() as folder:
         store = tiny.tiny_store(Path(folder) / "store")
         for name in names:
@@ -104,10 +109,12 @@ def try_all(names: list[str], steps: int, columns: list[str], output: Path) -> N
             found = before["cells"] | cells(name, store, steps, columns, before["cells"])
             steps_of = steps if set(columns) & set(LAYOUTS) else before["steps"]
             tried[name] = {"steps": steps_of, "transformers": version("transformers"), "cells": found}
+            lost += [f"{name} {c}" for c, was in before["cells"].items() if "works" in was and "works" not in found[c]]
             if before["cells"] and before["cells"] != found:
                 print(f"   before: {summary(before['cells'])}")
             print(f"{name}: {summary(tried[name]['cells'])} ({time.monotonic() - started:.0f} s)", flush=True)
             output.write_text(json.dumps(dict(sorted(tried.items())), indent=1) + "\n")
+    return lost
 
 
 def summary(found: dict[str, Any]) -> str:
